@@ -1,0 +1,15 @@
+"""Diffusion UNets with Dense-and-Implicit Attention."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+_EXPORTS = {"DIAUNet2DModel": "unet", "DIAUNetPipeline": "pipelines"}
+__all__ = ["DIAUNet2DModel", "DIAUNetPipeline", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and diffusers take seconds to import, and most of the command line does not need them.
+    if name in _EXPORTS:
+        return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
