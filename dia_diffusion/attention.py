@@ -266,9 +266,7 @@ class SharedAttention(nn.Module):
             return state
         shares = torch.sigmoid(self.skip_logits)
         memory = {
-            key: tuple(
-                now + share * (then - now) for now, then, share in zip(held, left.memory[key], shares, strict=True)
-            )
+            key: tuple(now + s * (then - now) for s, now, then in zip(shares, held, left.memory[key], strict=True))
             for key, held in state.memory.items()
         }
         return state._replace(memory=memory)

@@ -36,7 +36,7 @@ def branches(batch=3, size=4):
 def test_cell_agrees_with_the_formulas_and_their_gradients():
     cell = DIALSTMCell(12, reduction=4).double()
     inputs = [torch.randn(5, 12, dtype=torch.double, requires_grad=True) for _ in range(3)]
-    weights = [parameter for parameter in cell.parameters()]
+    weights = list(cell.parameters())
 
     def written_out(g, h, c):
         u1, u1b, u2, u2b, v1, v1b, v2, v2b = weights
