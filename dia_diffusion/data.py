@@ -1,0 +1,325 @@
+"""Images for training and scoring: any data set, any folder, or the embedded digits, as rows of uint8 pixels.
+
+Decoding and resizing happen once. `datasets` keeps the result in its cache as a memory-mapped file, keyed by the
+fingerprint of the data and the preprocessing, so that it may be larger than memory and a later run finds it ready.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from datasets.fingerprint import Hasher
+from PIL import Image
+from torch import Tensor
+
+from .errors import UsageError
+
+DIGITS = "digits"
+TRAIN_SPLIT = "train"
+HELD_OUT_SPLITS = ("test", "validation", "val")
+
+_DEFAULT_IMAGE_COLUMNS = ("image", "img")
+_DEFAULT_LABEL_COLUMNS = ("label", "labels", "fine_label")
+# Part of the cache key: raise it whenever the same image would give other pixels.
+_PREPROCESSING_VERSION = 1
+_HEADERS_READ_FOR_CHANNELS = 1000
+
+
+def load_digits_dataset() -> DatasetDict:
+    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships (UCI optdigits, test part), with labels.
+
+    Every fifth image is held out as the split `test`: 1,438 images for training, 359 held out. The 17 grey levels of
+    the source are spread over 0 to 255.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in bunch.target_names])
+    )
+    held_out = np.arange(len(pixels)) % 5 == 4
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(
+                {"image": [Image.fromarray(image) for image in pixels[rows]], "label": bunch.target[rows]}, features
+            )
+            for split, rows in ((TRAIN_SPLIT, ~held_out), ("test", held_out))
+        }
+    )
+
+
+def load_dataset_splits(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    cache_dir: str | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """Loads the training images, and the held-out ones where the data set has a split named test or validation.
+
+    Args:
+        dataset_name (`str`, *optional*):
+            `digits`, a data set on the Hub, or a folder that `datasets` can load.
+        dataset_config_name (`str`, *optional*): Configuration of a data set that has several.
+        train_data_dir (`str`, *optional*):
+            A folder of images, in subfolders named after their classes or not.
+        cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads and prepares.
+
+    Raises:
+        UsageError: if there is no such data set, or no image in the folder.
+    """
+    if dataset_name is None and train_data_dir is None:
+        raise UsageError("name the training images: --dataset_name NAME (for example digits) or --train_data_dir DIR.")
+    if dataset_name == DIGITS:
+        splits = load_digits_dataset()
+    elif dataset_name is not None:
+        splits = _load(dataset_name, dataset_config_name, data_dir=train_data_dir, cache_dir=cache_dir)
+    else:
+        if not Path(train_data_dir).is_dir():
+            raise UsageError(f"--train_data_dir '{train_data_dir}' is not a folder.")
+        splits = _load("imagefolder", data_dir=str(Path(train_data_dir).resolve()), cache_dir=cache_dir)
+    if TRAIN_SPLIT not in splits:
+        raise UsageError(f"the data set has no split named '{TRAIN_SPLIT}', only: {', '.join(splits)}.")
+    held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
+    return splits[TRAIN_SPLIT], held_out
+
+
+def _load(path: str, *args: str | None, **kwargs: Any) -> DatasetDict:
+    try:
+        return datasets.load_dataset(path, *args, **kwargs)
+    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
+        where = kwargs["data_dir"] or path
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"cannot load images from '{where}': {reason}") from error
+
+
+def find_image_column(dataset: Dataset, name: str | None = None) -> str:
+    """The column that holds the images: the one named, `image` or `img`, or else the first of type `Image`."""
+    images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    candidates = [name] if name is not None else [c for c in _DEFAULT_IMAGE_COLUMNS if c in images] + images
+    if candidates and candidates[0] in images:
+        return candidates[0]
+    wanted = f"'{name}' is not a column of images" if name is not None else "the data set has no column of images"
+    columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in dataset.features.items())
+    raise UsageError(f"{wanted}. Its columns are: {columns}. Name one of type Image with --image_column.")
+
+
+def find_label_column(dataset: Dataset, name: str | None = None) -> str:
+    """The column that holds the classes: the one named, `label`, or else the first of type `ClassLabel`."""
+    if name is not None and name not in dataset.features:
+        raise UsageError(f"the data set has no column '{name}', only: {', '.join(dataset.features)}.")
+    classes = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    candidates = [name] if name else [c for c in _DEFAULT_LABEL_COLUMNS if c in dataset.features] + classes
+    if not candidates:
+        raise UsageError(
+            f"the data set has no labels to condition on; its columns are: {', '.join(dataset.features)}. "
+            "Name one with --label_column, or train without --class_conditional."
+        )
+    return candidates[0]
+
+
+class PixelDataset(torch.utils.data.Dataset):
+    """Images as uint8 pixels of one size.
+
+    Args:
+        rows (`datasets.Dataset`): What `prepare_pixels` made.
+        resolution (`int`): Height and width R of the images.
+        channels (`int`): Number C of channels, 1 or 3.
+        num_classes (`int`, *optional*): Number of classes; `None` without labels.
+    """
+
+    def __init__(self, rows: Dataset, resolution: int, channels: int, num_classes: int | None = None):
+        self.rows = rows.with_format("arrow")
+        self.resolution = resolution
+        self.channels = channels
+        self.num_classes = num_classes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the images and with the preprocessing."""
+        return self.rows._fingerprint
+
+    def fetch(self, indices: Sequence[int], crops: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Pixels, and labels where there are any, of some images.
+
+        Args:
+            indices (`Sequence[int]` of length B): Which images.
+            crops (`np.ndarray` of shape `(B, 2)`, *optional*):
+                Where to cut an image that is not square, from 0 (top, left) to 1 (bottom, right); default the middle.
+
+        Returns:
+            `dict`: `images`, uint8 of shape `(B, C, R, R)`, and `labels`, int64 of shape `(B,)`.
+        """
+        table = self.rows[list(indices)]
+        size, channels = self.resolution, self.channels
+        images = np.empty((len(indices), channels, size, size), dtype=np.uint8)
+        for row, (data, width) in enumerate(
+            zip(table["pixels"].to_pylist(), table["width"].to_pylist(), strict=True),
+        ):
+            image = np.frombuffer(data, dtype=np.uint8).reshape(channels, -1, width)
+            down, across = (0.5, 0.5) if crops is None else crops[row]
+            top = round(down * (image.shape[1] - size))
+            left = round(across * (width - size))
+            images[row] = image[:, top : top + size, left : left + size]
+        batch = {"images": torch.from_numpy(images)}
+        if self.num_classes is not None:
+            batch["labels"] = torch.tensor(table["label"].to_pylist())
+        return batch
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return self.fetch(indices)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: values[0] for name, values in self.fetch([index]).items()}
+
+
+def prepare_pixels(
+    dataset: Dataset,
+    resolution: int,
+    channels: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    with_labels: bool = False,
+    on_bad_image: str = "error",
+) -> PixelDataset:
+    """Decodes every image of a data set once: the shorter side becomes `resolution` pixels, the rest stays to crop.
+
+    Args:
+        dataset (`datasets.Dataset`): Data with a column of images.
+        resolution (`int`): Pixels of the shorter side; resized bilinearly with antialiasing, as Pillow does it.
+        channels (`int`, *optional*): 1 or 3; by default 3 as soon as one of the first thousand images has colour.
+        image_column, label_column (`str`, *optional*): Names of columns, where they cannot be guessed.
+        with_labels (`bool`, *optional*, defaults to `False`): Whether to keep the labels.
+        on_bad_image (`str`, *optional*, defaults to `"error"`): `error` stops at a broken image, `skip` leaves it out.
+    """
+    if resolution < 1:
+        raise UsageError(f"resolution must be at least 1, but is {resolution}.")
+    if channels not in (None, 1, 3):
+        raise UsageError(f"channels must be 1 (grey) or 3 (colour), but is {channels}.")
+    if on_bad_image not in ("error", "skip"):
+        raise UsageError(f"on_bad_image must be 'error' or 'skip', but is '{on_bad_image}'.")
+    image_column = find_image_column(dataset, image_column)
+    label_column = find_label_column(dataset, label_column) if with_labels else None
+    raw = dataset.select_columns([image_column] + ([label_column] if label_column else []))
+    raw = raw.cast_column(image_column, datasets.Image(decode=False))
+    if channels is None:
+        channels = _count_channels(raw, image_column)
+
+    settings = (resolution, channels, image_column, label_column, on_bad_image, _PREPROCESSING_VERSION)
+    features = {"pixels": datasets.Value("large_binary"), "width": datasets.Value("int32")}
+    if label_column:
+        features["label"] = datasets.Value("int64")
+    rows = raw.map(
+        _decode_batch,
+        batched=True,
+        batch_size=100,
+        with_indices=True,
+        remove_columns=raw.column_names,
+        features=datasets.Features(features),
+        fn_kwargs={
+            "image_column": image_column,
+            "label_column": label_column,
+            "resolution": resolution,
+            "channels": channels,
+            "on_bad_image": on_bad_image,
+        },
+        new_fingerprint=Hasher.hash((dataset._fingerprint, settings)),
+        desc="Preparing images",
+    )
+    if len(rows) == 0:
+        raise UsageError("no image could be read.")
+    if len(rows) < len(raw):
+        print(f"{len(raw) - len(rows)} of {len(raw)} images could not be read and were left out.")
+    return PixelDataset(rows, resolution, channels, _count_classes(dataset, label_column, rows))
+
+
+def _count_classes(dataset: Dataset, label_column: str | None, rows: Dataset) -> int | None:
+    if label_column is None:
+        return None
+    feature = dataset.features[label_column]
+    return feature.num_classes if isinstance(feature, datasets.ClassLabel) else max(rows["label"]) + 1
+
+
+def _count_channels(raw: Dataset, image_column: str) -> int:
+    grey_modes = {"1", "L", "LA", "I", "I;16", "I;16B", "F"}
+    for index in range(min(len(raw), _HEADERS_READ_FOR_CHANNELS)):
+        try:
+            with _open(raw[index][image_column]) as image:
+                if image.mode not in grey_modes:
+                    return 3
+        except (OSError, SyntaxError):
+            continue
+    return 1
+
+
+def _decode_batch(
+    batch: dict[str, list],
+    indices: list[int],
+    image_column: str,
+    label_column: str | None,
+    resolution: int,
+    channels: int,
+    on_bad_image: str,
+) -> dict[str, list]:
+    out = {"pixels": [], "width": []} | ({"label": []} if label_column else {})
+    for position, (index, encoded) in enumerate(zip(indices, batch[image_column], strict=True)):
+        try:
+            with _open(encoded) as image:
+                pixels = image_to_pixels(image, resolution, channels)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if on_bad_image == "skip":
+                continue
+            name = f"'{encoded['path']}'" if encoded and encoded.get("path") else "image"
+            raise UsageError(
+                f"{name} (number {index} of the data set) cannot be read: {error}. "
+                "Repair or remove it, or leave out such images with --on_bad_image skip."
+            ) from error
+        out["pixels"].append(pixels.tobytes())
+        out["width"].append(pixels.shape[2])
+        if label_column:
+            out["label"].append(batch[label_column][position])
+    return out
+
+
+def _open(encoded: dict[str, Any] | None) -> Image.Image:
+    if encoded is None:
+        raise ValueError("the cell is empty")
+    # Orientation tags are applied here as well.
+    return datasets.Image().decode_example(encoded)
+
+
+def image_to_pixels(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
+    """Pixels of one image: uint8 of shape `(channels, H, W)`, of which the shorter side is `resolution`.
+
+    Sixteen-bit grey is scaled to eight bits, which Pillow's own conversion would clip; alpha is dropped; of an
+    animation the first picture counts.
+    """
+    if image.mode in ("I", "I;16", "I;16B"):
+        deep = np.asarray(image).astype(np.float64)
+        image = Image.fromarray(np.rint(deep.clip(0, 65535) / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save the image with 8 or 16 bits")
+    image = image.convert("L" if channels == 1 else "RGB")
+    short = min(image.size)
+    width, height = (max(resolution, round(side * resolution / short)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 pixels to floats in [-1, 1], the range that diffusion models see."""
+    return images.float() / 127.5 - 1
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] to uint8 pixels, rounded; the inverse of `to_unit_range`."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
