@@ -4,7 +4,9 @@ from os import PathLike
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+
+# diffusers loads a pipeline's component by the base class that the component's module names: ModelMixin.
+from diffusers import ModelMixin, UNet2DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
@@ -140,7 +142,7 @@ class DIAUNet2DModel(UNet2DModel):
             unet (`UNet2DModel`): The UNet to start from. It is not changed.
             dia_arguments: Any `dia_*` argument of this class.
         """
-        model = cls.from_config({**unet.config, **dia_arguments}).to(device=unet.device, dtype=unet.dtype)
+        model = _cast(cls.from_config({**unet.config, **dia_arguments}), unet)
         missing, unexpected = model.load_state_dict(unet.state_dict(), strict=False)
         strangers = [key for key in missing if not key.startswith(_DIA_PREFIX)] + unexpected
         if strangers:
@@ -158,7 +160,7 @@ class DIAUNet2DModel(UNet2DModel):
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         if any(key.startswith(_DIA_PREFIX) for key in info["missing_keys"]):
             # diffusers leaves weights that a file lacks uninitialised.
-            loaded, model = model, cls.from_config(model.config).to(dtype=model.dtype).eval()
+            loaded, model = model, _cast(cls.from_config(model.config), model).eval()
             weights = {k: v for k, v in loaded.state_dict().items() if not k.startswith(_DIA_PREFIX)}
             model.load_state_dict(weights, strict=False)
         return (model, info) if output_loading_info else model
@@ -166,7 +168,7 @@ class DIAUNet2DModel(UNet2DModel):
     def to_unet(self) -> UNet2DModel:
         """The UNet2DModel with this model's weights, without DIA. Its output differs unless all gates are 1."""
         config = {name: value for name, value in self.config.items() if not name.startswith("dia_")}
-        unet = UNet2DModel.from_config(config).to(device=self.device, dtype=self.dtype)
+        unet = _cast(UNet2DModel.from_config(config), self)
         weights = self.state_dict()
         unet.load_state_dict({key: weights[key] for key in weights if not key.startswith(_DIA_PREFIX)})
         return unet.train(self.training)
@@ -288,3 +290,10 @@ class DIAUNet2DModel(UNet2DModel):
                 f"images of {sample.shape[-2]}x{sample.shape[-1]} pixels cannot pass the {len(self.down_blocks)} "
                 f"levels of this UNet: height and width must be multiples of {factor}."
             )
+
+
+def _cast(model: UNet2DModel, other: UNet2DModel) -> UNet2DModel:
+    """Moves a model to the device and the data type of another."""
+    model = model.to(other.device)
+    # A cast that changes nothing makes diffusers warn.
+    return model if model.dtype == other.dtype else model.to(dtype=other.dtype)

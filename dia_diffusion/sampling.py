@@ -1,0 +1,92 @@
+"""Many images from a pipeline, each a function of the seed and its number alone."""
+
+from collections.abc import Iterator, Sequence
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .errors import UsageError
+
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "dpm_singlestep": "DPMSolverSinglestepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+}
+
+
+def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
+    """Replaces the scheduler of a pipeline by the one of this short name, with the same noise schedule.
+
+    Raises:
+        UsageError: for an unknown name; lists those known.
+    """
+    if name not in SCHEDULERS:
+        raise UsageError(f"unknown scheduler '{name}'. Choose one of: {', '.join(SCHEDULERS)}.")
+    pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipeline.scheduler.config)
+
+
+def image_generators(seed: int, numbers: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
+    """One generator for each image number. Images of one run never share a generator; other seeds give others."""
+    # torch seeds its generator on the CPU with 32 bits.
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return [torch.Generator(device).manual_seed((start + number) % 2**32) for number in numbers]
+
+
+def sample_images(
+    pipeline: DiffusionPipeline,
+    num_images: int,
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    class_label: int | None = None,
+    guidance_scale: float = 1.0,
+    description: str = "Sampling",
+) -> Iterator[Tensor]:
+    """Generates images in batches; image i is the same whatever the batch size and the number of images.
+
+    Args:
+        pipeline (`DiffusionPipeline`): A DIAUNetPipeline, or any unconditional pipeline of diffusers.
+        num_images, steps, seed, batch_size (`int`): How many images, denoising steps, the seed, images at a time.
+        class_label (`int`, *optional*):
+            The class of all images. By default a class-conditional pipeline takes its classes in turn.
+        guidance_scale (`float`, *optional*, defaults to 1.0): Strength of classifier-free guidance.
+        description (`str`, *optional*): Label of the progress bar.
+
+    Yields:
+        `Tensor`: uint8 of shape `(B, C, H, W)` on the CPU.
+    """
+    for name, value in (("num_images", num_images), ("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, but is {value}.")
+    classes = getattr(pipeline, "null_class", None)
+    arguments = {} if guidance_scale == 1.0 else {"guidance_scale": guidance_scale}
+    pipeline.set_progress_bar_config(disable=True)
+    with tqdm(total=num_images, desc=description, unit="img") as progress:
+        for start in range(0, num_images, batch_size):
+            numbers = range(start, min(start + batch_size, num_images))
+            if class_label is not None:
+                arguments["class_labels"] = class_label
+            elif classes:
+                arguments["class_labels"] = [number % classes for number in numbers]
+            images = pipeline(
+                batch_size=len(numbers),
+                num_inference_steps=steps,
+                generator=image_generators(seed, numbers, "cpu"),
+                output_type="np",
+                **arguments,
+            ).images
+            progress.update(len(numbers))
+            yield torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
