@@ -4,7 +4,8 @@ Decoding and resizing happen once. `datasets` keeps the result in its cache as a
 fingerprint of the data and the preprocessing, so that it may be larger than memory and a later run finds it ready.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def find_label_column(dataset: Dataset, name: str | None = None) -> str:
     return candidates[0]
 
 
-class PixelDataset(torch.utils.data.Dataset):
+class PixelDataset:
     """Images as uint8 pixels of one size.
 
     Args:
@@ -146,12 +147,12 @@ class PixelDataset(torch.utils.data.Dataset):
         """Changes with the images and with the preprocessing."""
         return self.rows._fingerprint
 
-    def fetch(self, indices: Sequence[int], crops: np.ndarray | None = None) -> dict[str, Tensor]:
+    def fetch(self, indices: Sequence[int], crops: Sequence[np.ndarray] | None = None) -> dict[str, Tensor]:
         """Pixels, and labels where there are any, of some images.
 
         Args:
             indices (`Sequence[int]` of length B): Which images.
-            crops (`np.ndarray` of shape `(B, 2)`, *optional*):
+            crops (`B` pairs of numbers, *optional*):
                 Where to cut an image that is not square, from 0 (top, left) to 1 (bottom, right); default the middle.
 
         Returns:
@@ -173,11 +174,40 @@ class PixelDataset(torch.utils.data.Dataset):
             batch["labels"] = torch.tensor(table["label"].to_pylist())
         return batch
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        return self.fetch(indices)
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
+        """All images in order, or the first `limit` ones, as uint8 of shape `(B, C, R, R)`."""
+        stop = len(self) if limit is None else min(limit, len(self))
+        for start in range(0, stop, batch_size):
+            yield self.fetch(range(start, min(start + batch_size, stop)))["images"]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: values[0] for name, values in self.fetch([index]).items()}
+
+class EndlessShuffle(torch.utils.data.Dataset):
+    """The training images in an order without end: a new permutation for each epoch.
+
+    What stands at a position is a function of the seed and the position alone, so that a run can go on from any
+    step, and any number of processes can share the positions of a batch.
+
+    Args:
+        dataset (`PixelDataset`): The images.
+        seed (`int`): Seed of the order and of the crops.
+        center_crop (`bool`): Whether images that are not square are cut in the middle or at random.
+    """
+
+    def __init__(self, dataset: PixelDataset, seed: int, center_crop: bool):
+        self.dataset = dataset
+        self.seed = seed
+        self.center_crop = center_crop
+
+    def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        size = len(self.dataset)
+        indices = [int(_permutation(self.seed, position // size, size)[position % size]) for position in positions]
+        crops = None if self.center_crop else [np.random.default_rng((self.seed, 1, p)).random(2) for p in positions]
+        return self.dataset.fetch(indices, crops)
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(size)
 
 
 def prepare_pixels(

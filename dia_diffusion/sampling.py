@@ -1,6 +1,7 @@
 """Many images from a pipeline, each a function of the seed and its number alone."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .errors import UsageError
+from .pipelines import DIAUNetPipeline
 
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
@@ -36,6 +38,24 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     if name not in SCHEDULERS:
         raise UsageError(f"unknown scheduler '{name}'. Choose one of: {', '.join(SCHEDULERS)}.")
     pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipeline.scheduler.config)
+
+
+def load_pipeline(name_or_path: str) -> DiffusionPipeline:
+    """Loads a saved pipeline, with DIA or any other of diffusers, from a folder or from the Hub.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    try:
+        index = DiffusionPipeline.load_config(name_or_path)
+        known = DIAUNetPipeline if index["_class_name"] == DIAUNetPipeline.__name__ else DiffusionPipeline
+        return known.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(name_or_path).is_dir() and not (Path(name_or_path) / DiffusionPipeline.config_name).is_file():
+            reason = f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there"
+        else:
+            reason = str(error).splitlines()[0]
+        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}.") from error
 
 
 def image_generators(seed: int, numbers: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
@@ -72,6 +92,8 @@ def sample_images(
         if value < 1:
             raise UsageError(f"{name} must be at least 1, but is {value}.")
     classes = getattr(pipeline, "null_class", None)
+    if classes is None and (class_label is not None or guidance_scale != 1.0):
+        raise UsageError("class_label and guidance_scale need a class-conditional pipeline, which this is not.")
     arguments = {} if guidance_scale == 1.0 else {"guidance_scale": guidance_scale}
     pipeline.set_progress_bar_config(disable=True)
     with tqdm(total=num_images, desc=description, unit="img") as progress:

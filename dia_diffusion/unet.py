@@ -283,8 +283,13 @@ class DIAUNet2DModel(UNet2DModel):
             class_labels = self.time_proj(class_labels)
         return emb + self.class_embedding(class_labels).to(dtype=self.dtype)
 
+    @property
+    def downsampling_factor(self) -> int:
+        """What height and width of the images must be a multiple of."""
+        return 2 ** sum(block.downsamplers is not None for block in self.down_blocks)
+
     def _check_size(self, sample: Tensor) -> None:
-        factor = 2 ** sum(block.downsamplers is not None for block in self.down_blocks)
+        factor = self.downsampling_factor
         if sample.shape[-1] % factor or sample.shape[-2] % factor:
             raise UsageError(
                 f"images of {sample.shape[-2]}x{sample.shape[-1]} pixels cannot pass the {len(self.down_blocks)} "

@@ -1,0 +1,167 @@
+"""The command lines: `dia sample`, `dia evaluate`, and what `train_unet.py` calls."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# Imports of torch and diffusers stand inside the functions: `dia --help` should not wait for them.
+
+
+def train_main(arguments: Sequence[str] | None = None) -> int:
+    """Trains; returns the exit status: 0, 2 after a mistake, 128 plus the signal after an interruption."""
+    return _run(_train, arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `dia` command; returns the exit status."""
+    options = make_parser().parse_args(arguments)
+    return _run(options.function, options)
+
+
+def _run(function: Callable, argument: object) -> int:
+    try:
+        function(argument)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(arguments: Sequence[str] | None) -> None:
+    from .config import parse_arguments
+    from .evaluation import format_scores
+    from .interrupts import Interrupted
+    from .training import train
+
+    config = parse_arguments(arguments)
+    try:
+        figures = train(config)
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(128 + interruption.signum)
+    if figures:
+        if "features" in figures:
+            print(format_scores(figures))
+        print(f"The pipeline and its model card are in {config.output_dir}; look at samples.png and curves.png there.")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the `dia` command."""
+    parser = argparse.ArgumentParser(prog="dia", description="Diffusion UNets with shared attention.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    sample = commands.add_parser("sample", help="generate images", description="Generate images as PNG files.")
+    sample.set_defaults(function=_sample)
+    sample.add_argument("model", help="folder or Hub id of a pipeline")
+    _add_sampling_options(sample, num_images=64)
+    sample.add_argument("--class_label", type=int, help="class of all images; by default all classes in turn")
+    sample.add_argument("--output_dir", type=Path, default=Path("out"), help="where the images go (default: out)")
+
+    evaluate = commands.add_parser(
+        "evaluate", help="score a model", description="Compare generated images with the training images."
+    )
+    evaluate.set_defaults(function=_evaluate)
+    evaluate.add_argument("model", help="folder or Hub id of a pipeline")
+    evaluate.add_argument("--dataset", default="digits", help="what to compare with: digits, a Hub id or a folder")
+    evaluate.add_argument("--metrics", default="fid,kid,precision,recall", help="comma-separated (default: all)")
+    evaluate.add_argument("--features", default="digits", help="features to compare in (default: digits)")
+    evaluate.add_argument("--output", type=Path, help="JSON file for the scores")
+    _add_sampling_options(evaluate, num_images=10000)
+    return parser
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser, num_images: int) -> None:
+    parser.add_argument("--num_images", type=int, default=num_images, help=f"how many (default: {num_images})")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    parser.add_argument("--scheduler", help="sampler, for example ddim, ddpm or dpm; by default the pipeline's own")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=250, help="images at a time (default: 250)")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default: 1, none)")
+    parser.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import torch
+    from PIL import Image
+
+    from .plots import image_grid
+    from .sampling import sample_images
+
+    pipeline = _load_pipeline(options)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    shown = []
+    batches = sample_images(
+        pipeline,
+        options.num_images,
+        options.steps,
+        options.seed,
+        options.batch_size,
+        options.class_label,
+        options.guidance_scale,
+    )
+    number = 0
+    for images in batches:
+        for image in images:
+            pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
+            Image.fromarray(pixels).save(options.output_dir / f"{number:05d}.png")
+            number += 1
+        shown.append(images[: max(0, 100 - sum(map(len, shown)))])
+    image_grid(torch.cat(shown)).save(options.output_dir / "grid.png")
+    print(f"{number} images and grid.png are in {options.output_dir}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .data import load_dataset_splits, prepare_pixels
+    from .evaluation import evaluate, format_scores
+    from .features import get_extractor
+    from .metrics import check_metrics
+
+    metrics = [name.strip() for name in options.metrics.split(",")]
+    check_metrics(metrics)
+    pipeline = _load_pipeline(options)
+    unet = pipeline.unet.config
+    folder = Path(options.dataset)
+    train, held_out = (
+        load_dataset_splits(train_data_dir=options.dataset) if folder.is_dir() else load_dataset_splits(options.dataset)
+    )
+    train = prepare_pixels(train, unet.sample_size, unet.in_channels)
+    held_out = prepare_pixels(held_out, unet.sample_size, unet.in_channels) if held_out is not None else None
+    scores = evaluate(
+        pipeline,
+        train,
+        held_out,
+        get_extractor(options.features, unet.sample_size),
+        metrics,
+        options.num_images,
+        options.steps,
+        options.seed,
+        options.batch_size,
+        options.guidance_scale,
+    )
+    print(format_scores(scores))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def _load_pipeline(options: argparse.Namespace) -> "DiffusionPipeline":
+    import torch
+
+    from .sampling import load_pipeline, set_scheduler
+
+    pipeline = load_pipeline(options.model)
+    if options.scheduler is not None:
+        set_scheduler(pipeline, options.scheduler)
+    return pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

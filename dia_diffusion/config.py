@@ -1,0 +1,197 @@
+"""The description of a training run: one dataclass, from which the flags, the YAML file and the saved record come.
+
+Names, meanings and defaults are those of diffusers' `train_unconditional.py` wherever that script has the option.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from .data import DIGITS
+from .errors import UsageError
+
+RECIPES = files("dia_diffusion") / "recipes"
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainingConfig:
+    """A training run."""
+
+    # Data
+    dataset_name: str | None = _option(None, "digits, a data set on the Hub, or a folder that datasets can load.")
+    dataset_config_name: str | None = _option(None, "Configuration of a data set that has several.")
+    train_data_dir: str | None = _option(None, "A folder of images, instead of --dataset_name.")
+    cache_dir: str | None = _option(None, "Where data sets and prepared images are kept.")
+    image_column: str | None = _option(None, "Column of the images; by default the first of type Image.")
+    label_column: str | None = _option(None, "Column of the classes; by default the first of type ClassLabel.")
+    resolution: int = _option(64, "Pixels of height and width.")
+    channels: int | None = _option(None, "1 (grey) or 3 (colour); by default as the images are.")
+    center_crop: bool = _option(False, "Cut images that are not square in the middle, instead of at random.")
+    random_flip: bool = _option(False, "Flip images horizontally at random.")
+    on_bad_image: Literal["error", "skip"] = _option("error", "What to do about an image that cannot be read.")
+    dataloader_num_workers: int = _option(0, "Processes that load data; 0 loads in the main process.")
+
+    # Model
+    model_config_name_or_path: str | None = _option(
+        None, "Configuration of the UNet: a JSON file, a folder or a Hub id, with or without dia_ arguments."
+    )
+    block_out_channels: list[int] | None = _option(None, "Channels of each level; by default chosen by --resolution.")
+    layers_per_block: int | None = _option(None, "Residual blocks of each level.")
+    dropout: float | None = _option(None, "Dropout in the residual blocks.")
+    resnet_time_scale_shift: Literal["default", "scale_shift"] | None = _option(
+        None, "How the timestep enters a residual block."
+    )
+    class_conditional: bool = _option(False, "Condition the model on the labels of the data set.")
+    label_dropout: float = _option(0.1, "Share of labels replaced by 'no class', for classifier-free guidance.")
+    enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers for self-attention.")
+
+    # Shared attention
+    dia_attention: str = _option("lstm", "Attention module: lstm, se, eca, srm, cbam, none.")
+    dia_sharing: str = _option("network", "Who shares a module: network, level, block.")
+    dia_bridge: str = _option("carry", "How the LSTM's state enters a level: carry, skip, reset.")
+    dia_hidden_size: int = _option(64, "Width of the module that the whole network shares.")
+    dia_reduction: int = _option(4, "Reduction ratio of bottlenecks.")
+    dia_time_conditioned: bool = _option(True, "Start the LSTM's state from the time embedding.")
+    dia_init: str = _option("identity", "identity: gates start at 1. paper: gates in (0, 1).")
+
+    # Diffusion
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = _option("epsilon", "What the model predicts.")
+    ddpm_num_steps: int = _option(1000, "Timesteps of the noise schedule.")
+    ddpm_num_inference_steps: int = _option(50, "Denoising steps for the samples of a run.")
+    ddpm_beta_schedule: str = _option("linear", "linear, scaled_linear, squaredcos_cap_v2 (cosine) or sigmoid.")
+
+    # Optimisation
+    seed: int = _option(0, "Everything random in a run follows from it.")
+    num_epochs: int = _option(100, "Passes over the data.")
+    max_train_steps: int | None = _option(None, "Optimizer steps, instead of --num_epochs.")
+    train_batch_size: int = _option(16, "Images in a batch, on each process.")
+    eval_batch_size: int = _option(16, "Images in a sample grid.")
+    gradient_accumulation_steps: int = _option(1, "Batches in an optimizer step.")
+    learning_rate: float = _option(1e-4, "Peak learning rate.")
+    lr_scheduler: str = _option("cosine", "Schedule of diffusers: linear, cosine, polynomial, constant and others.")
+    lr_warmup_steps: int = _option(500, "Steps in which the learning rate rises.")
+    adam_beta1: float = _option(0.95, "AdamW's first beta.")
+    adam_beta2: float = _option(0.999, "AdamW's second beta.")
+    adam_weight_decay: float = _option(1e-6, "AdamW's weight decay.")
+    adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "Precision of the forward pass.")
+    use_ema: bool = _option(False, "Keep an exponential moving average of the weights, and save it as the model.")
+    ema_inv_gamma: float = _option(1.0, "EMA decay is 1 - (1 + step / inv_gamma) ** -power, at most max_decay.")
+    ema_power: float = _option(0.75, "See --ema_inv_gamma.")
+    ema_max_decay: float = _option(0.9999, "See --ema_inv_gamma.")
+
+    # Output
+    output_dir: str = _option("dia-unet", "Folder for the pipeline and all else that the run leaves.")
+    overwrite_output_dir: bool = _option(False, "Start anew in a folder that already holds a run.")
+    save_images_epochs: int = _option(10, "Epochs between sample grids.")
+    save_model_epochs: int = _option(10, "Epochs between savings of the pipeline.")
+    checkpointing_steps: int = _option(500, "Steps between checkpoints, from which a run can be resumed.")
+    checkpoints_total_limit: int | None = _option(None, "How many checkpoints to keep; by default all.")
+    resume_from_checkpoint: str | None = _option(None, "'latest', or the path of a checkpoint.")
+    logging_steps: int = _option(10, "Steps between lines of metrics.jsonl.")
+    validation_steps: int = _option(250, "Steps between measurements of the held-out loss.")
+    score_features: str | None = _option(None, "Features for the scores at the end (digits, pixels); none by default.")
+    score_num_images: int = _option(2000, "Images to generate for the scores at the end.")
+    logger: Literal["tensorboard", "wandb"] = _option("tensorboard", "Tracker, through accelerate.")
+    logging_dir: str = _option("logs", "Folder of the tracker, inside of --output_dir.")
+    push_to_hub: bool = _option(False, "Push the pipeline to the Hub at the end.")
+    hub_token: str | None = _option(None, "Token for the Hub; by default the one you logged in with.")
+    hub_model_id: str | None = _option(None, "Repository on the Hub; by default named after --output_dir.")
+    hub_private_repo: bool = _option(False, "Make the repository private.")
+    local_rank: int = _option(-1, "Set by launchers; accelerate reads it from the environment.")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            choices = get_args(item.type) if getattr(item.type, "__origin__", None) is Literal else ()
+            value = getattr(self, item.name)
+            if choices and value not in choices:
+                raise UsageError(f"{item.name} must be one of {', '.join(choices)}, but is '{value}'.")
+        positive = (
+            "resolution train_batch_size eval_batch_size gradient_accumulation_steps num_epochs ddpm_num_steps "
+            "ddpm_num_inference_steps save_images_epochs save_model_epochs checkpointing_steps logging_steps "
+            "validation_steps score_num_images"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        for name in ("max_train_steps", "checkpoints_total_limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+
+    def model_arguments(self) -> dict[str, Any]:
+        """What the flags say about the UNet: those that were given, and all of DIA's."""
+        given = ("block_out_channels", "layers_per_block", "dropout", "resnet_time_scale_shift")
+        arguments = {name: getattr(self, name) for name in given if getattr(self, name) is not None}
+        return arguments | {name: value for name, value in asdict(self).items() if name.startswith("dia_")}
+
+    def public_dict(self) -> dict[str, Any]:
+        """The configuration as it may be shown and saved: without the token."""
+        return {name: value for name, value in asdict(self).items() if name != "hub_token"}
+
+
+# What a resumed run may have otherwise than the one it goes on from: its length, its output, and how the global batch
+# is divided. Anything else would make it another experiment.
+MAY_CHANGE = frozenset(
+    "num_epochs max_train_steps train_batch_size gradient_accumulation_steps eval_batch_size ddpm_num_inference_steps "
+    "cache_dir dataloader_num_workers enable_xformers_memory_efficient_attention output_dir overwrite_output_dir "
+    "save_images_epochs save_model_epochs checkpointing_steps checkpoints_total_limit resume_from_checkpoint "
+    "logging_steps validation_steps score_features score_num_images logger logging_dir push_to_hub hub_token "
+    "hub_model_id hub_private_repo local_rank".split()
+)
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML file, checked against the fields of `TrainingConfig`."""
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration '{path}': {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"'{path}' is not valid YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(options, dict):
+        raise UsageError(f"'{path}' must hold 'option: value' lines.")
+    unknown = options.keys() - {item.name for item in fields(TrainingConfig)}
+    if unknown:
+        raise UsageError(f"'{path}' names unknown options: {', '.join(sorted(unknown))}. See --help for those known.")
+    return options
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
+    """Reads the command line. `--config FILE` gives defaults, which flags override.
+
+    Without a configuration, and without data or with `--dataset_name digits`, the recipe for the embedded digits
+    gives the defaults.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        TrainingConfig,
+        description="Train a diffusion UNet with shared attention. Without arguments: on the embedded digits.",
+    )
+    parser.add_argument("--config", help="YAML file with any of these options.")
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    given, _ = parser.parse_known_args(arguments)
+    no_data = given.dataset_name is None and given.train_data_dir is None
+    if given.config is not None:
+        parser.set_defaults(**load_recipe(given.config))
+    elif no_data or given.dataset_name == DIGITS:
+        parser.set_defaults(**load_recipe(RECIPES / "digits.yaml"))
+    options = vars(parser.parse_args(arguments))
+    options.pop("config")
+    return TrainingConfig(**options)
+
+
+def save_config(config: TrainingConfig, path: Path) -> None:
+    """Writes the record of a run: YAML that `--config` reads again."""
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(config.public_dict())), sort_keys=False))

@@ -1,0 +1,94 @@
+"""The training objective, and the randomness of a step as a function of the seed and the step."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+
+from .data import PixelDataset, to_unit_range
+
+
+class StepDraws(NamedTuple):
+    """What is random about a batch of B images."""
+
+    timesteps: Tensor  # int64 (B,)
+    noise: Tensor  # (B, C, H, W), standard normal
+    flips: Tensor  # bool (B,)
+    label_drops: Tensor  # uniform in [0, 1), (B,)
+
+    def rows(self, rows: slice) -> "StepDraws":
+        return StepDraws(*(values[rows] for values in self))
+
+
+def step_seed(seed: int, step: int, stream: int = 0) -> int:
+    """A seed that depends on the seed of the run, the step and the number of a stream of random numbers alone."""
+    return int(np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)[0])
+
+
+def draw_step(
+    seed: int, step: int, shape: tuple[int, int, int, int], num_timesteps: int, device: torch.device | str
+) -> StepDraws:
+    """Draws for the whole global batch `(B, C, H, W)` of a step, of which each process takes its rows."""
+    generator = torch.Generator(device).manual_seed(step_seed(seed, step))
+    arguments = {"generator": generator, "device": device}
+    return StepDraws(
+        torch.randint(0, num_timesteps, shape[:1], **arguments),
+        torch.randn(shape, **arguments),
+        torch.rand(shape[:1], **arguments) < 0.5,
+        torch.rand(shape[:1], **arguments),
+    )
+
+
+def diffusion_loss(
+    unet: nn.Module,
+    scheduler: DDPMScheduler,
+    images: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """The mean squared error of the prediction, averaged over the batch.
+
+    Args:
+        unet: Predicts what `scheduler.config.prediction_type` says: the noise (Ho et al. 2020, eq. 14), the velocity
+            (Salimans & Ho 2022, appendix D), or the sample, then weighted by the signal-to-noise ratio.
+        images (`Tensor` of shape `(B, C, H, W)`): In [-1, 1].
+        noise, timesteps, labels: As in `StepDraws`; labels `(B,)` for a class-conditional UNet.
+    """
+    prediction = unet(scheduler.add_noise(images, noise, timesteps), timesteps, labels).sample.float()
+    kind = scheduler.config.prediction_type
+    if kind == "sample":
+        weights = compute_snr(scheduler, timesteps)
+        return (weights[:, None, None, None] * (prediction - images).square()).mean()
+    target = noise if kind == "epsilon" else scheduler.get_velocity(images, noise, timesteps)
+    return nn.functional.mse_loss(prediction, target)
+
+
+@torch.no_grad()
+def held_out_loss(
+    unet: nn.Module, scheduler: DDPMScheduler, dataset: PixelDataset, batch_size: int, limit: int = 1024
+) -> float:
+    """The loss on the first held-out images, with noise and timesteps that are the same each time.
+
+    The timesteps are spread evenly over the schedule, so that their choice adds no variance.
+    """
+    device = next(unet.parameters()).device
+    training = unet.training
+    unet.eval()
+    count = min(limit, len(dataset))
+    total = 0.0
+    for start in range(0, count, batch_size):
+        batch = dataset.fetch(range(start, min(start + batch_size, count)))
+        images = to_unit_range(batch["images"]).to(device)
+        labels = batch["labels"].to(device) if "labels" in batch else None
+        generator = torch.Generator().manual_seed(step_seed(0, start))
+        noise = torch.randn(images.shape, generator=generator).to(device)
+        # A stride coprime to the count shuffles the timesteps over the images.
+        order = (torch.arange(start, start + len(images)) * 7919) % count
+        timesteps = ((order + 0.5) / count * scheduler.config.num_train_timesteps).long().to(device)
+        total += diffusion_loss(unet, scheduler, images, noise, timesteps, labels).item() * len(images)
+    unet.train(training)
+    return total / count

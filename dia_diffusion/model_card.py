@@ -1,0 +1,78 @@
+"""The README.md that stands beside a trained pipeline, with the metadata that the Hub reads."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .config import TrainingConfig
+from .evaluation import format_scores
+
+_SCORE_NAMES = {"fid": "Frechet distance", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}
+
+
+def write_model_card(
+    folder: Path, config: TrainingConfig, unet: UNet2DModel, figures: dict[str, Any], command: str
+) -> None:
+    """Writes `folder/README.md` from a finished run's configuration and figures (those of metrics.json)."""
+    data = config.dataset_name or Path(config.train_data_dir).name
+    scores = figures.get("features") is not None
+    card_data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["dia-diffusion", "diffusion", "shared-attention", "arxiv:2210.16101"],
+        datasets=[data] if config.dataset_name else None,
+        model_name=folder.name,
+        eval_results=[
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=data,
+                dataset_name=data,
+                metric_type=key,
+                metric_name=f"{title} ({figures['features']} features, {figures['num_images']} images)",
+                metric_value=figures[key],
+            )
+            for key, title in (_SCORE_NAMES if scores else {"held_out_loss": "Held-out loss"}).items()
+            if figures.get(key) is not None
+        ],
+    )
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    attention = sum(p.numel() for name, p in unet.named_parameters() if name.startswith("dia."))
+    losses = [f"- {key.replace('_', ' ')}: {figures[key]:.5f}" for key in ("loss", "held_out_loss") if key in figures]
+    text = f"""
+# {folder.name}
+
+A diffusion UNet with shared attention (DIA, [arXiv 2210.16101](https://arxiv.org/abs/2210.16101)), trained on
+`{data}` at {config.resolution}x{config.resolution} pixels for {figures["step"]:,} steps of
+{figures["global_batch_size"]} images. {parameters:,} parameters, of which attention {attention:,}
+(`{config.dia_attention}`, shared by `{config.dia_sharing}`).
+
+![samples](samples.png)
+
+## Use
+
+```python
+from dia_diffusion import DIAUNetPipeline
+
+pipeline = DIAUNetPipeline.from_pretrained("{folder.name}")
+images = pipeline(batch_size=4).images
+```
+
+## Figures
+
+{format_scores(figures) if scores else "No scores were computed in this run."}
+
+{chr(10).join(losses)}
+
+![training curves](curves.png)
+
+## Training
+
+```bash
+{command}
+```
+
+All options are in `training_config.yaml`, which `train_unet.py --config` reads.
+"""
+    ModelCard(f"---\n{card_data.to_yaml()}\n---\n{text}").save(folder / "README.md")

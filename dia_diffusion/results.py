@@ -1,0 +1,144 @@
+"""What a run leaves in its output directory."""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from PIL.Image import Image
+
+from .config import TrainingConfig, save_config
+from .data import PixelDataset
+from .diffusion import held_out_loss
+from .errors import UsageError
+from .evaluation import evaluate
+from .features import get_extractor
+from .model_card import write_model_card
+from .pipelines import DIAUNetPipeline
+from .plots import image_grid, read_metrics, save_curves
+from .sampling import sample_images
+from .training_state import TrainingState
+
+CHECKPOINTS = "checkpoints"
+METRICS_LOG = "metrics.jsonl"
+CONFIG = "training_config.yaml"
+_SAMPLES = "samples"
+_SAMPLING_BATCH_SIZE = 250
+
+
+def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
+    """Makes the output directory. One that holds a run is left alone unless it is resumed or overwritten.
+
+    Raises:
+        UsageError: if it holds a run, or cannot be made.
+    """
+    folder = Path(config.output_dir)
+    leftovers = [folder / name for name in (CHECKPOINTS, METRICS_LOG, _SAMPLES, "model_index.json")]
+    if not resuming and any(path.exists() for path in leftovers):
+        if not config.overwrite_output_dir and config.resume_from_checkpoint is None:
+            raise UsageError(
+                f"'{folder}' already holds a run. Go on with it (--resume_from_checkpoint latest), start anew there "
+                "(--overwrite_output_dir), or choose another --output_dir."
+            )
+        for path in leftovers:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the output directory '{folder}': {error.strerror}.") from error
+    save_config(config, folder / CONFIG)
+
+
+class RunResults:
+    """Pictures, figures and the pipeline of a run, always from the averaged weights where there are any.
+
+    Args:
+        config (`TrainingConfig`), training (`TrainingState`), scheduler (`DDPMScheduler`): The run.
+        data, held_out (`PixelDataset`): Its images.
+        global_batch_size (`int`): Images in a step.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        training: TrainingState,
+        scheduler: DDPMScheduler,
+        data: PixelDataset,
+        held_out: PixelDataset | None,
+        global_batch_size: int,
+    ):
+        self.config = config
+        self.training = training
+        self.scheduler = scheduler
+        self.data = data
+        self.held_out = held_out
+        self.global_batch_size = global_batch_size
+        self.folder = Path(config.output_dir)
+
+    def held_out_loss(self) -> float:
+        with self.training.averaged() as unet:
+            return held_out_loss(unet, self.scheduler, self.held_out, self.config.train_batch_size)
+
+    def save_pipeline(self) -> None:
+        with self.training.averaged() as unet:
+            self._pipeline(unet).save_pretrained(self.folder)
+
+    def save_sample_grid(self, step: int) -> None:
+        """Saves `samples/step-XXXXXXXX.png` and gives it to the trackers."""
+        with self.training.averaged() as unet:
+            grid = self._sample_grid(self._pipeline(unet))
+        (self.folder / _SAMPLES).mkdir(exist_ok=True)
+        grid.save(self.folder / _SAMPLES / f"step-{step:08d}.png")
+        for tracker in self.training.accelerator.trackers:
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step)
+
+    def finish(self, step: int) -> dict[str, Any]:
+        """Saves the pipeline, samples.png, curves.png, metrics.json and the model card. Returns the figures."""
+        config, folder = self.config, self.folder
+        metrics = read_metrics(folder / METRICS_LOG)
+        figures: dict[str, Any] = {"step": step, "global_batch_size": self.global_batch_size}
+        for line in metrics:
+            figures |= {key: line[key] for key in ("loss", "held_out_loss") if key in line}
+        with self.training.averaged() as unet:
+            pipeline = self._pipeline(unet)
+            pipeline.save_pretrained(folder)
+            self._sample_grid(pipeline).save(folder / "samples.png")
+            save_curves(metrics, folder / "curves.png")
+            if config.score_features is not None:
+                figures |= evaluate(
+                    pipeline,
+                    self.data,
+                    self.held_out,
+                    get_extractor(config.score_features, config.resolution),
+                    num_images=config.score_num_images,
+                    steps=config.ddpm_num_inference_steps,
+                    seed=config.seed,
+                    batch_size=_SAMPLING_BATCH_SIZE,
+                )
+            (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+            write_model_card(folder, config, unet, figures, shlex.join(["accelerate", "launch", *sys.argv]))
+            if config.push_to_hub:
+                self._push(pipeline)
+        return figures
+
+    def _pipeline(self, unet: torch.nn.Module) -> DIAUNetPipeline:
+        # DDIM gives good images in few steps; any other scheduler can be made from its configuration.
+        scheduler: SchedulerMixin = DDIMScheduler.from_config(self.scheduler.config)
+        return DIAUNetPipeline(unet, scheduler)
+
+    def _sample_grid(self, pipeline: DIAUNetPipeline) -> Image:
+        config = self.config
+        batches = sample_images(
+            pipeline, config.eval_batch_size, config.ddpm_num_inference_steps, config.seed, _SAMPLING_BATCH_SIZE
+        )
+        return image_grid(torch.cat(list(batches)))
+
+    def _push(self, pipeline: DIAUNetPipeline) -> None:
+        config = self.config
+        name = config.hub_model_id or self.folder.name
+        pipeline.push_to_hub(name, token=config.hub_token, private=config.hub_private_repo)

@@ -1,0 +1,147 @@
+"""What training changes: the weights, their moving average and the optimizer; to and from checkpoints."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .config import TrainingConfig
+from .errors import UsageError
+from .unet import DIAUNet2DModel
+
+
+class TrainingState:
+    """The model of a run and what updates it.
+
+    Args:
+        config (`TrainingConfig`): The run.
+        accelerator (`Accelerator`): Places the model and the optimizer.
+        unet (`DIAUNet2DModel`): The model to train.
+        total_steps (`int`): Length of the learning-rate schedule.
+
+    Attributes:
+        model: The model as `accelerator` wraps it; what the loss calls.
+        unet: The model itself.
+    """
+
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator, unet: DIAUNet2DModel, total_steps: int):
+        self.config = config
+        self.accelerator = accelerator
+        self.unet = unet.to(accelerator.device)
+        optimizer = torch.optim.AdamW(
+            unet.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+        self._lr_factor = _lr_factor(config, optimizer, total_steps)
+        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
+        self.ema = None
+        if config.use_ema:
+            self.ema = EMAModel(
+                unet.parameters(),
+                decay=config.ema_max_decay,
+                use_ema_warmup=True,
+                inv_gamma=config.ema_inv_gamma,
+                power=config.ema_power,
+                foreach=True,
+            )
+
+    def update(self, step: int) -> Tensor:
+        """Applies the gradients of step number `step`, counted from 1. Returns their norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.unet.parameters())
+        return norm
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step number `step`, counted from 1."""
+        return self.config.learning_rate * self._lr_factor(step - 1)
+
+    @contextmanager
+    def averaged(self) -> Iterator[DIAUNet2DModel]:
+        """The model in evaluation mode, with the averaged weights where there are any; restored on leaving."""
+        if self.ema is not None:
+            self.ema.store(self.unet.parameters())
+            self.ema.copy_to(self.unet.parameters())
+        self.unet.eval()
+        try:
+            yield self.unet
+        finally:
+            self.unet.train()
+            if self.ema is not None:
+                self.ema.restore(self.unet.parameters())
+
+    def is_finite(self) -> bool:
+        return all(torch.isfinite(tensor).all() for tensor in itertools.chain(*self._tensors().values()))
+
+    def to_checkpoint(self, state: dict[str, Any]) -> Checkpoint:
+        """All that is needed to go on, together with a JSON-ready `state` of the loop."""
+        scaler = self.accelerator.scaler
+        extra = {
+            "ema_steps": None if self.ema is None else self.ema.optimization_step,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        groups = {"unet": dict(self.unet.state_dict()), "optimizer": _optimizer_tensors(self.optimizer.optimizer)}
+        if self.ema is not None:
+            groups["ema"] = dict(self._named(self.ema.shadow_params))
+        return Checkpoint(groups, state | extra)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """The inverse of `to_checkpoint`."""
+        self.unet.load_state_dict(checkpoint.tensors["unet"])
+        _restore_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"])
+        if self.ema is not None:
+            for name, shadow in self._named(self.ema.shadow_params):
+                shadow.copy_(checkpoint.tensors["ema"][name])
+            self.ema.optimization_step = checkpoint.state["ema_steps"]
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+
+    def _named(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        return zip((name for name, _ in self.unet.named_parameters()), tensors, strict=True)
+
+    def _tensors(self) -> dict[str, list[Tensor]]:
+        shadows = [] if self.ema is None else self.ema.shadow_params
+        return {"unet": list(self.unet.parameters()), "ema": shadows}
+
+
+def _lr_factor(config: TrainingConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], float]:
+    """The learning rate at a step, as a share of its peak: a function, so that a resumed run needs no state of it."""
+    try:
+        schedule = get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=total_steps,
+        )
+    except ValueError as error:
+        raise UsageError(f"lr_scheduler '{config.lr_scheduler}' does not work here: {error}") from error
+    return schedule.lr_lambdas[0]
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer as flat tensors, named `<parameter number>.<quantity>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
