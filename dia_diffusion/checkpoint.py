@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,8 +50,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, total_limit
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _flush(folder)
-    except (OSError, RuntimeError) as error:
-        # safetensors reports a full disk as a plain error with the reason in its text.
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UsageError(
             f"the checkpoint of step {step} could not be written to '{folder}': {error}. Earlier checkpoints are "

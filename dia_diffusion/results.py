@@ -95,7 +95,8 @@ class RunResults:
         (self.folder / _SAMPLES).mkdir(exist_ok=True)
         grid.save(self.folder / _SAMPLES / f"step-{step:08d}.png")
         for tracker in self.training.accelerator.trackers:
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step)
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
 
     def finish(self, step: int) -> dict[str, Any]:
         """Saves the pipeline, samples.png, curves.png, metrics.json and the model card. Returns the figures."""

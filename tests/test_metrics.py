@@ -101,6 +101,11 @@ def test_fid_of_a_set_against_itself_is_zero(dim):
     assert 0 <= distance < 1e-4
 
 
+def test_fid_does_not_change_when_both_sets_move_together():
+    x, y = gaussian(300, 8), gaussian(300, 8, 1.1)
+    assert frechet_distance(x + 1e6, y + 1e6) == pytest.approx(frechet_distance(x, y), rel=1e-6)
+
+
 def test_kid_agrees_with_the_unbiased_mmd_written_out():
     x, y = gaussian(40, 6), gaussian(40, 6, 1.2, 0.3)
 
@@ -161,11 +166,14 @@ def test_precision_and_recall_of_the_paper_are_not_symmetric():
     assert precision_recall(generated, real) == (recall, precision)
 
 
-def test_twins_lie_within_balls_of_radius_zero():
+@pytest.mark.parametrize("dim", [19, 255, 440, 1350])
+def test_twins_lie_within_balls_of_radius_zero(dim):
     """Images that repeat more than k times have radius 0; rounding must not throw their copies out."""
-    few = 30 * torch.randn(40, 300)
-    assert precision_recall(few.repeat(6, 1), few.repeat(5, 1)) == (1, 1)
-    assert precision_recall(few.repeat(6, 1), few.repeat(5, 1) + 0.1) == (0, 0)
+    for count in range(10, 60, 7):
+        few = 30 * torch.randn(count, dim)
+        real, copies = few.repeat(6, 1)[torch.randperm(6 * count)], few.repeat(5, 1)[torch.randperm(5 * count)]
+        assert precision_recall(real, copies) == (1, 1)
+        assert precision_recall(real, copies + 0.1) == (0, 0)
 
 
 def test_manifold_of_a_tiny_set_reaches_to_its_last_neighbour():
@@ -178,6 +186,15 @@ def test_scores_of_a_set_against_itself(digits, extractor):
     assert result["fid"] == pytest.approx(0, abs=1e-6)
     assert result["kid_mean"] < 0.001
     assert (result["precision"], result["recall"]) == (1, 1)
+
+
+def test_scores_are_those_of_the_features_in_double_precision(digits, extractor):
+    generated, reference = digits["test"]["images"], digits["train"]["images"]
+    result = score([generated], [reference], extractor)
+    real, fake = extractor(reference).double(), extractor(generated).double()
+    assert result["fid"] == frechet_distance(real, fake)
+    assert (result["kid_mean"], result["kid_std"]) == kernel_distance(real, fake)
+    assert (result["precision"], result["recall"]) == precision_recall(real, fake)
 
 
 def test_result_is_ready_for_json(floor):

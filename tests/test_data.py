@@ -1,0 +1,193 @@
+"""Data against Pillow and numpy: what a file shows is what the model sees."""
+
+import collections
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dia_diffusion.data import (
+    EndlessShuffle,
+    find_image_column,
+    image_to_pixels,
+    load_dataset_splits,
+    load_digits_dataset,
+    prepare_pixels,
+    to_pixels,
+    to_unit_range,
+)
+from dia_diffusion.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(size=(12, 12), channels=3, seed=0):
+    shape = (size[1], size[0], channels) if channels > 1 else (size[1], size[0])
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def folder_of(path, images):
+    path.mkdir(parents=True, exist_ok=True)
+    for name, image in images.items():
+        image.save(path / name)
+    return path
+
+
+def test_digits_are_those_of_scikit_learn_and_the_split_is_fixed():
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    splits = load_digits_dataset()
+    assert {name: len(split) for name, split in splits.items()} == {"train": 1442, "test": 355}
+    train = prepare_pixels(splits["train"], 8, with_labels=True)
+    held_out = prepare_pixels(splits["test"], 8, with_labels=True)
+    rank = np.array([np.sum(source.target[:row] == label) for row, label in enumerate(source.target)])
+    for pixels, chosen in ((train, rank % 5 != 4), (held_out, rank % 5 == 4)):
+        batch = pixels.fetch(range(len(pixels)))
+        assert np.abs(batch["images"][:, 0].numpy() / 255 * 16 - source.images[chosen]).max() < 0.05
+        assert np.array_equal(batch["labels"].numpy(), source.target[chosen])
+    assert (train.channels, train.num_classes) == (1, 10)
+    counts = collections.Counter(held_out.fetch(range(355))["labels"].tolist())
+    assert set(counts.values()) <= {34, 35, 36, 37}
+
+
+def test_a_folder_with_classes(tmp_path):
+    root = tmp_path / "images"
+    for label, value in (("cats", 10), ("dogs", 200)):
+        folder_of(root / label, {f"{i}.png": Image.new("RGB", (10, 10), (value, i, 0)) for i in range(3)})
+    train, held_out = load_dataset_splits(train_data_dir=str(root))
+    assert held_out is None
+    pixels = prepare_pixels(train, 10, with_labels=True)
+    assert (len(pixels), pixels.channels, pixels.num_classes) == (6, 3, 2)
+    batch = pixels.fetch(range(6))
+    assert batch["labels"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch["images"][:, 0, 0, 0].tolist() == [10, 10, 10, 200, 200, 200]
+
+
+def test_channels_follow_the_data_or_the_option(tmp_path):
+    grey = folder_of(tmp_path / "grey", {"a.png": Image.new("L", (9, 9), 50)})
+    mixed = folder_of(tmp_path / "mixed", {"a.png": Image.new("L", (9, 9), 50), "b.jpg": Image.new("RGB", (9, 9))})
+    for path, asked, channels in ((grey, None, 1), (mixed, None, 3), (grey, 3, 3), (mixed, 1, 1)):
+        train, _ = load_dataset_splits(train_data_dir=str(path))
+        pixels = prepare_pixels(train, 8, channels=asked)
+        assert pixels.fetch([0])["images"].shape == (1, channels, 8, 8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_comes_out_as_pillow_converts_it(mode, channels):
+    image = Image.fromarray(picture()).convert(mode)
+    expected = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    pixels = image_to_pixels(image, 12, channels)
+    assert np.array_equal(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0), expected)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    deep = np.linspace(0, 65535, 144).reshape(12, 12).astype(np.uint16)
+    folder_of(tmp_path / "deep", {"a.png": Image.fromarray(deep)})
+    train, _ = load_dataset_splits(train_data_dir=str(tmp_path / "deep"))
+    pixels = prepare_pixels(train, 12)
+    assert pixels.channels == 1
+    assert np.abs(pixels.fetch([0])["images"][0, 0].numpy().astype(float) - deep / 257).max() <= 0.5
+
+
+def test_resizing_is_pillows_and_the_first_frame_of_an_animation_counts(tmp_path):
+    image = Image.fromarray(picture((40, 24)))
+    expected = np.asarray(image.resize((27, 16), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    assert np.array_equal(image_to_pixels(image, 16, 3), expected)
+    frames = [Image.new("L", (8, 8), value) for value in (7, 200)]
+    (tmp_path / "gif").mkdir()
+    frames[0].save(tmp_path / "gif" / "a.gif", save_all=True, append_images=frames[1:])
+    train, _ = load_dataset_splits(train_data_dir=str(tmp_path / "gif"))
+    assert (prepare_pixels(train, 8, channels=1).fetch([0])["images"] == 7).all()
+    assert image_to_pixels(Image.new("RGB", (1, 1), (1, 2, 3)), 4, 3)[:, 2, 2].tolist() == [1, 2, 3]
+
+
+def test_crops(tmp_path):
+    image = Image.fromarray(picture((30, 10)))
+    folder_of(tmp_path / "wide", {"a.png": image})
+    train, _ = load_dataset_splits(train_data_dir=str(tmp_path / "wide"))
+    pixels = prepare_pixels(train, 10)
+    whole = np.asarray(image).transpose(2, 0, 1)
+    assert np.array_equal(pixels.fetch([0])["images"][0], whole[:, :, 10:20])
+    assert np.array_equal(pixels.fetch([0], [(0.0, 1.0)])["images"][0], whole[:, :, 20:30])
+    centred = EndlessShuffle(pixels, 0, center_crop=True).__getitems__(range(8))["images"]
+    moving = EndlessShuffle(pixels, 0, center_crop=False).__getitems__(range(8))["images"]
+    assert (centred == centred[0]).all()
+    assert len({image.numpy().tobytes() for image in moving}) > 3
+
+
+def test_a_broken_image_is_named_or_skipped(tmp_path, capsys):
+    root = folder_of(tmp_path / "broken", {f"{i}.png": Image.fromarray(picture(seed=i)) for i in range(4)})
+    data = (root / "1.png").read_bytes()
+    (root / "1.png").write_bytes(data[: len(data) // 2])
+    (root / "2.png").write_bytes(b"not an image")
+    train, _ = load_dataset_splits(train_data_dir=str(root))
+    with pytest.raises(UsageError, match=r"1\.png' \(number 1 of the data set\) cannot be read"):
+        prepare_pixels(train, 8)
+    pixels = prepare_pixels(train, 8, on_bad_image="skip")
+    assert len(pixels) == 2
+    assert "2 of 4 images could not be read" in capsys.readouterr().out
+
+
+def test_prepared_pixels_are_found_again_and_follow_the_data(tmp_path):
+    root = folder_of(tmp_path / "images", {"a.png": Image.new("L", (8, 8), 1)})
+
+    def prepared():
+        train, _ = load_dataset_splits(train_data_dir=str(root), cache_dir=str(tmp_path / "data"))
+        return prepare_pixels(train, 8)
+
+    first, again = prepared(), prepared()
+    assert first.fingerprint == again.fingerprint
+    assert first.rows.cache_files == again.rows.cache_files != []
+    Image.new("L", (8, 8), 2).save(root / "b.png")
+    more = prepared()
+    assert more.fingerprint != first.fingerprint
+    assert len(more) == 2
+
+
+def test_endless_shuffle_is_a_function_of_seed_and_position():
+    pixels = prepare_pixels(load_digits_dataset()["test"], 8)
+    shuffle = EndlessShuffle(pixels, seed=3, center_crop=True)
+    size = len(pixels)
+    everything = shuffle.__getitems__(range(2 * size))["images"]
+    in_order = sorted(image.numpy().tobytes() for image in pixels.fetch(range(size))["images"])
+    for epoch in range(2):
+        images = everything[epoch * size : (epoch + 1) * size]
+        assert sorted(image.numpy().tobytes() for image in images) == in_order
+    assert not torch.equal(everything[:size], everything[size:])
+    assert torch.equal(EndlessShuffle(pixels, 3, True).__getitems__([500, 7])["images"], everything[[500, 7]])
+    assert not torch.equal(EndlessShuffle(pixels, 4, True).__getitems__(range(9))["images"], everything[:9])
+
+
+def test_pixel_range_round_trips():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_pixels(to_unit_range(levels)), levels)
+    assert to_unit_range(levels)[[0, 255]].tolist() == [-1, 1]
+    assert to_pixels(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_errors_say_what_to_do(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UsageError, match="cannot load images from"):
+        load_dataset_splits(train_data_dir=str(empty))
+    with pytest.raises(UsageError, match="is not a folder"):
+        load_dataset_splits(train_data_dir=str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="--dataset_name NAME"):
+        load_dataset_splits()
+    texts = datasets.Dataset.from_dict({"text": ["a"], "label": [0]})
+    with pytest.raises(UsageError, match=r"no column of images. Its columns are: text \(Value\)"):
+        prepare_pixels(texts, 8)
+    digits = load_digits_dataset()["test"]
+    with pytest.raises(UsageError, match="'photo' is not a column of images"):
+        find_image_column(digits, "photo")
+    with pytest.raises(UsageError, match="no labels to condition on"):
+        prepare_pixels(digits.remove_columns("label"), 8, with_labels=True)
+    with pytest.raises(UsageError, match="channels must be 1"):
+        prepare_pixels(digits, 8, channels=4)
