@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -38,6 +38,7 @@ class TrainingConfig:
     channels: int | None = _option(None, "1 (grey) or 3 (colour); by default as the images are.")
     center_crop: bool = _option(False, "Cut images that are not square in the middle, instead of at random.")
     random_flip: bool = _option(False, "Flip images horizontally at random.")
+    preserve_input_precision: bool = _option(False, "Keep 16 bits of images that have them, instead of 8.")
     on_bad_image: Literal["error", "skip"] = _option("error", "What to do about an image that cannot be read.")
     dataloader_num_workers: int = _option(0, "Processes that load data; 0 loads in the main process.")
 
@@ -113,9 +114,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            choices = get_args(item.type) if getattr(item.type, "__origin__", None) is Literal else ()
+            choices = get_args(item.type) if get_origin(item.type) is Literal else ()
             value = getattr(self, item.name)
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise UsageError(f"{item.name} must be one of {', '.join(choices)}, but is '{value}'.")
         positive = (
             "resolution train_batch_size eval_batch_size gradient_accumulation_steps num_epochs ddpm_num_steps "

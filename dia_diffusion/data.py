@@ -28,30 +28,31 @@ _DEFAULT_LABEL_COLUMNS = ("label", "labels", "fine_label")
 # Part of the cache key: raise it whenever the same image would give other pixels.
 _PREPROCESSING_VERSION = 1
 _HEADERS_READ_FOR_CHANNELS = 1000
+_DEEP_MODES = ("I", "I;16", "I;16B")
+_DTYPES = {8: np.uint8, 16: np.uint16}
 
 
 def load_digits_dataset() -> DatasetDict:
     """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships (UCI optdigits, test part), with labels.
 
-    Every fifth image of each class is held out as the split `test`: 1,442 images for training, 355 held out. The 17
-    grey levels of the source are spread over 0 to 255.
+    A fifth of the images, drawn at random with every class in proportion, is held out as the split `test`: 1,437 images
+    for training, 360 held out, always the same. The 17 grey levels of the source are spread over 0 to 255.
     """
     from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     features = datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in bunch.target_names])
     )
-    of_each_class = [np.flatnonzero(bunch.target == label) for label in range(len(bunch.target_names))]
-    held_out = np.zeros(len(pixels), dtype=bool)
-    held_out[np.concatenate([rows[4::5] for rows in of_each_class])] = True
+    train, held_out = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=bunch.target, random_state=0)
     return DatasetDict(
         {
             split: Dataset.from_dict(
                 {"image": [Image.fromarray(image) for image in pixels[rows]], "label": bunch.target[rows]}, features
             )
-            for split, rows in ((TRAIN_SPLIT, ~held_out), ("test", held_out))
+            for split, rows in ((TRAIN_SPLIT, np.sort(train)), ("test", np.sort(held_out)))
         }
     )
 
@@ -133,13 +134,15 @@ class PixelDataset:
         resolution (`int`): Height and width R of the images.
         channels (`int`): Number C of channels, 1 or 3.
         num_classes (`int`, *optional*): Number of classes; `None` without labels.
+        bits (`int`, *optional*, defaults to 8): 8 or 16 bits for a pixel.
     """
 
-    def __init__(self, rows: Dataset, resolution: int, channels: int, num_classes: int | None = None):
+    def __init__(self, rows: Dataset, resolution: int, channels: int, num_classes: int | None = None, bits: int = 8):
         self.rows = rows.with_format("arrow")
         self.resolution = resolution
         self.channels = channels
         self.num_classes = num_classes
+        self.dtype = _DTYPES[bits]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,15 +161,15 @@ class PixelDataset:
                 Where to cut an image that is not square, from 0 (top, left) to 1 (bottom, right); default the middle.
 
         Returns:
-            `dict`: `images`, uint8 of shape `(B, C, R, R)`, and `labels`, int64 of shape `(B,)`.
+            `dict`: `images`, uint8 or uint16 of shape `(B, C, R, R)`, and `labels`, int64 of shape `(B,)`.
         """
         table = self.rows[list(indices)]
         size, channels = self.resolution, self.channels
-        images = np.empty((len(indices), channels, size, size), dtype=np.uint8)
+        images = np.empty((len(indices), channels, size, size), dtype=self.dtype)
         for row, (data, width) in enumerate(
             zip(table["pixels"].to_pylist(), table["width"].to_pylist(), strict=True),
         ):
-            image = np.frombuffer(data, dtype=np.uint8).reshape(channels, -1, width)
+            image = np.frombuffer(data, dtype=self.dtype).reshape(channels, -1, width)
             down, across = (0.5, 0.5) if crops is None else crops[row]
             top = round(down * (image.shape[1] - size))
             left = round(across * (width - size))
@@ -180,7 +183,8 @@ class PixelDataset:
         """All images in order, or the first `limit` ones, as uint8 of shape `(B, C, R, R)`."""
         stop = len(self) if limit is None else min(limit, len(self))
         for start in range(0, stop, batch_size):
-            yield self.fetch(range(start, min(start + batch_size, stop)))["images"]
+            images = self.fetch(range(start, min(start + batch_size, stop)))["images"]
+            yield images if images.dtype == torch.uint8 else to_pixels(to_unit_range(images))
 
 
 class EndlessShuffle(torch.utils.data.Dataset):
@@ -220,6 +224,7 @@ def prepare_pixels(
     label_column: str | None = None,
     with_labels: bool = False,
     on_bad_image: str = "error",
+    bits: int = 8,
 ) -> PixelDataset:
     """Decodes every image of a data set once: the shorter side becomes `resolution` pixels, the rest stays to crop.
 
@@ -230,6 +235,7 @@ def prepare_pixels(
         image_column, label_column (`str`, *optional*): Names of columns, where they cannot be guessed.
         with_labels (`bool`, *optional*, defaults to `False`): Whether to keep the labels.
         on_bad_image (`str`, *optional*, defaults to `"error"`): `error` stops at a broken image, `skip` leaves it out.
+        bits (`int`, *optional*, defaults to 8): 16 keeps the precision of images that have 16 bits for a pixel.
     """
     if resolution < 1:
         raise UsageError(f"resolution must be at least 1, but is {resolution}.")
@@ -244,7 +250,7 @@ def prepare_pixels(
     if channels is None:
         channels = _count_channels(raw, image_column)
 
-    settings = (resolution, channels, image_column, label_column, on_bad_image, _PREPROCESSING_VERSION)
+    settings = (resolution, channels, image_column, label_column, on_bad_image, bits, _PREPROCESSING_VERSION)
     features = {"pixels": datasets.Value("large_binary"), "width": datasets.Value("int32")}
     if label_column:
         features["label"] = datasets.Value("int64")
@@ -260,6 +266,7 @@ def prepare_pixels(
             "label_column": label_column,
             "resolution": resolution,
             "channels": channels,
+            "bits": bits,
             "on_bad_image": on_bad_image,
         },
         new_fingerprint=Hasher.hash((dataset._fingerprint, settings)),
@@ -269,7 +276,7 @@ def prepare_pixels(
         raise UsageError("no image could be read.")
     if len(rows) < len(raw):
         print(f"{len(raw) - len(rows)} of {len(raw)} images could not be read and were left out.")
-    return PixelDataset(rows, resolution, channels, _count_classes(dataset, label_column, rows))
+    return PixelDataset(rows, resolution, channels, _count_classes(dataset, label_column, rows), bits)
 
 
 def _count_classes(dataset: Dataset, label_column: str | None, rows: Dataset) -> int | None:
@@ -280,7 +287,7 @@ def _count_classes(dataset: Dataset, label_column: str | None, rows: Dataset) ->
 
 
 def _count_channels(raw: Dataset, image_column: str) -> int:
-    grey_modes = {"1", "L", "LA", "I", "I;16", "I;16B", "F"}
+    grey_modes = {"1", "L", "LA", "F", *_DEEP_MODES}
     for index in range(min(len(raw), _HEADERS_READ_FOR_CHANNELS)):
         try:
             with _open(raw[index][image_column]) as image:
@@ -298,13 +305,14 @@ def _decode_batch(
     label_column: str | None,
     resolution: int,
     channels: int,
+    bits: int,
     on_bad_image: str,
 ) -> dict[str, list]:
     out = {"pixels": [], "width": []} | ({"label": []} if label_column else {})
     for position, (index, encoded) in enumerate(zip(indices, batch[image_column], strict=True)):
         try:
             with _open(encoded) as image:
-                pixels = image_to_pixels(image, resolution, channels)
+                pixels = image_to_pixels(image, resolution, channels, bits)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if on_bad_image == "skip":
                 continue
@@ -327,29 +335,31 @@ def _open(encoded: dict[str, Any] | None) -> Image.Image:
     return datasets.Image().decode_example(encoded)
 
 
-def image_to_pixels(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
-    """Pixels of one image: uint8 of shape `(channels, H, W)`, of which the shorter side is `resolution`.
+def image_to_pixels(image: Image.Image, resolution: int, channels: int, bits: int = 8) -> np.ndarray:
+    """Pixels of one image: uint8 or uint16 of shape `(channels, H, W)`, of which the shorter side is `resolution`.
 
     Sixteen-bit grey is scaled to eight bits, which Pillow's own conversion would clip; alpha is dropped; of an
     animation the first picture counts.
     """
-    if image.mode in ("I", "I;16", "I;16B"):
-        deep = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.rint(deep.clip(0, 65535) / 257).astype(np.uint8))
-    elif image.mode == "F":
+    if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save the image with 8 or 16 bits")
-    image = image.convert("L" if channels == 1 else "RGB")
     short = min(image.size)
-    width, height = (max(resolution, round(side * resolution / short)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image)
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    size = tuple(max(resolution, round(side * resolution / short)) for side in image.size)
+    if image.mode in _DEEP_MODES:
+        # Pillow resizes deep images only as floats.
+        deep = Image.fromarray(np.asarray(image).astype(np.float32).clip(0, 65535))
+        resized = np.asarray(deep.resize(size, Image.Resampling.BILINEAR) if size != image.size else deep)
+        pixels = np.repeat(resized[None], channels, axis=0) / (1 if bits == 16 else 257)
+        return np.rint(pixels).astype(_DTYPES[bits])
+    image = image.convert("L" if channels == 1 else "RGB")
+    pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR) if size != image.size else image)
+    pixels = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels if bits == 8 else pixels.astype(np.uint16) * 257
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 pixels to floats in [-1, 1], the range that diffusion models see."""
-    return images.float() / 127.5 - 1
+    """uint8 or uint16 pixels to floats in [-1, 1], the range that diffusion models see."""
+    return images.float() / (torch.iinfo(images.dtype).max / 2) - 1
 
 
 def to_pixels(images: Tensor) -> Tensor:

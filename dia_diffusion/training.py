@@ -184,6 +184,7 @@ def load_pixels(config: TrainingConfig) -> tuple[PixelDataset, PixelDataset | No
         "label_column": config.label_column,
         "with_labels": config.class_conditional,
         "on_bad_image": config.on_bad_image,
+        "bits": 16 if config.preserve_input_precision else 8,
     }
     data = prepare_pixels(train_split, config.resolution, config.channels, **settings)
     held_out = None

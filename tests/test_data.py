@@ -94,6 +94,12 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     pixels = prepare_pixels(train, 12)
     assert pixels.channels == 1
     assert np.abs(pixels.fetch([0])["images"][0, 0].numpy().astype(float) - deep / 257).max() <= 0.5
+    all_bits = prepare_pixels(train, 12, bits=16)
+    assert np.array_equal(all_bits.fetch([0])["images"][0, 0].numpy(), deep)
+    assert to_unit_range(all_bits.fetch([0])["images"]).unique().numel() > 140
+    assert torch.equal(next(all_bits.batches(1)), pixels.fetch([0])["images"])
+    shallow = np.asarray(Image.fromarray(picture((8, 8), 1)))
+    assert np.array_equal(image_to_pixels(Image.fromarray(shallow), 8, 1, bits=16)[0], shallow * np.uint16(257))
 
 
 def test_resizing_is_pillows_and_the_first_frame_of_an_animation_counts(tmp_path):

@@ -199,7 +199,7 @@ def test_scores_are_those_of_the_features_in_double_precision(digits, extractor)
 
 def test_result_is_ready_for_json(floor):
     assert set(floor) == KEYS
-    assert floor["num_images"] == 355
+    assert floor["num_images"] == 360
     assert floor["features"] == "digits"
     assert json.loads(json.dumps(floor, allow_nan=False)) == floor
     assert all(isinstance(floor[key], float) for key in KEYS - {"num_images", "features"})

@@ -1,0 +1,249 @@
+"""Training runs, small but real: what they leave, and that nothing changes how they go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dia_diffusion import DIAUNetPipeline
+from dia_diffusion.config import parse_arguments
+from dia_diffusion.errors import UsageError
+from dia_diffusion.training import train
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "block_out_channels": [32, 32],
+    "layers_per_block": 1,
+    "dia_hidden_size": 8,
+    "train_batch_size": 8,
+    "max_train_steps": 6,
+    "lr_warmup_steps": 2,
+    "eval_batch_size": 4,
+    "ddpm_num_inference_steps": 3,
+    "logging_steps": 2,
+    "validation_steps": 3,
+    "checkpointing_steps": 3,
+    "score_features": None,
+}
+
+
+def configure(folder, **options):
+    path = Path(folder).with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recipe = {"dataset_name": "digits", "resolution": 8, "use_ema": True, "learning_rate": 1e-3}
+    path.write_text(yaml.safe_dump(recipe | TINY | {"output_dir": str(folder)} | options))
+    return path
+
+
+def run(folder, **options):
+    config = parse_arguments(["--config", str(configure(folder, **options))])
+    figures = train(config)
+    return figures, losses(folder)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss"), line.get("held_out_loss")) for line in lines]
+
+
+def weights(folder, step=6):
+    path = Path(folder) / "checkpoints" / f"step-{step:08d}"
+    return {f"{file.stem}.{k}": v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same_weights(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        if tolerance:
+            torch.testing.assert_close(tensor, b[name], **tolerance, msg=name)
+        else:
+            assert torch.equal(tensor, b[name]), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "undisturbed"
+    figures, lines = run(
+        folder, class_conditional=True, dropout=0.1, random_flip=True, score_features="digits", score_num_images=10
+    )
+    return folder, figures, lines
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    folder, figures, lines = undisturbed
+    expected = "model_index.json unet scheduler README.md samples.png curves.png metrics.json metrics.jsonl checkpoints"
+    assert set(expected.split()) <= {path.name for path in folder.iterdir()}
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+    assert json.loads((folder / "metrics.json").read_text()) == figures
+    scores = {"fid", "kid_mean", "kid_std", "precision", "recall", "num_images", "features"}
+    assert scores | {"floor", "step", "loss", "held_out_loss", "global_batch_size"} == set(figures)
+    assert scores == set(figures["floor"])
+    assert figures["num_images"] == 10
+    assert [line[0] for line in lines] == [2, 3, 4, 6, 6]
+    assert figures["held_out_loss"] == lines[-1][2]
+    pipeline = DIAUNetPipeline.from_pretrained(folder)
+    assert pipeline.null_class == 10
+    assert len(pipeline(batch_size=2, num_inference_steps=2, class_labels=[1, 2]).images) == 2
+
+
+def test_the_pipeline_holds_the_averaged_weights(undisturbed):
+    folder, _, _ = undisturbed
+    saved = weights(folder)
+    unet = DIAUNetPipeline.from_pretrained(folder).unet.state_dict()
+    assert all(torch.equal(unet[name], saved[f"ema.{name}"]) for name in unet)
+    assert any(not torch.equal(unet[name], saved[f"unet.{name}"]) for name in unet)
+
+
+def test_the_model_card_can_be_read_by_the_hub(undisturbed):
+    from huggingface_hub import ModelCard
+
+    folder, figures, _ = undisturbed
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.datasets == ["digits"]
+    assert {result.metric_value for result in card.data.eval_results} >= {figures["fid"]}
+    assert "samples.png" in card.text
+
+
+def test_training_lowers_the_loss(tmp_path):
+    figures, lines = run(
+        tmp_path / "run",
+        max_train_steps=120,
+        checkpointing_steps=1000,
+        validation_steps=60,
+        train_batch_size=32,
+        logging_steps=20,
+    )
+    trained = [loss for _, loss, _ in lines if loss]
+    held_out = [loss for _, _, loss in lines if loss]
+    assert trained[-1] < 0.5 * trained[0]
+    assert held_out[-1] < held_out[0] < 1
+
+
+def test_resuming_gives_the_same_run_bit_for_bit(undisturbed, tmp_path):
+    folder, _, lines = undisturbed
+    options = {"class_conditional": True, "dropout": 0.1, "random_flip": True}
+    run(tmp_path / "run", **options, max_train_steps=4, lr_scheduler="constant_with_warmup", checkpointing_steps=4)
+    constant, _ = run(tmp_path / "whole", **options, lr_scheduler="constant_with_warmup"), None
+    _, resumed = run(
+        tmp_path / "run",
+        **options,
+        lr_scheduler="constant_with_warmup",
+        resume_from_checkpoint="latest",
+        checkpointing_steps=4,
+    )
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    whole = [line for line in constant[1] if line[1] is not None]
+    assert [line for line in resumed if line[1] is not None] == whole
+
+
+def test_accumulation_gives_the_same_losses(tmp_path):
+    _, whole = run(tmp_path / "whole", use_ema=False, class_conditional=True, random_flip=True)
+    _, parts = run(
+        tmp_path / "parts",
+        use_ema=False,
+        class_conditional=True,
+        random_flip=True,
+        train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    assert [a[:2] for a in parts if a[1]] == [(s, pytest.approx(loss, rel=1e-4)) for s, loss, _ in whole if loss]
+
+
+def launch(*arguments, **kwargs):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **kwargs
+    )
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    _, one = run(tmp_path / "one", train_batch_size=8)
+    config = configure(tmp_path / "two", train_batch_size=4)
+    process = launch(
+        "--cpu", "--num_processes", "2", "--main_process_port", "0", "train_unet.py", "--config", str(config)
+    )
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, output + errors
+    for (step, loss, held_out), expected in zip(losses(tmp_path / "two"), one, strict=True):
+        assert (step, loss, held_out) == (
+            expected[0],
+            pytest.approx(expected[1], rel=1e-4),
+            pytest.approx(expected[2], rel=1e-4),
+        )
+    assert (tmp_path / "two" / "samples.png").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, signum):
+    config = configure(tmp_path / "run", max_train_steps=100_000, checkpointing_steps=100_000, logging_steps=1)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_unet.py"), "--config", str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, errors
+    assert "--resume_from_checkpoint latest goes on" in errors
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert len(weights(tmp_path / "run", int(checkpoint.name[5:]))) > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UsageError, match=r"at step \d+ the loss is .* at learning rate"):
+        run(
+            tmp_path / "run",
+            learning_rate=1e30,
+            max_train_steps=20,
+            lr_scheduler="constant",
+            lr_warmup_steps=0,
+            adam_weight_decay=1e10,
+            logging_steps=1,
+            checkpointing_steps=1,
+        )
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        saved = weights(tmp_path / "run", int(checkpoint.name[5:]))
+        assert all(torch.isfinite(tensor).all() for name, tensor in saved.items() if name.startswith("unet"))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_prediction_types_and_schedules(tmp_path, kind):
+    run(
+        tmp_path / "run",
+        prediction_type=kind,
+        ddpm_beta_schedule="squaredcos_cap_v2",
+        mixed_precision="bf16",
+        max_train_steps=2,
+        dia_attention="se",
+        lr_scheduler="linear",
+    )
+    assert DIAUNetPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type == kind
+
+
+def test_errors_say_what_to_do(undisturbed, tmp_path):
+    folder, _, _ = undisturbed
+    with pytest.raises(UsageError, match="already holds a run"):
+        run(folder)
+    with pytest.raises(UsageError, match=r"another experiment: .*seed is 1, was 0"):
+        run(folder, seed=1, class_conditional=True, dropout=0.1, random_flip=True, resume_from_checkpoint="latest")
+    with pytest.raises(UsageError, match="not a usable checkpoint"):
+        run(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="unknown ddpm_beta_schedule 'cosine'"):
+        run(tmp_path / "run", ddpm_beta_schedule="cosine")
+    with pytest.raises(UsageError, match="lr_scheduler 'steps' does not work"):
+        run(tmp_path / "run", lr_scheduler="steps")
