@@ -80,8 +80,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_sampling_options(parser: argparse.ArgumentParser, num_images: int) -> None:
     parser.add_argument("--num_images", type=int, default=num_images, help=f"how many (default: {num_images})")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
-    parser.add_argument("--scheduler", help="sampler, for example ddim, ddpm or dpm; by default the pipeline's own")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
+    parser.add_argument(
+        "--scheduler", help="sampler, for example dpm_sde, dpm, ddim or ddpm; by default the pipeline's own"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default: 0)")
     parser.add_argument("--batch_size", type=int, default=250, help="images at a time (default: 250)")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default: 1, none)")
@@ -138,7 +140,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         pipeline,
         train,
         held_out,
-        get_extractor(options.features, unet.sample_size),
+        get_extractor(options.features, unet.sample_size, unet.in_channels),
         metrics,
         options.num_images,
         options.steps,
@@ -155,12 +157,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _load_pipeline(options: argparse.Namespace) -> "DiffusionPipeline":
     import torch
 
-    from .sampling import load_pipeline, set_scheduler
+    from .sampling import load_pipeline, make_scheduler
 
     pipeline = load_pipeline(options.model)
     if options.scheduler is not None:
-        set_scheduler(pipeline, options.scheduler)
-    return pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pipeline.scheduler = make_scheduler(options.scheduler, pipeline.scheduler.config)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 if __name__ == "__main__":

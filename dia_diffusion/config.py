@@ -68,7 +68,7 @@ class TrainingConfig:
     # Diffusion
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = _option("epsilon", "What the model predicts.")
     ddpm_num_steps: int = _option(1000, "Timesteps of the noise schedule.")
-    ddpm_num_inference_steps: int = _option(50, "Denoising steps for the samples of a run.")
+    ddpm_num_inference_steps: int = _option(25, "Denoising steps for the samples of a run.")
     ddpm_beta_schedule: str = _option("linear", "linear, scaled_linear, squaredcos_cap_v2 (cosine) or sigmoid.")
 
     # Optimisation

@@ -79,13 +79,14 @@ def held_out_loss(
     training = unet.training
     unet.eval()
     count = min(limit, len(dataset))
+    shape = (count, dataset.channels, dataset.resolution, dataset.resolution)
+    all_noise = torch.randn(shape, generator=torch.Generator().manual_seed(step_seed(0, 0)))
     total = 0.0
     for start in range(0, count, batch_size):
         batch = dataset.fetch(range(start, min(start + batch_size, count)))
         images = to_unit_range(batch["images"]).to(device)
         labels = batch["labels"].to(device) if "labels" in batch else None
-        generator = torch.Generator().manual_seed(step_seed(0, start))
-        noise = torch.randn(images.shape, generator=generator).to(device)
+        noise = all_noise[start : start + len(images)].to(device)
         # A stride coprime to the count shuffles the timesteps over the images.
         order = (torch.arange(start, start + len(images)) * 7919) % count
         timesteps = ((order + 0.5) / count * scheduler.config.num_train_timesteps).long().to(device)

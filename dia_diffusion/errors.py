@@ -1,5 +1,16 @@
-"""The one exception that means: the input was wrong, and the message says what to do about it."""
+"""Exceptions whose messages say what was wrong and what to do about it."""
 
 
 class UsageError(ValueError):
     """A mistake that the caller can correct. Command lines print its message alone and exit with status 2."""
+
+
+class NotFiniteError(UsageError):
+    """Training has diverged: a loss, a gradient or a weight is not a finite number."""
+
+    def __init__(self, step: int, what: str, learning_rate: float):
+        super().__init__(
+            f"at step {step} {what}, at learning rate {learning_rate:.3g}: training has diverged. Try a lower "
+            "--learning_rate, more --lr_warmup_steps or --mixed_precision no. Checkpoints hold finite weights only; "
+            "--resume_from_checkpoint latest goes on from the last."
+        )

@@ -21,7 +21,7 @@ def evaluate(
     extractor: FeatureExtractor,
     metrics: Sequence[str] = METRICS,
     num_images: int = 2000,
-    steps: int = 50,
+    steps: int = 25,
     seed: int = 0,
     batch_size: int = 64,
     guidance_scale: float = 1.0,

@@ -41,9 +41,7 @@ def score(
     Raises:
         UsageError: if there is no metric of some name, or there are fewer than 2 images on a side.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise UsageError(f"there is no metric named '{unknown[0]}'; choose from: {', '.join(METRICS)}.")
+    check_metrics(metrics)
     fake = _extract(generated, extractor, "generated")
     real = _extract(reference, extractor, "reference")
 
@@ -58,6 +56,13 @@ def score(
         "num_images": len(fake),
         "features": extractor.name,
     }
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuses names that are not in `METRICS`; for callers that have work to do before they score."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UsageError(f"there is no metric named '{unknown[0]}'; choose from: {', '.join(METRICS)}.")
 
 
 def _extract(batches: Iterable[Tensor], extractor: FeatureExtractor, side: str) -> Tensor:

@@ -18,6 +18,7 @@ def write_model_card(
     """Writes `folder/README.md` from a finished run's configuration and figures (those of metrics.json)."""
     data = config.dataset_name or Path(config.train_data_dir).name
     scores = figures.get("features") is not None
+    details = f" ({figures['features']} features, {figures['num_images']} images)" if scores else ""
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
@@ -30,7 +31,7 @@ def write_model_card(
                 dataset_type=data,
                 dataset_name=data,
                 metric_type=key,
-                metric_name=f"{title} ({figures['features']} features, {figures['num_images']} images)",
+                metric_name=title + details,
                 metric_value=figures[key],
             )
             for key, title in (_SCORE_NAMES if scores else {"held_out_loss": "Held-out loss"}).items()

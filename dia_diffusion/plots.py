@@ -11,14 +11,16 @@ from torch import Tensor
 
 _SMALLEST_TILE = 56
 _GAP = 2
+_MOST_COLUMNS = 20
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """A picture of uint8 images `(B, C, H, W)` side by side; small ones are enlarged without smoothing.
 
-    `columns` is by default about the square root of B.
+    `columns` is by default about the square root of B, and also where it would be more than 20.
     """
-    columns = columns or math.ceil(math.sqrt(len(images)))
+    if columns is None or columns > _MOST_COLUMNS:
+        columns = math.ceil(math.sqrt(len(images)))
     factor = max(1, -(-_SMALLEST_TILE // images.shape[-1]))
     tiles = []
     for image in images.numpy():

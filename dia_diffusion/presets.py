@@ -17,13 +17,16 @@ def default_architecture(resolution: int) -> dict[str, Any]:
     Up to 16 pixels a small UNet without self-attention; up to 32 the DDPM of CIFAR-10 (Ho et al. 2020, appendix B);
     above, the six levels of diffusers' `train_unconditional.py`.
     """
+    groups = {}
     if resolution <= 16:
         widths, attending = (32, 64), ()
+        # With as many groups as channels the normalisation would take the time embedding out again.
+        groups = {"norm_num_groups": 8}
     elif resolution <= 32:
         widths, attending = (128, 256, 256, 256), (1,)
     else:
         widths, attending = (128, 128, 256, 256, 512, 512), (4,)
-    return {"block_out_channels": widths, "layers_per_block": 2} | _block_types(len(widths), attending)
+    return {"block_out_channels": widths, "layers_per_block": 2} | groups | _block_types(len(widths), attending)
 
 
 def _block_types(levels: int, attending: tuple[int, ...] = ()) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler
 from PIL.Image import Image
 
 from .config import TrainingConfig, save_config
@@ -21,8 +21,9 @@ from .features import get_extractor
 from .model_card import write_model_card
 from .pipelines import DIAUNetPipeline
 from .plots import image_grid, read_metrics, save_curves
-from .sampling import sample_images
+from .sampling import DEFAULT_SCHEDULER, make_scheduler, sample_images
 from .training_state import TrainingState
+from .unet import DIAUNet2DModel
 
 CHECKPOINTS = "checkpoints"
 METRICS_LOG = "metrics.jsonl"
@@ -115,7 +116,7 @@ class RunResults:
                     pipeline,
                     self.data,
                     self.held_out,
-                    get_extractor(config.score_features, config.resolution),
+                    get_extractor(config.score_features, config.resolution, self.data.channels),
                     num_images=config.score_num_images,
                     steps=config.ddpm_num_inference_steps,
                     seed=config.seed,
@@ -127,17 +128,16 @@ class RunResults:
                 self._push(pipeline)
         return figures
 
-    def _pipeline(self, unet: torch.nn.Module) -> DIAUNetPipeline:
-        # DDIM gives good images in few steps; any other scheduler can be made from its configuration.
-        scheduler: SchedulerMixin = DDIMScheduler.from_config(self.scheduler.config)
-        return DIAUNetPipeline(unet, scheduler)
+    def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:
+        return DIAUNetPipeline(unet, make_scheduler(DEFAULT_SCHEDULER, self.scheduler.config))
 
     def _sample_grid(self, pipeline: DIAUNetPipeline) -> Image:
         config = self.config
         batches = sample_images(
             pipeline, config.eval_batch_size, config.ddpm_num_inference_steps, config.seed, _SAMPLING_BATCH_SIZE
         )
-        return image_grid(torch.cat(list(batches)))
+        # A class-conditional pipeline takes its classes in turn: one column for each.
+        return image_grid(torch.cat(list(batches)), columns=self.data.num_classes)
 
     def _push(self, pipeline: DIAUNetPipeline) -> None:
         config = self.config

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import UsageError
+from .errors import NotFiniteError
 from .plots import read_metrics
 
 
@@ -72,7 +72,7 @@ class RunLog:
         """Reads what the device has computed since the last time, averaged over the processes.
 
         Raises:
-            UsageError: at a loss or a gradient that is not finite, with its step.
+            NotFiniteError: at a loss or a gradient that is not finite, with its step.
         """
         if not self._unread:
             return
@@ -81,7 +81,8 @@ class RunLog:
         self._unread = []
         for number, (loss, norm) in enumerate(figures, first):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NotFiniteError(number, loss, norm, learning_rate)
+                what = f"the loss is {loss} and the norm of the gradient {norm}"
+                raise NotFiniteError(number, what, learning_rate)
         self._losses += [loss for loss, _ in figures]
 
     @property
@@ -103,14 +104,3 @@ class RunLog:
         (before, then), now = self._mark, time.monotonic()
         self._mark = (step, now)
         return round((step - before) * self.batch_size / max(now - then, 1e-9), 1)
-
-
-class NotFiniteError(UsageError):
-    """The loss or the gradient is not a finite number."""
-
-    def __init__(self, step: int, loss: float, norm: float, learning_rate: float):
-        self.step = step
-        super().__init__(
-            f"at step {step} the loss is {loss} and the gradient norm {norm}, at learning rate {learning_rate:.3g}: "
-            "training has diverged. Try a lower --learning_rate, more --lr_warmup_steps, or --mixed_precision no."
-        )

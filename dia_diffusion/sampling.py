@@ -1,43 +1,47 @@
 """Many images from a pipeline, each a function of the seed and its number alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .errors import UsageError
 from .pipelines import DIAUNetPipeline
 
-SCHEDULERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpm": "DPMSolverMultistepScheduler",
-    "dpm_singlestep": "DPMSolverSinglestepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "deis": "DEISMultistepScheduler",
-    "kdpm2": "KDPM2DiscreteScheduler",
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm_singlestep": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis"}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
 }
+DEFAULT_SCHEDULER = "dpm_sde"
 
 
-def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
-    """Replaces the scheduler of a pipeline by the one of this short name, with the same noise schedule.
+def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
+    """The scheduler of this short name, with the noise schedule and the prediction type of a configuration.
 
     Raises:
         UsageError: for an unknown name; lists those known.
     """
     if name not in SCHEDULERS:
         raise UsageError(f"unknown scheduler '{name}'. Choose one of: {', '.join(SCHEDULERS)}.")
-    pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipeline.scheduler.config)
+    class_name, options = SCHEDULERS[name]
+    return getattr(diffusers, class_name).from_config(config, **options)
 
 
 def load_pipeline(name_or_path: str) -> DiffusionPipeline:

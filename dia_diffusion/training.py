@@ -1,5 +1,6 @@
 """The training loop."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -46,6 +47,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         log_with=config.logger,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
     )
+    _check_processes(accelerator)
     scheduler = make_noise_scheduler(config)
     with accelerator.main_process_first():
         data, held_out = load_pixels(config)
@@ -86,6 +88,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
             if step % config.checkpointing_steps == 0 or step == total_steps or stopping:
                 log.read(step, training.learning_rate(step))
                 if accelerator.is_main_process:
+                    training.check_finite(step)
                     state = {"step": step, "pending_losses": log.pending, "config": record}
                     parts = training.to_checkpoint(state)
                     save_checkpoint(folder / CHECKPOINTS, step, parts, config.checkpoints_total_limit)
@@ -172,6 +175,16 @@ def _make_loader(
 
 def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    """Processes that do not know of each other would write over each other's files."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UsageError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. For several "
+            "processes on a CPU set ACCELERATE_USE_CPU=1 in the environment of torchrun."
+        )
 
 
 def load_pixels(config: TrainingConfig) -> tuple[PixelDataset, PixelDataset | None]:

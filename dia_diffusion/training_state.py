@@ -1,6 +1,5 @@
 """What training changes: the weights, their moving average and the optimizer; to and from checkpoints."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .config import TrainingConfig
-from .errors import UsageError
+from .errors import NotFiniteError, UsageError
 from .unet import DIAUNet2DModel
 
 
@@ -85,8 +84,15 @@ class TrainingState:
             if self.ema is not None:
                 self.ema.restore(self.unet.parameters())
 
-    def is_finite(self) -> bool:
-        return all(torch.isfinite(tensor).all() for tensor in itertools.chain(*self._tensors().values()))
+    def check_finite(self, step: int) -> None:
+        """Makes sure that no checkpoint holds weights that are not finite.
+
+        Raises:
+            NotFiniteError: if there are any after step number `step`.
+        """
+        shadows = [] if self.ema is None else self.ema.shadow_params
+        if not all(torch.isfinite(tensor).all() for tensor in (*self.unet.parameters(), *shadows)):
+            raise NotFiniteError(step, "the weights are not finite", self.learning_rate(step))
 
     def to_checkpoint(self, state: dict[str, Any]) -> Checkpoint:
         """All that is needed to go on, together with a JSON-ready `state` of the loop."""
@@ -113,10 +119,6 @@ class TrainingState:
 
     def _named(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
         return zip((name for name, _ in self.unet.named_parameters()), tensors, strict=True)
-
-    def _tensors(self) -> dict[str, list[Tensor]]:
-        shadows = [] if self.ema is None else self.ema.shadow_params
-        return {"unet": list(self.unet.parameters()), "ema": shadows}
 
 
 def _lr_factor(config: TrainingConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], float]:

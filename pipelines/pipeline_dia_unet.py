@@ -46,7 +46,7 @@ class DIAUNetPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        num_inference_steps: int = 50,
+        num_inference_steps: int = 25,
         generator: torch.Generator | list[torch.Generator] | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         guidance_scale: float = 1.0,
@@ -62,7 +62,7 @@ class DIAUNetPipeline(DiffusionPipeline):
 
         Args:
             batch_size (`int`, *optional*, defaults to 1): The number of images to generate.
-            num_inference_steps (`int`, *optional*, defaults to 50): The number of denoising steps.
+            num_inference_steps (`int`, *optional*, defaults to 25): The number of denoising steps.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator for the batch, or one for each image; with the latter an image does not depend on the
                 others in its batch.

@@ -83,6 +83,7 @@ def test_held_out_loss_is_the_same_each_time_and_for_each_batch_size():
     loss = held_out_loss(unet, scheduler, data, batch_size=360)
     assert unet.training
     assert held_out_loss(unet, scheduler, data, batch_size=360) == loss
+    assert held_out_loss(unet, scheduler, data, batch_size=100) == pytest.approx(loss, rel=1e-6)
     assert abs(loss - 1) < 0.02
     # Each part of the schedule is seen equally often.
     histogram = torch.histc(steps[0].float(), bins=5, min=0, max=1000)

@@ -16,7 +16,7 @@ from diffusers import (
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sampling import SCHEDULERS, image_generators, load_pipeline, sample_images, set_scheduler
+from dia_diffusion.sampling import SCHEDULERS, image_generators, load_pipeline, make_scheduler, sample_images
 
 TINY = {
     "sample_size": 8,
@@ -98,7 +98,7 @@ def test_callback_changes_latents_and_can_interrupt():
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_an_image_depends_on_its_seed_alone(name):
     pipe = pipeline(num_class_embeds=3)
-    set_scheduler(pipe, name)
+    pipe.scheduler = make_scheduler(name, pipe.scheduler.config)
     one = torch.cat(list(sample_images(pipe, 5, 4, seed=1, batch_size=5)))
     split = torch.cat(list(sample_images(pipe, 5, 4, seed=1, batch_size=2)))
     assert one.dtype == torch.uint8
@@ -145,7 +145,7 @@ def test_errors_say_what_to_do(tmp_path):
         (lambda: conditional(class_labels=5), "must lie between 0 and 2"),
         (lambda: conditional(batch_size=2, class_labels=[1]), "1 class_labels were given for a batch of 2"),
         (lambda: DIAUNetPipeline(pipe.unet, FlowMatchEulerDiscreteScheduler())(), "no prediction_type"),
-        (lambda: set_scheduler(pipe, "best"), "ddpm, ddim"),
+        (lambda: make_scheduler("best", {}), "ddpm, ddim"),
         (lambda: next(sample_images(pipe, 0, 1)), "num_images must be at least 1"),
         (lambda: next(sample_images(pipe, 1, 1, class_label=1)), "class-conditional pipeline, which this is not"),
         (lambda: load_pipeline(str(tmp_path)), "has no model_index.json"),

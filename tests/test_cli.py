@@ -1,0 +1,127 @@
+"""The command lines as a user meets them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
+from dia_diffusion.cli import main, train_main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from diffusers import DDIMScheduler
+
+    folder = tmp_path_factory.mktemp("model")
+    unet = DIAUNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        num_class_embeds=11,
+    )
+    # Makes the class matter as it does in a trained model.
+    for block in [module for module in unet.modules() if hasattr(module, "time_emb_proj")]:
+        torch.nn.init.normal_(block.time_emb_proj.weight)
+    DIAUNetPipeline(unet, DDIMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+def images_in(folder):
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))]
+
+
+def test_sample_writes_numbered_images_and_a_grid(model, tmp_path):
+    options = ["--steps", "2", "--num_images", "5", "--seed", "3"]
+    assert main(["sample", model, *options, "--output_dir", str(tmp_path / "a")]) == 0
+    assert main(["sample", model, *options, "--output_dir", str(tmp_path / "b"), "--batch_size", "2"]) == 0
+    expected = ["00000.png", "00001.png", "00002.png", "00003.png", "00004.png", "grid.png"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == expected
+    for one, other in zip(images_in(tmp_path / "a"), images_in(tmp_path / "b"), strict=True):
+        assert one.shape == (8, 8)
+        assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def test_sample_takes_a_class_and_a_scheduler(model, tmp_path):
+    for name, options in {
+        "any": [],
+        "four": ["--class_label", "4"],
+        "dpm": ["--scheduler", "dpm"],
+        "guided": ["--class_label", "4", "--guidance_scale", "3"],
+    }.items():
+        options = [*options, "--steps", "3", "--num_images", "2", "--output_dir", str(tmp_path / name)]
+        assert main(["sample", model, *options]) == 0
+    pictures = {name: np.stack(images_in(tmp_path / name)).tobytes() for name in ("any", "four", "dpm", "guided")}
+    assert len(set(pictures.values())) == 4
+
+
+def test_evaluate_prints_a_table_and_writes_the_keys_of_the_contract(model, tmp_path, capsys):
+    output = tmp_path / "deep" / "metrics.json"
+    options = ["--num_images", "20", "--steps", "2", "--output", str(output), "--metrics", "fid,kid"]
+    assert main(["evaluate", model, *options]) == 0
+    scores = json.loads(output.read_text())
+    assert set(scores) == {"fid", "kid_mean", "kid_std", "precision", "recall", "num_images", "features", "floor"}
+    assert scores["precision"] is None
+    assert scores["floor"]["num_images"] == 360
+    assert 0 < scores["floor"]["fid"] < scores["fid"]
+    assert f"| fid | {scores['fid']:.4f} | {scores['floor']['fid']:.4f} |" in capsys.readouterr().out
+
+
+def lonely(tmp_path):
+    """A folder of 10x10 images, and one without any."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (10, 10)).save(tmp_path / "images" / "a.png")
+    return str(tmp_path / "images"), str(tmp_path / "empty")
+
+
+def test_mistakes_end_with_status_2_and_a_line_that_says_what_to_do(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, empty = lonely(tmp_path)
+    cases = [
+        (train_main, ["--dia_attention", "sse"], "Choose one of: lstm, se"),
+        (train_main, ["--dia_sharing", "block"], "Use sharing 'network' or 'level'"),
+        (
+            train_main,
+            ["--train_data_dir", images, "--resolution", "10", "--block_out_channels", "32", "32", "32"],
+            "choose a multiple of 4",
+        ),
+        (train_main, ["--train_data_dir", empty], "cannot load images from"),
+        (train_main, ["--dataset_name", "no/such_data"], "cannot load images from 'no/such_data'"),
+        (train_main, ["--train_data_dir", images, "--image_column", "photo"], "Its columns are: image (Image)"),
+        (main, ["sample", empty], "has no model_index.json"),
+        (main, ["sample", "no/such_model"], "cannot load a pipeline from 'no/such_model'"),
+        (main, ["sample", model, "--scheduler", "fast"], "Choose one of: ddpm"),
+        (main, ["sample", model, "--class_label", "12"], "must lie between 0 and 10"),
+        (main, ["sample", model, "--device", "cuda:99"], "cuda:99"),
+        (main, ["evaluate", model, "--metrics", "fiddle"], "choose from: fid"),
+        (main, ["evaluate", model, "--features", "inception9"], "digits"),
+        (main, ["evaluate", model, "--dataset", empty], "cannot load images from"),
+    ]
+    for function, arguments, words in cases:
+        assert function(arguments) == 2, arguments
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ") or words in line]
+        assert len(errors) == 1, arguments
+        assert words in errors[0]
+        assert len(errors[0]) < 400
+
+
+def test_no_traceback_reaches_the_user():
+    run = subprocess.run(
+        [sys.executable, "-m", "dia_diffusion.cli", "sample", "nowhere"], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: cannot load a pipeline from 'nowhere'")
