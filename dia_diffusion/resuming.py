@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from .checkpoint import Checkpoint, find_latest, load_checkpoint
 from .config import MAY_CHANGE, TrainingConfig
 from .errors import UsageError
@@ -19,19 +21,21 @@ def find_checkpoint_to_resume(config: TrainingConfig, record: dict[str, Any]) ->
     Raises:
         UsageError: if the checkpoint is damaged, or belongs to another experiment.
     """
+    say = PartialState().print
     if config.resume_from_checkpoint is None:
         return None
     if config.resume_from_checkpoint == "latest":
         path, remarks = find_latest(Path(config.output_dir) / CHECKPOINTS)
-        print(*remarks, sep="\n", end="\n" if remarks else "")
+        for remark in remarks:
+            say(remark)
         if path is None:
-            print(f"no checkpoint in '{config.output_dir}' to resume from: starting anew.")
+            say(f"no checkpoint in '{config.output_dir}' to resume from: starting anew.")
             return None
     else:
         path = Path(config.resume_from_checkpoint)
     checkpoint = load_checkpoint(path)
     check_same_experiment(checkpoint.state["config"], record)
-    print(f"resuming from {path} at step {checkpoint.state['step']}.")
+    say(f"resuming from {path} at step {checkpoint.state['step']}.")
     return checkpoint
 
 
@@ -45,7 +49,7 @@ def check_same_experiment(before: dict[str, Any], now: dict[str, Any]) -> None:
     refused = {name: change for name, change in changed.items() if name not in MAY_CHANGE}
     for name, (old, new) in changed.items():
         if name not in refused and not name.startswith("resume"):
-            print(f"resuming with another {name}: {new}, before {old}.")
+            PartialState().print(f"resuming with another {name}: {new}, before {old}.")
     if refused:
         lines = "; ".join(f"{name} is {new}, was {old}" for name, (old, new) in refused.items())
         raise UsageError(

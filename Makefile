@@ -1,0 +1,33 @@
+# Two targets do everything, set-up included: `make demo` and `make test`. Both are quick when run again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/digits
+# What accelerate would otherwise assume, with a warning for each.
+ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	@test -f $(DEMO)/metrics.json || $(BIN)/accelerate launch $(ONE_PROCESS) train_unet.py --resume_from_checkpoint latest
+	@test -f $(DEMO)/images/grid.png || $(BIN)/dia sample $(DEMO) --num_images 100 --output_dir $(DEMO)/images
+	@echo "Digits from the trained model: $(DEMO)/samples.png (one column a digit), $(DEMO)/images/"
+	@echo "Training curves: $(DEMO)/curves.png. Scores: $(DEMO)/metrics.json. Model card: $(DEMO)/README.md"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The marker is written last, so that an installation that was cut off starts again.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
