@@ -46,6 +46,10 @@ class TrainingConfig:
     model_config_name_or_path: str | None = _option(
         None, "Configuration of the UNet: a JSON file, a folder or a Hub id, with or without dia_ arguments."
     )
+    init_from: str | None = _option(
+        None, "Start from the weights of this pipeline or UNet2DModel (a folder or a Hub id), with DIA or without."
+    )
+    train_only: Literal["all", "dia"] = _option("all", "'dia' freezes everything but the shared attention.")
     block_out_channels: list[int] | None = _option(None, "Channels of each level; by default chosen by --resolution.")
     layers_per_block: int | None = _option(None, "Residual blocks of each level.")
     dropout: float | None = _option(None, "Dropout in the residual blocks.")
@@ -71,6 +75,9 @@ class TrainingConfig:
     ddpm_num_inference_steps: int = _option(25, "Denoising steps for the samples of a run.")
     ddpm_beta_schedule: str = _option("linear", "linear, scaled_linear, squaredcos_cap_v2 (cosine) or sigmoid.")
 
+    rescale_betas_zero_snr: bool = _option(False, "Zero signal at the last timestep (Lin et al. 2023).")
+    snr_gamma: float | None = _option(None, "Min-SNR loss weighting (Hang et al. 2023); 5 is usual.")
+
     # Optimisation
     seed: int = _option(0, "Everything random in a run follows from it.")
     num_epochs: int = _option(100, "Passes over the data.")
@@ -87,6 +94,7 @@ class TrainingConfig:
     adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
     mixed_precision: Literal["no", "fp16", "bf16"] = _option("no", "Precision of the forward pass.")
+    compile: bool = _option(False, "Compile the model with torch.compile.")
     use_ema: bool = _option(False, "Keep an exponential moving average of the weights, and save it as the model.")
     ema_inv_gamma: float = _option(1.0, "EMA decay is 1 - (1 + step / inv_gamma) ** -power, at most max_decay.")
     ema_power: float = _option(0.75, "See --ema_inv_gamma.")
@@ -102,9 +110,13 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = _option(None, "'latest', or the path of a checkpoint.")
     logging_steps: int = _option(10, "Steps between lines of metrics.jsonl.")
     validation_steps: int = _option(250, "Steps between measurements of the held-out loss.")
+    eval_steps: int | None = _option(
+        None, "Steps between Frechet distances in --score_features; the best model so far is kept in best/."
+    )
+    eval_num_images: int = _option(1000, "Images to generate for each of these.")
     score_features: str | None = _option(None, "Features for the scores at the end (digits, pixels); none by default.")
     score_num_images: int = _option(2000, "Images to generate for the scores at the end.")
-    logger: Literal["tensorboard", "wandb"] = _option("tensorboard", "Tracker, through accelerate.")
+    logger: Literal["tensorboard", "wandb", "trackio"] = _option("tensorboard", "Tracker, through accelerate.")
     logging_dir: str = _option("logs", "Folder of the tracker, inside of --output_dir.")
     push_to_hub: bool = _option(False, "Push the pipeline to the Hub at the end.")
     hub_token: str | None = _option(None, "Token for the Hub; by default the one you logged in with.")
@@ -121,12 +133,14 @@ class TrainingConfig:
         positive = (
             "resolution train_batch_size eval_batch_size gradient_accumulation_steps num_epochs ddpm_num_steps "
             "ddpm_num_inference_steps save_images_epochs save_model_epochs checkpointing_steps logging_steps "
-            "validation_steps score_num_images"
+            "validation_steps score_num_images eval_num_images"
         )
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, but is {getattr(self, name)}.")
-        for name in ("max_train_steps", "checkpoints_total_limit"):
+        if self.eval_steps is not None and self.score_features is None:
+            raise UsageError("eval_steps needs score_features: the features in which distances are measured.")
+        for name in ("max_train_steps", "checkpoints_total_limit", "eval_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, but is {getattr(self, name)}.")
 
@@ -145,10 +159,10 @@ class TrainingConfig:
 # is divided. Anything else would make it another experiment.
 MAY_CHANGE = frozenset(
     "num_epochs max_train_steps train_batch_size gradient_accumulation_steps eval_batch_size ddpm_num_inference_steps "
-    "cache_dir dataloader_num_workers enable_xformers_memory_efficient_attention output_dir overwrite_output_dir "
-    "save_images_epochs save_model_epochs checkpointing_steps checkpoints_total_limit resume_from_checkpoint "
-    "logging_steps validation_steps score_features score_num_images logger logging_dir push_to_hub hub_token "
-    "hub_model_id hub_private_repo local_rank".split()
+    "cache_dir dataloader_num_workers enable_xformers_memory_efficient_attention compile init_from output_dir "
+    "overwrite_output_dir save_images_epochs save_model_epochs checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint logging_steps validation_steps eval_steps eval_num_images score_features "
+    "score_num_images logger logging_dir push_to_hub hub_token hub_model_id hub_private_repo local_rank".split()
 )
 
 

@@ -49,6 +49,7 @@ def diffusion_loss(
     noise: Tensor,
     timesteps: Tensor,
     labels: Tensor | None = None,
+    snr_gamma: float | None = None,
 ) -> Tensor:
     """The mean squared error of the prediction, averaged over the batch.
 
@@ -57,14 +58,21 @@ def diffusion_loss(
             (Salimans & Ho 2022, appendix D), or the sample, then weighted by the signal-to-noise ratio.
         images (`Tensor` of shape `(B, C, H, W)`): In [-1, 1].
         noise, timesteps, labels: As in `StepDraws`; labels `(B,)` for a class-conditional UNet.
+        snr_gamma (`float`, *optional*): Weighs the error of the sample by `min(SNR, gamma)` (Hang et al. 2023, eq. 4).
     """
     prediction = unet(scheduler.add_noise(images, noise, timesteps), timesteps, labels).sample.float()
     kind = scheduler.config.prediction_type
     if kind == "sample":
-        weights = compute_snr(scheduler, timesteps)
-        return (weights[:, None, None, None] * (prediction - images).square()).mean()
-    target = noise if kind == "epsilon" else scheduler.get_velocity(images, noise, timesteps)
-    return nn.functional.mse_loss(prediction, target)
+        target = images
+    else:
+        target = noise if kind == "epsilon" else scheduler.get_velocity(images, noise, timesteps)
+    if kind != "sample" and snr_gamma is None:
+        return nn.functional.mse_loss(prediction, target)
+    snr = compute_snr(scheduler, timesteps)
+    weights = snr if snr_gamma is None else snr.clamp(max=snr_gamma)
+    # An error of the noise or of the velocity is this many times that of the sample.
+    weights = weights / {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[kind]
+    return (weights * (prediction - target).square().mean((1, 2, 3))).mean()
 
 
 @torch.no_grad()

@@ -49,6 +49,10 @@ def build_unet(config: TrainingConfig, channels: int, num_classes: int | None) -
         UsageError: if the configuration cannot be read, or its levels do not divide the resolution.
     """
     flags = config.model_arguments()
+    if config.init_from is not None:
+        unet = _load_unet(config.init_from, flags)
+        _check_fit(unet, config, channels, num_classes)
+        return unet
     if config.model_config_name_or_path is not None:
         arguments = _load_model_config(config.model_config_name_or_path)
     else:
@@ -59,13 +63,44 @@ def build_unet(config: TrainingConfig, channels: int, num_classes: int | None) -
     arguments |= {"sample_size": config.resolution, "in_channels": channels, "out_channels": channels}
     arguments["num_class_embeds"] = None if num_classes is None else num_classes + 1
     unet = DIAUNet2DModel.from_config(arguments)
+    _check_fit(unet, config, channels, num_classes)
+    return unet
+
+
+def _check_fit(unet: DIAUNet2DModel, config: TrainingConfig, channels: int, num_classes: int | None) -> None:
     factor = unet.downsampling_factor
     if config.resolution % factor:
         raise UsageError(
             f"resolution {config.resolution} does not fit a UNet whose levels halve it down to 1/{factor}: choose a "
             f"multiple of {factor}, or fewer levels with --block_out_channels."
         )
-    return unet
+    if unet.config.in_channels != channels:
+        raise UsageError(
+            f"the UNet has {unet.config.in_channels} channels, the images have {channels}: add --channels "
+            f"{unet.config.in_channels}."
+        )
+    embeddings = None if num_classes is None else num_classes + 1
+    if unet.config.num_class_embeds != embeddings:
+        raise UsageError(
+            f"the UNet has {unet.config.num_class_embeds} class embeddings, but the data needs {embeddings} (one for "
+            "each class and one for 'no class', with --class_conditional)."
+        )
+
+
+def _load_unet(name_or_path: str, flags: dict[str, Any]) -> DIAUNet2DModel:
+    """A trained UNet, with its own DIA, or with that of the flags if it has none."""
+    try:
+        path = Path(name_or_path)
+        if path.is_dir() and not (path / "unet").is_dir():
+            config, location = UNet2DModel.load_config(path), {}
+        else:
+            config, location = UNet2DModel.load_config(name_or_path, subfolder="unet"), {"subfolder": "unet"}
+        if config["_class_name"] == DIAUNet2DModel.__name__:
+            return DIAUNet2DModel.from_pretrained(name_or_path, **location)
+        unet = UNet2DModel.from_pretrained(name_or_path, **location)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"cannot load a UNet from '{name_or_path}': {str(error).splitlines()[0]}") from error
+    return DIAUNet2DModel.from_unet(unet, **{name: v for name, v in flags.items() if name.startswith("dia_")})
 
 
 def _load_model_config(name_or_path: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 METRICS_LOG = "metrics.jsonl"
 CONFIG = "training_config.yaml"
 _SAMPLES = "samples"
+_BEST = "best"
 _SAMPLING_BATCH_SIZE = 250
 
 
@@ -39,7 +40,7 @@ def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
         UsageError: if it holds a run, or cannot be made.
     """
     folder = Path(config.output_dir)
-    leftovers = [folder / name for name in (CHECKPOINTS, METRICS_LOG, _SAMPLES, "model_index.json")]
+    leftovers = [folder / name for name in (CHECKPOINTS, METRICS_LOG, _SAMPLES, _BEST, "model_index.json")]
     if not resuming and any(path.exists() for path in leftovers):
         if not config.overwrite_output_dir and config.resume_from_checkpoint is None:
             raise UsageError(
@@ -98,6 +99,32 @@ class RunResults:
         for tracker in self.training.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
+
+    def keep_if_best(self, step: int) -> float:
+        """The Fréchet distance of the model now; if it is the smallest so far, the pipeline is kept in `best/`."""
+        config, best = self.config, self.folder / _BEST
+        extractor = get_extractor(config.score_features, config.resolution, self.data.channels)
+        with self.training.averaged() as unet:
+            pipeline = self._pipeline(unet)
+            scores = evaluate(
+                pipeline,
+                self.data,
+                None,
+                extractor,
+                metrics=("fid",),
+                num_images=config.eval_num_images,
+                steps=config.ddpm_num_inference_steps,
+                seed=config.seed,
+                batch_size=_SAMPLING_BATCH_SIZE,
+            )
+            record = best / "metrics.json"
+            before = json.loads(record.read_text())["fid"] if record.exists() else float("inf")
+            if scores["fid"] < before:
+                # Without its record a half-written pipeline counts as none.
+                record.unlink(missing_ok=True)
+                pipeline.save_pretrained(best)
+                record.write_text(json.dumps({"step": step, "fid": scores["fid"]}))
+        return scores["fid"]
 
     def finish(self, step: int) -> dict[str, Any]:
         """Saves the pipeline, samples.png, curves.png, metrics.json and the model card. Returns the figures."""

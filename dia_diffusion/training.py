@@ -81,6 +81,8 @@ def train(config: TrainingConfig) -> dict[str, Any]:
             if accelerator.is_main_process:
                 if held_out is not None and (step % config.validation_steps == 0 or step == total_steps):
                     log.write({"step": step, "held_out_loss": results.held_out_loss()})
+                if config.eval_steps is not None and step % config.eval_steps == 0:
+                    log.write({"step": step, "fid": results.keep_if_best(step)})
                 if step % (epoch_steps * config.save_images_epochs) == 0 and step < total_steps:
                     results.save_sample_grid(step)
                 if step % (epoch_steps * config.save_model_epochs) == 0 and step < total_steps:
@@ -125,7 +127,9 @@ def _train_step(
             torch.manual_seed(step_seed(config.seed, step, rows.start + 1))
         last = micro == config.gradient_accumulation_steps - 1
         with nullcontext() if last else accelerator.no_sync(training.model):
-            part_loss = diffusion_loss(training.model, scheduler, images, part.noise, part.timesteps, labels)
+            part_loss = diffusion_loss(
+                training.model, scheduler, images, part.noise, part.timesteps, labels, config.snr_gamma
+            )
             accelerator.backward(part_loss / config.gradient_accumulation_steps)
         loss += part_loss.detach() / config.gradient_accumulation_steps
     return loss, training.update(step)
@@ -179,12 +183,12 @@ def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_processes(accelerator: Accelerator) -> None:
     """Processes that do not know of each other would write over each other's files."""
+    hint = "For several processes on a CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N train_unet.py ..."
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
-        raise UsageError(
-            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. For several "
-            "processes on a CPU set ACCELERATE_USE_CPU=1 in the environment of torchrun."
-        )
+        raise UsageError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. {hint}")
+    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ:
+        raise UsageError(f"accelerate launch was asked for several processes, but started one only. {hint}")
 
 
 def load_pixels(config: TrainingConfig) -> tuple[PixelDataset, PixelDataset | None]:
@@ -213,8 +217,16 @@ def make_noise_scheduler(config: TrainingConfig) -> DDPMScheduler:
         raise UsageError(
             f"unknown ddpm_beta_schedule '{config.ddpm_beta_schedule}'. Choose one of: {', '.join(known)}."
         )
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise UsageError(
+            "rescale_betas_zero_snr leaves no signal at the last timestep, where noise says nothing about the image: "
+            "use it with --prediction_type v_prediction or sample."
+        )
     return DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps,
         beta_schedule=config.ddpm_beta_schedule,
         prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        # Without it sampling would not begin at the timestep that has no signal.
+        timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
     )

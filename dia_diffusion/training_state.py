@@ -34,8 +34,19 @@ class TrainingState:
         self.config = config
         self.accelerator = accelerator
         self.unet = unet.to(accelerator.device)
+        if config.train_only == "dia":
+            if unet.dia is None:
+                raise UsageError("--train_only dia leaves nothing to train with --dia_attention none.")
+            unet.requires_grad_(False)
+            unet.dia.requires_grad_(True)
+        if config.enable_xformers_memory_efficient_attention:
+            unet.enable_xformers_memory_efficient_attention()
+        if accelerator.device.type == "cuda":
+            unet.to(memory_format=torch.channels_last)
+        if config.compile:
+            unet.compile()
         optimizer = torch.optim.AdamW(
-            unet.parameters(),
+            [parameter for parameter in unet.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
