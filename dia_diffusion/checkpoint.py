@@ -16,6 +16,8 @@ from .errors import UsageError
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
+_PARTIAL = ".writing-"
+_REPLACED = ".replaced-"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -33,9 +35,11 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, total_limit
         UsageError: if the disk is full or refuses; checkpoints that were there before stay as they are.
     """
     final = folder / f"step-{step:08d}"
-    partial = folder / f".writing-{final.name}"
+    partial, replaced = folder / f"{_PARTIAL}{final.name}", folder / f"{_REPLACED}{final.name}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        # What a run that was killed in the middle of this left behind.
+        for stale in (*folder.glob(f"{_PARTIAL}*"), *folder.glob(f"{_REPLACED}*")):
+            shutil.rmtree(stale)
         partial.mkdir(parents=True)
         for name, tensors in checkpoint.tensors.items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors")
@@ -47,9 +51,11 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, total_limit
         (partial / _MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=1))
         _flush(partial / _MANIFEST)
         _flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
         partial.rename(final)
         _flush(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UsageError(

@@ -33,8 +33,9 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a metrics.jsonl. A last line that a killed run did not finish is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def save_curves(metrics: list[dict[str, float]], path: Path) -> None:

@@ -54,7 +54,10 @@ class RunLog:
         if accelerator.is_main_process:
             # What an interrupted run logged after the checkpoint will be logged again.
             kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            # Beside it and then in its place, so that a kill cannot lose the lines.
+            fresh = path.with_suffix(".tmp")
+            fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            fresh.replace(path)
 
     def add(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
         """Notes the figures of step number `step` (counted from 1), without waiting for the device."""

@@ -41,6 +41,24 @@ def test_loss_agrees_with_the_formulas(kind):
     torch.testing.assert_close(loss.double(), error.double(), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_the_error_of_the_sample_alike_for_every_prediction(kind):
+    """Hang et al. 2023, eq. 4: whatever is predicted, the error of x_0 that it implies counts min(SNR, gamma) times."""
+    scheduler = DDPMScheduler(prediction_type=kind)
+    images, noise, prediction = torch.randn(3, 4, 1, 8, 8).unbind()
+    timesteps = torch.tensor([5, 100, 400, 800])
+    loss = diffusion_loss(Constant(prediction), scheduler, images, noise, timesteps, snr_gamma=5.0)
+    alpha_bar = scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    noisy = alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise
+    implied = {
+        "epsilon": (noisy - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt(),
+        "v_prediction": alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * prediction,
+        "sample": prediction,
+    }[kind]
+    weights = (alpha_bar / (1 - alpha_bar)).clamp(max=5.0)
+    torch.testing.assert_close(loss, (weights * (implied - images) ** 2).mean(), atol=1e-4, rtol=1e-3)
+
+
 def test_draws_depend_on_seed_and_step_alone():
     shape = (8, 1, 4, 4)
     first = draw_step(1, 5, shape, 1000, "cpu")

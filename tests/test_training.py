@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,9 +187,60 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         assert step == expected_step
         assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
     assert (tmp_path / "two" / "samples.png").exists()
+    # A run of one process goes on with two.
+    shutil.copytree(tmp_path / "one", tmp_path / "more")
+    shutil.rmtree(tmp_path / "more" / "checkpoints" / "step-00000006")
+    config = configure(tmp_path / "more", train_batch_size=4, resume_from_checkpoint="latest")
+    process = launch(config, 2, ACCELERATE_USE_CPU="1")
+    assert process.returncode == 0, process.stderr
+    assert "resuming with another train_batch_size: 4, before 8." in process.stdout
+    for (step, *figures), (expected_step, *expected) in zip(losses(tmp_path / "more"), one, strict=True):
+        assert step == expected_step
+        assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
     process = launch(configure(tmp_path / "apart"), 2)
     assert process.returncode != 0
     assert "2 processes were launched, but accelerate sees 1" in process.stderr
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_moments_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
+    """SIGKILL at random moments, every second time while a checkpoint is being written."""
+    options = {
+        "max_train_steps": 64,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 3,
+        "class_conditional": True,
+        "dropout": 0.1,
+        "random_flip": True,
+        "logging_steps": 3,
+        # Larger, so that a checkpoint takes long enough to be killed in.
+        "block_out_channels": [64, 128],
+    }
+    run(tmp_path / "undisturbed", **options)
+    config = configure(tmp_path / "killed", **options, resume_from_checkpoint="latest")
+    command = [sys.executable, str(ROOT / "train_unet.py"), "--config", str(config)]
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    moment = random.Random(0)
+    killed_in_a_write = 0
+    for attempt in range(20):
+        before = set(checkpoints.glob("step-*"))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        # One more checkpoint than before, so that the run gets to its end at last.
+        while process.poll() is None and not set(checkpoints.glob("step-*")) - before:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        if attempt % 2:
+            while process.poll() is None and not list(checkpoints.glob(".writing-*")):
+                pass
+        time.sleep(moment.uniform(0, 0.02 if attempt % 2 else 0.3))
+        process.kill()
+        process.wait()
+        killed_in_a_write += bool(list(checkpoints.glob(".writing-*")))
+    assert killed_in_a_write >= 3
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert_same_weights(weights(tmp_path / "killed", 64), weights(tmp_path / "undisturbed", 64))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -240,6 +293,49 @@ def test_prediction_types_and_schedules(tmp_path, kind):
         lr_scheduler="linear",
     )
     assert DIAUNetPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type == kind
+
+
+def test_training_goes_on_from_a_unet_and_may_train_dia_alone(undisturbed, tmp_path):
+    folder, _, _ = undisturbed
+    start = DIAUNetPipeline.from_pretrained(folder).unet
+    start.to_unet().save_pretrained(tmp_path / "plain")
+    options = {"class_conditional": True, "train_only": "dia", "use_ema": False, "dia_attention": "se"}
+    for source, attention in ((folder, "lstm"), (tmp_path / "plain", "se")):
+        run(tmp_path / attention, init_from=str(source), **options)
+        unet = DIAUNetPipeline.from_pretrained(tmp_path / attention).unet
+        assert unet.config.dia_attention == attention
+        for name, tensor in unet.state_dict().items():
+            if not name.startswith("dia."):
+                assert torch.equal(tensor, start.state_dict()[name]), name
+        assert any(
+            (gate != 1).any() for gate in unet.attention_maps(torch.randn(2, 1, 8, 8), 9, torch.tensor([1, 2])).values()
+        )
+    with pytest.raises(UsageError, match="the UNet has 11 class embeddings, but the data needs None"):
+        run(tmp_path / "other", init_from=str(folder))
+    with pytest.raises(UsageError, match="cannot load a UNet from"):
+        run(tmp_path / "other", init_from=str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="leaves nothing to train"):
+        run(tmp_path / "other", train_only="dia", dia_attention="none")
+
+
+def test_the_best_model_by_frechet_distance_is_kept(tmp_path):
+    _, _ = run(tmp_path / "run", eval_steps=2, score_features="digits", eval_num_images=20, score_num_images=10)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    distances = {line["step"]: line["fid"] for line in lines if "fid" in line}
+    assert list(distances) == [2, 4, 6]
+    best = json.loads((tmp_path / "run" / "best" / "metrics.json").read_text())
+    assert best["fid"] == min(distances.values()) == distances[best["step"]]
+    DIAUNetPipeline.from_pretrained(tmp_path / "run" / "best")
+
+
+def test_zero_terminal_snr(tmp_path):
+    run(tmp_path / "run", rescale_betas_zero_snr=True, prediction_type="v_prediction", snr_gamma=5.0)
+    pipeline = DIAUNetPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.scheduler.alphas_cumprod[-1] < 1e-7
+    pipeline.scheduler.set_timesteps(5)
+    assert pipeline.scheduler.timesteps[0] == 999
+    with pytest.raises(UsageError, match="use it with --prediction_type v_prediction"):
+        run(tmp_path / "run", rescale_betas_zero_snr=True)
 
 
 def test_errors_say_what_to_do(undisturbed, tmp_path):
