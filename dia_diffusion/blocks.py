@@ -1,8 +1,8 @@
 """The blocks of diffusers' UNet2DModel with attention on every residual branch.
 
 Each class here is a block of diffusers with the same submodules and weights, and a `forward` that also takes the
-attention module and its state, and gives the next state back. `gate_residual_blocks` turns the blocks of a UNet into
-these.
+attention module and its state (both `None` for no attention), and gives the next state back. `gate_residual_blocks`
+turns the blocks of a UNet into these.
 """
 
 from itertools import zip_longest
@@ -20,8 +20,8 @@ class _GatedResnet:
     """A residual block `S(x) + F(x)` that computes `S(x) + F(x) * gate` in one pass (arXiv 2210.16101, eq. 2)."""
 
     def forward(
-        self, hidden_states: Tensor, temb: Tensor, attention: SharedAttention, state: AttentionState
-    ) -> tuple[Tensor, AttentionState]:
+        self, hidden_states: Tensor, temb: Tensor, attention: SharedAttention | None, state: AttentionState | None
+    ) -> tuple[Tensor, AttentionState | None]:
         shortcut, branch = hidden_states, self.nonlinearity(self._first_norm(hidden_states, temb))
         resample = self.upsample or self.downsample
         if resample is not None:
@@ -31,8 +31,11 @@ class _GatedResnet:
         if self.conv_shortcut is not None:
             shortcut = self.conv_shortcut(shortcut)
 
-        gate, state = attention(branch, state)
-        output = torch.addcmul(shortcut, branch, gate)
+        if attention is None:
+            output = shortcut + branch
+        else:
+            gate, state = attention(branch, state)
+            output = torch.addcmul(shortcut, branch, gate)
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor, state
 
 
@@ -60,8 +63,13 @@ class _GatedBlock:
     """What the blocks of all three paths have in common."""
 
     def _run(
-        self, resnet: nn.Module, hidden_states: Tensor, temb: Tensor, attention: SharedAttention, state: AttentionState
-    ) -> tuple[Tensor, AttentionState]:
+        self,
+        resnet: nn.Module,
+        hidden_states: Tensor,
+        temb: Tensor,
+        attention: SharedAttention | None,
+        state: AttentionState | None,
+    ) -> tuple[Tensor, AttentionState | None]:
         if torch.is_grad_enabled() and getattr(self, "gradient_checkpointing", False):
             return self._gradient_checkpointing_func(resnet, hidden_states, temb, attention, state)
         return resnet(hidden_states, temb, attention, state)
@@ -71,9 +79,9 @@ class _GatedBlock:
         samplers: nn.ModuleList,
         hidden_states: Tensor,
         temb: Tensor,
-        attention: SharedAttention,
-        state: AttentionState,
-    ) -> tuple[Tensor, AttentionState]:
+        attention: SharedAttention | None,
+        state: AttentionState | None,
+    ) -> tuple[Tensor, AttentionState | None]:
         for sampler in samplers:
             if isinstance(sampler, _GatedResnet):
                 hidden_states, state = self._run(sampler, hidden_states, temb, attention, state)
@@ -95,10 +103,10 @@ class _GatedDownBlock(_GatedBlock):
         self,
         hidden_states: Tensor,
         temb: Tensor,
-        attention: SharedAttention,
-        state: AttentionState,
+        attention: SharedAttention | None,
+        state: AttentionState | None,
         skip_sample: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, AttentionState]:
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None, AttentionState | None]:
         """Returns the features, those for the long skip connections, the skip sample and the next state."""
         residuals = ()
         for index, resnet in enumerate(self.resnets):
@@ -114,10 +122,10 @@ class _GatedDownBlock(_GatedBlock):
         self,
         hidden_states: Tensor,
         temb: Tensor,
-        attention: SharedAttention,
-        state: AttentionState,
+        attention: SharedAttention | None,
+        state: AttentionState | None,
         skip_sample: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, AttentionState]:
+    ) -> tuple[Tensor, Tensor | None, AttentionState | None]:
         hidden_states, state = self._resample(self.downsamplers, hidden_states, temb, attention, state)
         return hidden_states, skip_sample, state
 
@@ -127,10 +135,10 @@ class _GatedSkipDownBlock(_GatedDownBlock):
         self,
         hidden_states: Tensor,
         temb: Tensor,
-        attention: SharedAttention,
-        state: AttentionState,
+        attention: SharedAttention | None,
+        state: AttentionState | None,
         skip_sample: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, AttentionState]:
+    ) -> tuple[Tensor, Tensor | None, AttentionState | None]:
         hidden_states, state = self._run(self.resnet_down, hidden_states, temb, attention, state)
         for downsampler in self.downsamplers:
             skip_sample = downsampler(skip_sample)
@@ -148,10 +156,10 @@ class _GatedUpBlock(_GatedBlock):
         hidden_states: Tensor,
         residuals: tuple[Tensor, ...],
         temb: Tensor,
-        attention: SharedAttention,
-        state: AttentionState,
+        attention: SharedAttention | None,
+        state: AttentionState | None,
         skip_sample: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, AttentionState]:
+    ) -> tuple[Tensor, Tensor | None, AttentionState | None]:
         """Returns the features, the skip sample and the next state. `residuals` are consumed from the end."""
         for index, (resnet, residual) in enumerate(zip_longest(self.resnets, self._order(residuals))):
             if residual is not None:
@@ -167,10 +175,10 @@ class _GatedUpBlock(_GatedBlock):
         self,
         hidden_states: Tensor,
         temb: Tensor,
-        attention: SharedAttention,
-        state: AttentionState,
+        attention: SharedAttention | None,
+        state: AttentionState | None,
         skip_sample: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, AttentionState]:
+    ) -> tuple[Tensor, Tensor | None, AttentionState | None]:
         if self.upsamplers is not None:
             hidden_states, state = self._resample(self.upsamplers, hidden_states, temb, attention, state)
         return hidden_states, skip_sample, state
@@ -187,10 +195,10 @@ class _GatedSkipUpBlock(_GatedUpBlock):
         self,
         hidden_states: Tensor,
         temb: Tensor,
-        attention: SharedAttention,
-        state: AttentionState,
+        attention: SharedAttention | None,
+        state: AttentionState | None,
         skip_sample: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, AttentionState]:
+    ) -> tuple[Tensor, Tensor | None, AttentionState | None]:
         skip_sample = 0 if skip_sample is None else self.upsampler(skip_sample)
         if self.resnet_up is not None:
             skip_sample = skip_sample + self.skip_conv(self.act(self.skip_norm(hidden_states)))
@@ -211,8 +219,8 @@ class _GatedKUpBlock(_GatedUpBlock):
 
 class DIAUNetMidBlock2D(_GatedBlock, blocks.UNetMidBlock2D):
     def forward(
-        self, hidden_states: Tensor, temb: Tensor, attention: SharedAttention, state: AttentionState
-    ) -> tuple[Tensor, AttentionState]:
+        self, hidden_states: Tensor, temb: Tensor, attention: SharedAttention | None, state: AttentionState | None
+    ) -> tuple[Tensor, AttentionState | None]:
         for index, resnet in enumerate(self.resnets):
             if index > 0:
                 hidden_states = self._self_attention(index - 1, hidden_states, temb)

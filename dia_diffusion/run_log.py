@@ -83,7 +83,9 @@ class RunLog:
         first = step - len(figures) + 1
         self._unread = []
         for number, (loss, norm) in enumerate(figures, first):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            # With fp16 a gradient that overflows is skipped and the loss scaled down: that is no divergence.
+            overflow = self.accelerator.scaler is None and not math.isfinite(norm)
+            if overflow or not math.isfinite(loss):
                 what = f"the loss is {loss} and the norm of the gradient {norm}"
                 raise NotFiniteError(number, what, learning_rate)
         self._losses += [loss for loss, _ in figures]

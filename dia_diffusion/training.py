@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import (
+    ProjectConfiguration,
+    is_tensorboard_available,
+    is_trackio_available,
+    is_wandb_available,
+)
 from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -42,12 +47,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     """
     # 1. set up
     folder = Path(config.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.logger,
-        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
-    )
-    _check_processes(accelerator)
+    accelerator = _make_accelerator(config)
     scheduler = make_noise_scheduler(config)
     with accelerator.main_process_first():
         data, held_out = load_pixels(config)
@@ -77,7 +77,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         for step in range(start + 1, total_steps + 1):
             loss, norm = _train_step(training, scheduler, data, batches, global_batch, step)
             log.add(step, loss, norm, training.learning_rate(step))
-            stopping = bool(signals) and step < total_steps
+            stopping = step < total_steps and _anyone(accelerator, bool(signals), step % config.logging_steps == 0)
             if accelerator.is_main_process:
                 if held_out is not None and (step % config.validation_steps == 0 or step == total_steps):
                     log.write({"step": step, "held_out_loss": results.held_out_loss()})
@@ -144,6 +144,7 @@ def _prepare_batch(
 ) -> tuple[Tensor, Tensor | None]:
     """Images in [-1, 1], flipped where asked for, and labels, of which some become "no class"."""
     images = to_unit_range(batch["images"].to(device, non_blocking=True))
+    images = images.contiguous(memory_format=torch.channels_last)
     if config.random_flip:
         images = torch.where(draws.flips[:, None, None, None], images.flip(-1), images)
     if num_classes is None:
@@ -179,6 +180,30 @@ def _make_loader(
 
 def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
+
+
+def _anyone(accelerator: Accelerator, here: bool, meeting: bool) -> bool:
+    """Whether any process wants to stop. They meet to compare at some steps only: it makes the device wait."""
+    if accelerator.num_processes == 1 or not meeting:
+        return here and accelerator.num_processes == 1
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum").item())
+
+
+def _make_accelerator(config: TrainingConfig) -> Accelerator:
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
+    if not available[config.logger]():
+        raise UsageError(f"--logger {config.logger} needs the package of that name: pip install {config.logger}.")
+    folder = Path(config.output_dir)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=config.logger,
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
+        )
+    except ValueError as error:
+        raise UsageError(f"mixed_precision '{config.mixed_precision}' cannot be used here: {error}") from error
+    _check_processes(accelerator)
+    return accelerator
 
 
 def _check_processes(accelerator: Accelerator) -> None:

@@ -118,11 +118,11 @@ class DIAUNet2DModel(UNet2DModel):
             num_class_embeds=num_class_embeds,
             num_train_timesteps=num_train_timesteps,
         )
+        widths = gate_residual_blocks(self)
+        self._block_names = tuple(widths)
         self.dia = None
         if dia_attention == "none":
             return
-        widths = gate_residual_blocks(self)
-        self._block_names = tuple(widths)
         self.dia = SharedAttention(
             widths=tuple(widths.values()),
             attention=dia_attention,
@@ -193,8 +193,6 @@ class DIAUNet2DModel(UNet2DModel):
             `UNet2DOutput` or `tuple`: the prediction, of the shape of `sample`.
         """
         self._check_size(sample)
-        if self.dia is None:
-            return super().forward(sample, timestep, class_labels, return_dict)
         output, _ = self._predict(sample, timestep, class_labels)
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
@@ -223,7 +221,7 @@ class DIAUNet2DModel(UNet2DModel):
         timestep: Tensor | float | int,
         class_labels: Tensor | None,
         record: bool = False,
-    ) -> tuple[Tensor, AttentionState]:
+    ) -> tuple[Tensor, AttentionState | None]:
         # 0. center input if necessary
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
@@ -231,7 +229,7 @@ class DIAUNet2DModel(UNet2DModel):
         # 1. time, and the attention state that starts from it
         timesteps = self._broadcast(timestep, sample)
         emb = self._embed(timesteps, class_labels)
-        state = self.dia.initial_state(emb, record=record)
+        state = None if self.dia is None else self.dia.initial_state(emb, record=record)
 
         # 2. pre-process
         skip_sample = sample
@@ -240,20 +238,20 @@ class DIAUNet2DModel(UNet2DModel):
         # 3. down
         residuals, left = (sample,), []
         for down_block in self.down_blocks:
-            state = self.dia.enter_level(state, emb)
+            state = self._enter_level(state, emb)
             sample, block_residuals, skip_sample, state = down_block(sample, emb, self.dia, state, skip_sample)
             residuals += block_residuals
             left.append(state)
 
         # 4. mid
         if self.mid_block is not None:
-            state = self.dia.enter_level(state, emb)
+            state = self._enter_level(state, emb)
             sample, state = self.mid_block(sample, emb, self.dia, state)
 
         # 5. up
         skip_sample = None
         for up_block in self.up_blocks:
-            state = self.dia.enter_level(state, emb, left.pop())
+            state = self._enter_level(state, emb, left.pop())
             taken, residuals = residuals[-len(up_block.resnets) :], residuals[: -len(up_block.resnets)]
             sample, skip_sample, state = up_block(sample, taken, emb, self.dia, state, skip_sample)
 
@@ -264,6 +262,11 @@ class DIAUNet2DModel(UNet2DModel):
         if self.config.time_embedding_type == "fourier":
             sample = sample / timesteps.reshape(-1, *[1] * (sample.ndim - 1))
         return sample, state
+
+    def _enter_level(
+        self, state: AttentionState | None, emb: Tensor, left: AttentionState | None = None
+    ) -> AttentionState | None:
+        return None if self.dia is None else self.dia.enter_level(state, emb, left)
 
     def _broadcast(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
         if not torch.is_tensor(timestep):

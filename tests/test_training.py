@@ -17,7 +17,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dia_diffusion import DIAUNetPipeline
+from dia_diffusion.checkpoint import find_latest
 from dia_diffusion.config import parse_arguments
+from dia_diffusion.diffusion import diffusion_loss
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training import train
 
@@ -73,6 +75,10 @@ def assert_same_weights(a, b, **tolerance):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
+    fresh_state()
+
+
+def fresh_state():
     """accelerate allows one configuration a process; each run here is as in a process of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -202,6 +208,38 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     assert "2 processes were launched, but accelerate sees 1" in process.stderr
 
 
+def test_a_signal_to_two_processes_leaves_a_checkpoint(tmp_path):
+    config = configure(tmp_path / "run", train_batch_size=4, max_train_steps=100_000, checkpointing_steps=100_000)
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(ROOT / "train_unet.py")]
+    process = subprocess.Popen(
+        [sys.executable, *command, "--config", str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) != 0
+    latest, remarks = find_latest(tmp_path / "run" / "checkpoints")
+    assert latest is not None
+    assert remarks == []
+
+
+def test_accelerate_launch_for_several_processes_on_a_cpu_says_what_to_use(tmp_path):
+    """Without MPI accelerate starts one process only, and says nothing."""
+    command = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2", "train_unet.py"]
+    config = configure(tmp_path / "run")
+    process = subprocess.run(
+        [sys.executable, *command, "--config", str(config)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode != 0
+    assert "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N train_unet.py" in process.stderr
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_moments_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
     """SIGKILL at random moments, every second time while a checkpoint is being written."""
@@ -281,18 +319,52 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         assert all(torch.isfinite(tensor).all() for name, tensor in saved.items() if name.startswith("unet"))
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_prediction_types_and_schedules(tmp_path, kind):
-    run(
-        tmp_path / "run",
-        prediction_type=kind,
-        ddpm_beta_schedule="squaredcos_cap_v2",
-        mixed_precision="bf16",
-        max_train_steps=2,
-        dia_attention="se",
-        lr_scheduler="linear",
-    )
-    assert DIAUNetPipeline.from_pretrained(tmp_path / "run").scheduler.config.prediction_type == kind
+def test_a_nan_stops_the_run_and_the_last_checkpoint_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    options = {"max_train_steps": 12, "logging_steps": 4, "checkpointing_steps": 3}
+    run(tmp_path / "whole", **options)
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        calls.append(None)
+        return diffusion_loss(*args, **kwargs) * (float("nan") if len(calls) == 8 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dia_diffusion.training.diffusion_loss", poisoned)
+        with pytest.raises(UsageError, match=r"at step 8 the loss is nan .* at learning rate"):
+            run(tmp_path / "run", **options)
+    # Noticed when the figures of steps 5 to 8 were read.
+    assert len(calls) == 8
+    fresh_state()
+    run(tmp_path / "run", **options, resume_from_checkpoint="latest")
+    assert_same_weights(weights(tmp_path / "run", 12), weights(tmp_path / "whole", 12))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("epsilon", "fp16"), ("sample", "bf16"), ("v_prediction", "fp16")])
+def test_prediction_types_and_precisions_train_and_resume(tmp_path, kind, precision):
+    options = {"prediction_type": kind, "mixed_precision": precision, "lr_scheduler": "linear", "dia_bridge": "skip"}
+    run(tmp_path / "whole", **options)
+    assert DIAUNetPipeline.from_pretrained(tmp_path / "whole").scheduler.config.prediction_type == kind
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    run(tmp_path / "run", **options, resume_from_checkpoint="latest")
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("arguments", [{"dia_attention": "srm"}, {"dia_attention": "cbam"}, {"dia_attention": "none"}])
+def test_other_attentions_train_resume_and_load(tmp_path, arguments):
+    run(tmp_path / "whole", **arguments)
+    saved = weights(tmp_path / "whole")
+    unet = DIAUNetPipeline.from_pretrained(tmp_path / "whole").unet
+    # Buffers, such as the statistics of SRM's normalisation, are not averaged.
+    averaged = {name for name, _ in unet.named_parameters()}
+    for name, tensor in unet.state_dict().items():
+        assert torch.equal(tensor, saved[f"ema.{name}" if name in averaged else f"unet.{name}"]), name
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    run(tmp_path / "run", **arguments, resume_from_checkpoint="latest")
+    assert_same_weights(weights(tmp_path / "run"), saved)
 
 
 def test_training_goes_on_from_a_unet_and_may_train_dia_alone(undisturbed, tmp_path):
@@ -346,6 +418,10 @@ def test_errors_say_what_to_do(undisturbed, tmp_path):
         run(folder, seed=1, class_conditional=True, dropout=0.1, random_flip=True, resume_from_checkpoint="latest")
     with pytest.raises(UsageError, match="not a usable checkpoint"):
         run(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="--logger wandb needs the package"):
+        run(tmp_path / "run", logger="wandb")
+    with pytest.raises(UsageError, match="eval_steps needs score_features"):
+        run(tmp_path / "run", eval_steps=1)
     with pytest.raises(UsageError, match="unknown ddpm_beta_schedule 'cosine'"):
         run(tmp_path / "run", ddpm_beta_schedule="cosine")
     with pytest.raises(UsageError, match="lr_scheduler 'steps' does not work"):

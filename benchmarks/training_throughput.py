@@ -1,0 +1,149 @@
+"""This trainer's step against the plain loop of diffusers' training tutorial, in one process and in alternation.
+
+Same UNet (no DIA on either side), data, batch and precision (float32). The plain loop decodes each image anew, keeps
+the default memory format and optimizer, and reads the loss at each step; this trainer reads prepared rows. Also prints
+the share of this trainer's step that is spent waiting for data, and its ratio with DIA on.
+
+    python benchmarks/training_throughput.py
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dia_diffusion.config import TrainingConfig
+from dia_diffusion.data import prepare_pixels
+from dia_diffusion.presets import build_unet
+from dia_diffusion.training import _make_loader, _train_step
+from dia_diffusion.training_state import TrainingState
+
+IMAGES, ROUNDS, STEPS_A_ROUND = 512, 9, 2
+SIZE, BATCH = 32, 16
+UNET = {
+    "sample_size": SIZE,
+    "block_out_channels": (64, 128, 128),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D",) * 3,
+    "up_block_types": ("UpBlock2D",) * 3,
+}
+
+
+def make_images() -> datasets.Dataset:
+    """Photograph-like noise of 32x32 pixels, as PNG files in a data set."""
+    random = np.random.default_rng(0)
+    small = random.integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
+    images = [Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in small]
+    return datasets.Dataset.from_dict({"image": images}, datasets.Features(image=datasets.Image()))
+
+
+def plain_loop(dataset: datasets.Dataset) -> Iterator[None]:
+    """The loop of the tutorial, a step each time it is asked for one."""
+
+    def transform(examples: dict) -> dict:
+        images = []
+        for image in examples["image"]:
+            image = image.convert("RGB").resize((SIZE, SIZE))
+            tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+            images.append((tensor.flip(-1) if torch.rand(()) < 0.5 else tensor) * 2 - 1)
+        return {"images": images}
+
+    loader = DataLoader(dataset.with_transform(transform), batch_size=BATCH, shuffle=True, drop_last=True)
+    model = UNet2DModel(**UNET)
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, 500, 10_000)
+    while True:
+        for batch in loader:
+            clean = batch["images"]
+            noise = torch.randn(clean.shape)
+            timesteps = torch.randint(0, 1000, (len(clean),), dtype=torch.int64)
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            prediction = model(noisy, timesteps, return_dict=False)[0]
+            loss = F.mse_loss(prediction, noise)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            loss.detach().item()
+            yield
+
+
+def this_trainer(dataset: datasets.Dataset, attention: str, waiting: list[float]) -> Iterator[None]:
+    """The step of this trainer; notes the seconds that each step waits for data."""
+    config = TrainingConfig(
+        resolution=SIZE,
+        train_batch_size=BATCH,
+        random_flip=True,
+        block_out_channels=list(UNET["block_out_channels"]),
+        dia_attention=attention,
+    )
+    accelerator = Accelerator()
+    data = prepare_pixels(dataset, SIZE)
+    training = TrainingState(config, accelerator, build_unet(config, data.channels, None), 10_000)
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    loader = iter(_make_loader(config, data, accelerator, 0, 10_000))
+
+    def timed() -> Iterator[dict]:
+        while True:
+            start = time.perf_counter()
+            batch = next(loader)
+            waiting.append(time.perf_counter() - start)
+            yield batch
+
+    batches, step = timed(), 0
+    while True:
+        step += 1
+        _train_step(training, scheduler, data, batches, BATCH, step)
+        yield
+
+
+def seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    for _ in range(STEPS_A_ROUND):
+        step()
+    return (time.perf_counter() - start) / STEPS_A_ROUND
+
+
+def main() -> int:
+    waiting: dict[str, list[float]] = {"none": [], "lstm": []}
+    dataset = make_images()
+    loops = {"plain loop": plain_loop(dataset)}
+    loops |= {name: this_trainer(dataset, name, waiting[name]) for name in waiting}
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for warm in (True, *[False] * ROUNDS):
+        for name, loop in loops.items():
+            elapsed = seconds(lambda loop=loop: next(loop))
+            if not warm:
+                times[name].append(elapsed)
+    result = {"threads": torch.get_num_threads(), "milliseconds": {}, "speed relative to the plain loop": {}}
+    for name, values in times.items():
+        ratios = sorted(plain / own for plain, own in zip(times["plain loop"], values, strict=True))
+        result["milliseconds"][name] = round(statistics.median(values) * 1e3, 1)
+        result["speed relative to the plain loop"][name] = [
+            round(x, 3) for x in (statistics.median(ratios), ratios[0], ratios[-1])
+        ]
+    share = statistics.median(waiting["none"]) / statistics.median(times["none"])
+    result["share of the step spent waiting for data"] = round(share, 5)
+    print(json.dumps(result, indent=2))
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.gettempdir())
+    (folder / "training_throughput.json").write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
