@@ -1,18 +1,18 @@
-"""This trainer's step against the plain loop of diffusers' training tutorial, in one process and in alternation.
+"""This trainer's step against the plain loop of diffusers' training tutorial, alternating between two processes.
 
 Same UNet (no DIA on either side), data, batch and precision (float32). The plain loop decodes each image anew, keeps
-the default memory format and optimizer, and reads the loss at each step; this trainer reads prepared rows. Also prints
-the share of this trainer's step that is spent waiting for data, and its ratio with DIA on.
+the default memory format, optimizer and memory allocation, and reads the loss at each step. Also prints the share of
+this trainer's step that is spent waiting for data, and its speed with DIA on.
 
-    python benchmarks/training_throughput.py
+    python benchmarks/training_throughput.py [RESULT.json]
 """
 
 import json
 import statistics
+import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -24,8 +24,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from dia_diffusion.config import TrainingConfig
+from dia_diffusion.cpu import tune_process
 from dia_diffusion.data import prepare_pixels
 from dia_diffusion.presets import build_unet
 from dia_diffusion.training import _make_loader, _train_step
@@ -33,6 +35,7 @@ from dia_diffusion.training_state import TrainingState
 
 IMAGES, ROUNDS, STEPS_A_ROUND = 512, 9, 2
 SIZE, BATCH = 32, 16
+PLAIN = "plain loop"
 UNET = {
     "sample_size": SIZE,
     "block_out_channels": (64, 128, 128),
@@ -112,36 +115,60 @@ def this_trainer(dataset: datasets.Dataset, attention: str, waiting: list[float]
         yield
 
 
-def seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    for _ in range(STEPS_A_ROUND):
-        step()
-    return (time.perf_counter() - start) / STEPS_A_ROUND
+def work(side: str) -> None:
+    """One side, in a process of its own: times a round of steps for each line that it is sent."""
+    waiting: list[float] = []
+    if side == PLAIN:
+        loop = plain_loop(make_images())
+    else:
+        tune_process()
+        loop = this_trainer(make_images(), side, waiting)
+    next(loop)
+    for _ in sys.stdin:
+        waiting.clear()
+        start = time.perf_counter()
+        for _ in range(STEPS_A_ROUND):
+            next(loop)
+        elapsed = (time.perf_counter() - start) / STEPS_A_ROUND
+        print(json.dumps({"seconds": elapsed, "waiting": sum(waiting) / STEPS_A_ROUND}), flush=True)
 
 
 def main() -> int:
-    waiting: dict[str, list[float]] = {"none": [], "lstm": []}
-    dataset = make_images()
-    loops = {"plain loop": plain_loop(dataset)}
-    loops |= {name: this_trainer(dataset, name, waiting[name]) for name in waiting}
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    for warm in (True, *[False] * ROUNDS):
-        for name, loop in loops.items():
-            elapsed = seconds(lambda loop=loop: next(loop))
-            if not warm:
-                times[name].append(elapsed)
+    if sys.argv[1:2] == ["--side"]:
+        work(sys.argv[2])
+        return 0
+    sides = (PLAIN, "none", "lstm")
+    workers = {
+        side: subprocess.Popen(
+            [sys.executable, __file__, "--side", side],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for side in sides
+    }
+    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for _ in tqdm(range(ROUNDS), desc="Rounds"):
+        for side, worker in workers.items():
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            rounds[side].append(json.loads(worker.stdout.readline()))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+
     result = {"threads": torch.get_num_threads(), "milliseconds": {}, "speed relative to the plain loop": {}}
-    for name, values in times.items():
-        ratios = sorted(plain / own for plain, own in zip(times["plain loop"], values, strict=True))
-        result["milliseconds"][name] = round(statistics.median(values) * 1e3, 1)
-        result["speed relative to the plain loop"][name] = [
-            round(x, 3) for x in (statistics.median(ratios), ratios[0], ratios[-1])
-        ]
-    share = statistics.median(waiting["none"]) / statistics.median(times["none"])
+    for side, figures in rounds.items():
+        result["milliseconds"][side] = round(1e3 * statistics.median(f["seconds"] for f in figures), 1)
+        ratios = sorted(p["seconds"] / f["seconds"] for p, f in zip(rounds[PLAIN], figures, strict=True))
+        summary = {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
+        result["speed relative to the plain loop"][side] = {key: round(value, 3) for key, value in summary.items()}
+    share = statistics.median(f["waiting"] / f["seconds"] for f in rounds["none"])
     result["share of the step spent waiting for data"] = round(share, 5)
     print(json.dumps(result, indent=2))
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.gettempdir())
-    (folder / "training_throughput.json").write_text(json.dumps(result, indent=2) + "\n")
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cpu import tune_process
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Trains; returns the exit status: 0, 2 after a mistake, 128 plus the signal after an interruption."""
+    tune_process()
     return _run(_train, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `dia` command; returns the exit status."""
     options = make_parser().parse_args(arguments)
+    tune_process()
     return _run(options.function, options)
 
 
@@ -43,7 +45,6 @@ def _train(arguments: Sequence[str] | None) -> None:
     from .training import train
 
     config = parse_arguments(arguments)
-    _use_all_cores()
     try:
         figures = train(config)
     except Interrupted as interruption:
@@ -53,15 +54,6 @@ def _train(arguments: Sequence[str] | None) -> None:
         if "features" in figures:
             print(format_scores(figures))
         print(f"The pipeline and its model card are in {config.output_dir}; look at samples.png and curves.png there.")
-
-
-def _use_all_cores() -> None:
-    """`accelerate launch` leaves a single process one thread on a CPU unless it is told otherwise; that is slow."""
-    launched_alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
-    if launched_alone and os.environ.get("OMP_NUM_THREADS") == "1":
-        import torch
-
-        torch.set_num_threads(os.cpu_count() or 1)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,9 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 from torch import Tensor
 
+from .digits import load_digits_dataset
 from .errors import UsageError
+from .images import DTYPES, GREY_MODES, image_to_pixels, open_image, to_pixels, to_unit_range
 
 DIGITS = "digits"
 TRAIN_SPLIT = "train"
@@ -28,33 +30,6 @@ _DEFAULT_LABEL_COLUMNS = ("label", "labels", "fine_label")
 # Part of the cache key: raise it whenever the same image would give other pixels.
 _PREPROCESSING_VERSION = 1
 _HEADERS_READ_FOR_CHANNELS = 1000
-_DEEP_MODES = ("I", "I;16", "I;16B")
-_DTYPES = {8: np.uint8, 16: np.uint16}
-
-
-def load_digits_dataset() -> DatasetDict:
-    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships (UCI optdigits, test part), with labels.
-
-    A fifth of the images, drawn at random with every class in proportion, is held out as the split `test`: 1,437 images
-    for training, 360 held out, always the same. The 17 grey levels of the source are spread over 0 to 255.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    features = datasets.Features(
-        image=datasets.Image(), label=datasets.ClassLabel(names=[str(name) for name in bunch.target_names])
-    )
-    train, held_out = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=bunch.target, random_state=0)
-    return DatasetDict(
-        {
-            split: Dataset.from_dict(
-                {"image": [Image.fromarray(image) for image in pixels[rows]], "label": bunch.target[rows]}, features
-            )
-            for split, rows in ((TRAIN_SPLIT, np.sort(train)), ("test", np.sort(held_out)))
-        }
-    )
 
 
 def load_dataset_splits(
@@ -142,7 +117,7 @@ class PixelDataset:
         self.resolution = resolution
         self.channels = channels
         self.num_classes = num_classes
-        self.dtype = _DTYPES[bits]
+        self.dtype = DTYPES[bits]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -287,11 +262,10 @@ def _count_classes(dataset: Dataset, label_column: str | None, rows: Dataset) ->
 
 
 def _count_channels(raw: Dataset, image_column: str) -> int:
-    grey_modes = {"1", "L", "LA", "F", *_DEEP_MODES}
     for index in range(min(len(raw), _HEADERS_READ_FOR_CHANNELS)):
         try:
-            with _open(raw[index][image_column]) as image:
-                if image.mode not in grey_modes:
+            with open_image(raw[index][image_column]) as image:
+                if image.mode not in GREY_MODES:
                     return 3
         except (OSError, SyntaxError):
             continue
@@ -311,7 +285,7 @@ def _decode_batch(
     out = {"pixels": [], "width": []} | ({"label": []} if label_column else {})
     for position, (index, encoded) in enumerate(zip(indices, batch[image_column], strict=True)):
         try:
-            with _open(encoded) as image:
+            with open_image(encoded) as image:
                 pixels = image_to_pixels(image, resolution, channels, bits)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if on_bad_image == "skip":
@@ -326,42 +300,3 @@ def _decode_batch(
         if label_column:
             out["label"].append(batch[label_column][position])
     return out
-
-
-def _open(encoded: dict[str, Any] | None) -> Image.Image:
-    if encoded is None:
-        raise ValueError("the cell is empty")
-    # Orientation tags are applied here as well.
-    return datasets.Image().decode_example(encoded)
-
-
-def image_to_pixels(image: Image.Image, resolution: int, channels: int, bits: int = 8) -> np.ndarray:
-    """Pixels of one image: uint8 or uint16 of shape `(channels, H, W)`, of which the shorter side is `resolution`.
-
-    Sixteen-bit grey is scaled to eight bits, which Pillow's own conversion would clip; alpha is dropped; of an
-    animation the first picture counts.
-    """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save the image with 8 or 16 bits")
-    short = min(image.size)
-    size = tuple(max(resolution, round(side * resolution / short)) for side in image.size)
-    if image.mode in _DEEP_MODES:
-        # Pillow resizes deep images only as floats.
-        deep = Image.fromarray(np.asarray(image).astype(np.float32).clip(0, 65535))
-        resized = np.asarray(deep.resize(size, Image.Resampling.BILINEAR) if size != image.size else deep)
-        pixels = np.repeat(resized[None], channels, axis=0) / (1 if bits == 16 else 257)
-        return np.rint(pixels).astype(_DTYPES[bits])
-    image = image.convert("L" if channels == 1 else "RGB")
-    pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR) if size != image.size else image)
-    pixels = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    return pixels if bits == 8 else pixels.astype(np.uint16) * 257
-
-
-def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 or uint16 pixels to floats in [-1, 1], the range that diffusion models see."""
-    return images.float() / (torch.iinfo(images.dtype).max / 2) - 1
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] to uint8 pixels, rounded; the inverse of `to_unit_range`."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

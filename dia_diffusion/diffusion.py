@@ -8,7 +8,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from .data import PixelDataset, to_unit_range
+from .data import PixelDataset
+from .images import to_unit_range
 
 
 class StepDraws(NamedTuple):

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 
 from .checkpoint import save_checkpoint
 from .config import TrainingConfig
-from .data import EndlessShuffle, PixelDataset, load_dataset_splits, prepare_pixels, to_unit_range
+from .data import EndlessShuffle, PixelDataset, load_dataset_splits, prepare_pixels
 from .diffusion import StepDraws, diffusion_loss, draw_step, step_seed
 from .errors import UsageError
+from .images import to_unit_range
 from .interrupts import Interrupted, catch_interrupts
 from .presets import build_unet
 from .results import CHECKPOINTS, METRICS_LOG, RunResults, prepare_output_dir

@@ -11,9 +11,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
-from .attention import AttentionState, SharedAttention
 from .blocks import check_block_types, gate_residual_blocks
 from .errors import UsageError
+from .sharing import AttentionState, SharedAttention
 
 _DIA_PREFIX = "dia."
 

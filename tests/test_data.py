@@ -8,17 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dia_diffusion.data import (
-    EndlessShuffle,
-    find_image_column,
-    image_to_pixels,
-    load_dataset_splits,
-    load_digits_dataset,
-    prepare_pixels,
-    to_pixels,
-    to_unit_range,
-)
+from dia_diffusion.data import EndlessShuffle, find_image_column, load_dataset_splits, prepare_pixels
+from dia_diffusion.digits import load_digits_dataset
 from dia_diffusion.errors import UsageError
+from dia_diffusion.images import image_to_pixels, to_unit_range
 
 
 @pytest.fixture(autouse=True)
@@ -82,15 +75,6 @@ def test_channels_follow_the_data_or_the_option(tmp_path):
         train, _ = load_dataset_splits(train_data_dir=str(path))
         pixels = prepare_pixels(train, 8, channels=asked)
         assert pixels.fetch([0])["images"].shape == (1, channels, 8, 8)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
-def test_every_mode_comes_out_as_pillow_converts_it(mode, channels):
-    image = Image.fromarray(picture()).convert(mode)
-    expected = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    pixels = image_to_pixels(image, 12, channels)
-    assert np.array_equal(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0), expected)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
@@ -175,13 +159,6 @@ def test_endless_shuffle_is_a_function_of_seed_and_position():
     assert not torch.equal(everything[:size], everything[size:])
     assert torch.equal(EndlessShuffle(pixels, 3, True).__getitems__([500, 7])["images"], everything[[500, 7]])
     assert not torch.equal(EndlessShuffle(pixels, 4, True).__getitems__(range(9))["images"], everything[:9])
-
-
-def test_pixel_range_round_trips():
-    levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_pixels(to_unit_range(levels)), levels)
-    assert to_unit_range(levels)[[0, 255]].tolist() == [-1, 1]
-    assert to_pixels(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
 def test_errors_say_what_to_do(tmp_path):

@@ -6,8 +6,9 @@ from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from dia_diffusion.data import load_digits_dataset, prepare_pixels
+from dia_diffusion.data import prepare_pixels
 from dia_diffusion.diffusion import diffusion_loss, draw_step, held_out_loss, step_seed
+from dia_diffusion.digits import load_digits_dataset
 
 
 class Constant(nn.Module):

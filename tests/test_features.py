@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
-from dia_diffusion.data import load_digits_dataset, prepare_pixels
+from dia_diffusion.data import prepare_pixels
+from dia_diffusion.digits import load_digits_dataset
 from dia_diffusion.errors import UsageError
 from dia_diffusion.features import DIGITS_WEIGHTS, EXTRACTORS, DigitsFeatures, PixelFeatures, get_extractor
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dia_diffusion.data import load_digits_dataset, prepare_pixels
+from dia_diffusion.data import prepare_pixels
+from dia_diffusion.digits import load_digits_dataset
 from dia_diffusion.features import DIGITS_WEIGHTS, digits_classifier
 
 SEED = 0

@@ -1,0 +1,149 @@
+"""The rules of sharing: what the gates are, who shares a module, and how the state passes."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from dia_diffusion.errors import UsageError
+from dia_diffusion.sharing import BRIDGES, SharedAttention
+
+WIDTHS = (8, 8, 16, 16, 8)
+
+
+def run(attention: SharedAttention, branches: list[torch.Tensor], context=None):
+    state = attention.initial_state(context)
+    gates = []
+    for branch in branches:
+        gate, state = attention(branch, state)
+        gates.append(gate)
+    return gates
+
+
+def branches(batch=3, size=4):
+    return [torch.randn(batch, width, size, size) for width in WIDTHS]
+
+
+def test_paper_lstm_by_level_is_the_cell_itself():
+    attention = SharedAttention(WIDTHS, sharing="level", init="paper")
+    features = branches()
+    gates = run(attention, features)
+    h = {8: torch.zeros(3, 8), 16: torch.zeros(3, 16)}
+    c = dict(h)
+    for x, gate, width in zip(features, gates, WIDTHS, strict=True):
+        h[width], c[width] = attention.shared[str(width)](x.mean((2, 3)), (h[width], c[width]))
+        torch.testing.assert_close(gate[:, :, 0, 0], h[width])
+
+
+@pytest.mark.parametrize("kind", ["se", "eca", "srm"])
+def test_paper_block_attention_is_the_sigmoid_of_the_module(kind):
+    attention = SharedAttention(WIDTHS, kind, "block", init="paper").eval()
+    x, *rest = branches()
+    (gate, *_) = run(attention, [x, *rest])
+    statistics = {
+        "srm": lambda: torch.stack([x.mean((2, 3)), (x.var((2, 3), correction=0) + 1e-5).sqrt()], 1),
+    }.get(kind, lambda: x.mean((2, 3))[:, None])()
+    torch.testing.assert_close(gate[:, :, 0, 0], torch.sigmoid(attention.shared["0"](statistics)))
+
+
+def test_cbam_gate_is_channel_times_spatial():
+    attention = SharedAttention(WIDTHS, "cbam", "block", init="paper")
+    x, *_ = features = branches()
+    gate = run(attention, features)[0]
+    channel = torch.sigmoid(attention.shared["0"](torch.stack([x.mean((2, 3)), x.amax((2, 3))], 1)))[:, :, None, None]
+    refined = x * channel
+    planes = torch.cat([refined.mean(1, keepdim=True), refined.amax(1, keepdim=True)], 1)
+    convolution = attention.spatial["0"].last
+    spatial = torch.sigmoid(nn.functional.conv2d(planes, convolution.weight, convolution.bias, padding=3))
+    torch.testing.assert_close(gate, channel * spatial)
+
+
+COMBINATIONS = [
+    (kind, sharing, bridge)
+    for kind, sharing, bridge in itertools.product(
+        ("lstm", "se", "eca", "srm", "cbam"), ("network", "level", "block"), BRIDGES
+    )
+    if (kind == "lstm" and sharing != "block" and (sharing, bridge) != ("level", "skip"))
+    or (kind != "lstm" and bridge == "carry")
+]
+
+
+@pytest.mark.parametrize(("kind", "sharing", "bridge"), COMBINATIONS)
+def test_identity_gates_are_exactly_one(kind, sharing, bridge):
+    attention = SharedAttention(WIDTHS, kind, sharing, bridge, hidden_size=6, context_size=10)
+    for gate in run(attention, branches(), torch.randn(3, 10)):
+        assert torch.equal(gate, torch.ones_like(gate))
+
+
+@pytest.mark.parametrize(("kind", "sharing", "bridge"), COMBINATIONS)
+def test_paper_gates_lie_between_zero_and_one_and_depend_on_the_input(kind, sharing, bridge):
+    attention = SharedAttention(WIDTHS, kind, sharing, bridge, hidden_size=6, init="paper")
+    for gate in run(attention, branches()):
+        assert gate.min() > 0
+        assert gate.max() < 1
+        assert not torch.equal(gate[0], gate[1])
+
+
+@pytest.mark.parametrize(
+    ("sharing", "modules", "adapters"), [("network", 1, 4), ("level", 2, 0), ("block", len(WIDTHS), 0)]
+)
+def test_number_of_modules_by_sharing(sharing, modules, adapters):
+    attention = SharedAttention(WIDTHS, "se", sharing)
+    assert len(attention.shared) == modules
+    assert len(attention.encoders) + len(attention.decoders) == adapters
+
+
+def test_no_tensor_is_stored_twice():
+    for kind, sharing, bridge in COMBINATIONS:
+        attention = SharedAttention(WIDTHS, kind, sharing, bridge, context_size=10)
+        pointers = [tensor.data_ptr() for tensor in attention.state_dict().values() if tensor.numel()]
+        assert len(set(pointers)) == len(pointers)
+
+
+def test_state_carries_from_block_to_block_and_starts_from_the_context():
+    attention = SharedAttention((8, 8), hidden_size=6, init="paper", context_size=10)
+    first, other, second = torch.randn(3, 1, 8, 4, 4).unbind()
+    context = torch.randn(1, 10)
+    gate = run(attention, [first, second], context)[1]
+    assert not torch.equal(gate, run(attention, [other, second], context)[1])
+    assert not torch.equal(gate, run(attention, [first, second], context + 1)[1])
+
+
+def test_bridges_differ_as_they_say():
+    context = torch.randn(2, 10)
+    features = torch.randn(2, 8, 4, 4)
+
+    def states(bridge):
+        attention = SharedAttention((8, 8), bridge=bridge, hidden_size=6, context_size=10)
+        start = attention.initial_state(context)
+        _, left = attention(features, start)
+        _, now = attention(features + 1, left)
+        entered = attention.enter_level(now, context, left)
+        return [state.memory["network"][1] for state in (start, left, now, entered)]
+
+    start, left, now, entered = states("carry")
+    assert torch.equal(entered, now)
+    start, left, now, entered = states("reset")
+    assert torch.equal(entered, start)
+    start, left, now, entered = states("skip")
+    torch.testing.assert_close(entered, (left + now) / 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"attention": "sse"}, "lstm, se, eca, srm, cbam"),
+        ({"sharing": "stage"}, "network, level, block"),
+        ({"bridge": "long"}, "carry, skip, reset"),
+        ({"init": "ones"}, "identity, paper"),
+        ({"sharing": "block"}, "no meaning"),
+        ({"attention": "se", "bridge": "reset"}, "only 'lstm' has a state"),
+        ({"sharing": "level", "bridge": "skip"}, "state of its own"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1"),
+        ({"reduction": 0}, "reduction must be at least 1"),
+    ],
+)
+def test_errors_say_what_to_choose(arguments, words):
+    with pytest.raises(UsageError, match=words):
+        SharedAttention(WIDTHS, **arguments)
