@@ -1,6 +1,10 @@
 """Data against Pillow and numpy: what a file shows is what the model sees."""
 
 import collections
+import hashlib
+import subprocess
+import sys
+import time
 
 import datasets
 import numpy as np
@@ -180,3 +184,41 @@ def test_errors_say_what_to_do(tmp_path):
         prepare_pixels(digits.remove_columns("label"), 8, with_labels=True)
     with pytest.raises(UsageError, match="channels must be 1"):
         prepare_pixels(digits, 8, channels=4)
+
+
+PREPARE = """
+import hashlib, sys
+from dia_diffusion.data import load_dataset_splits, prepare_pixels
+train, _ = load_dataset_splits(train_data_dir=sys.argv[1], cache_dir=sys.argv[2])
+pixels = prepare_pixels(train, 64)
+digest = hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in pixels.batches(100)))
+print(len(pixels), digest.hexdigest(), pixels.rows.cache_files[0]["filename"])
+"""
+
+
+def start_preparing(root, cache):
+    command = [sys.executable, "-c", PREPARE, str(root), str(cache)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_two_runs_share_a_cache_and_a_killed_build_leaves_none_that_looks_finished(tmp_path):
+    images = {f"{i:04d}.png": Image.fromarray(picture((96, 96), seed=i)) for i in range(600)}
+    root = folder_of(tmp_path / "images", images)
+    expected = np.stack([image_to_pixels(image, 64, 3) for image in images.values()]).tobytes()
+    answer = f"600 {hashlib.sha256(expected).hexdigest()}"
+
+    together = [start_preparing(root, tmp_path / "shared") for _ in range(2)]
+    first, second = [process.communicate(timeout=120)[0].strip() for process in together]
+    assert first.startswith(answer)
+    assert second == first
+
+    killed = start_preparing(root, tmp_path / "killed")
+    deadline = time.monotonic() + 60
+    # `datasets` writes to a file named tmp* first.
+    while not [path for path in (tmp_path / "killed").rglob("tmp*") if path.is_file()]:
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+    killed.kill()
+    killed.wait()
+    again, _ = start_preparing(root, tmp_path / "killed").communicate(timeout=120)
+    assert again.startswith(answer)
