@@ -5,6 +5,8 @@ the default memory format, optimizer and memory allocation, and reads the loss a
 this trainer's step that is spent waiting for data, and its speed with DIA on.
 
     python benchmarks/training_throughput.py [RESULT.json]
+
+On a GPU where there is one.
 """
 
 import json
@@ -65,15 +67,16 @@ def plain_loop(dataset: datasets.Dataset) -> Iterator[None]:
         return {"images": images}
 
     loader = DataLoader(dataset.with_transform(transform), batch_size=BATCH, shuffle=True, drop_last=True)
-    model = UNet2DModel(**UNET)
+    device = Accelerator().device
+    model = UNet2DModel(**UNET).to(device)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, 500, 10_000)
     while True:
         for batch in loader:
-            clean = batch["images"]
-            noise = torch.randn(clean.shape)
-            timesteps = torch.randint(0, 1000, (len(clean),), dtype=torch.int64)
+            clean = batch["images"].to(device)
+            noise = torch.randn(clean.shape, device=device)
+            timesteps = torch.randint(0, 1000, (len(clean),), device=device, dtype=torch.int64)
             noisy = scheduler.add_noise(clean, noise, timesteps)
             prediction = model(noisy, timesteps, return_dict=False)[0]
             loss = F.mse_loss(prediction, noise)
@@ -129,6 +132,8 @@ def work(side: str) -> None:
         start = time.perf_counter()
         for _ in range(STEPS_A_ROUND):
             next(loop)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         elapsed = (time.perf_counter() - start) / STEPS_A_ROUND
         print(json.dumps({"seconds": elapsed, "waiting": sum(waiting) / STEPS_A_ROUND}), flush=True)
 
@@ -158,7 +163,8 @@ def main() -> int:
         worker.stdin.close()
         worker.wait()
 
-    result = {"threads": torch.get_num_threads(), "milliseconds": {}, "speed relative to the plain loop": {}}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    result = {"device": device, "milliseconds": {}, "speed relative to the plain loop": {}}
     for side, figures in rounds.items():
         result["milliseconds"][side] = round(1e3 * statistics.median(f["seconds"] for f in figures), 1)
         ratios = sorted(p["seconds"] / f["seconds"] for p, f in zip(rounds[PLAIN], figures, strict=True))

@@ -35,6 +35,8 @@ def _run(function: Callable, argument: object) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -155,9 +155,10 @@ class TrainingConfig:
         return {name: value for name, value in asdict(self).items() if name != "hub_token"}
 
 
-# What a resumed run may have otherwise than the one it goes on from: its length, its output, and how the global batch
-# is divided. Anything else would make it another experiment.
+# What a resumed run may have otherwise than the one it goes on from: its length, its output, how the global batch is
+# divided, and where data and model come from (what they are is compared). Anything else makes it another experiment.
 MAY_CHANGE = frozenset(
+    "dataset_name dataset_config_name train_data_dir model_config_name_or_path "
     "num_epochs max_train_steps train_batch_size gradient_accumulation_steps eval_batch_size ddpm_num_inference_steps "
     "cache_dir dataloader_num_workers enable_xformers_memory_efficient_attention compile init_from output_dir "
     "overwrite_output_dir save_images_epochs save_model_epochs checkpointing_steps checkpoints_total_limit "

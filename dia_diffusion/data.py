@@ -4,6 +4,7 @@ Decoding and resizing happen once. `datasets` keeps the result in its cache as a
 fingerprint of the data and the preprocessing, so that it may be larger than memory and a later run finds it ready.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -124,8 +125,15 @@ class PixelDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the images and with the preprocessing."""
+        """Changes with the images, their place and the preprocessing: the name of the prepared rows in the cache."""
         return self.rows._fingerprint
+
+    def digest(self) -> str:
+        """Of the number of images and of up to a thousand of them: the same wherever the data lies."""
+        digest = hashlib.sha256(str((len(self), self.channels, self.resolution, self.num_classes)).encode())
+        for index in range(0, len(self), -(-len(self) // 1000)):
+            digest.update(self.fetch([index])["images"].numpy().tobytes())
+        return digest.hexdigest()
 
     def fetch(self, indices: Sequence[int], crops: Sequence[np.ndarray] | None = None) -> dict[str, Tensor]:
         """Pixels, and labels where there are any, of some images.

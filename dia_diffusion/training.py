@@ -1,6 +1,8 @@
 """The training loop."""
 
+import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -59,7 +61,9 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     training = TrainingState(config, accelerator, build_unet(config, data.channels, data.num_classes), total_steps)
 
     # 2. go on where an earlier run stopped
-    record = config.public_dict() | {"global_batch_size": global_batch, "data_fingerprint": data.fingerprint}
+    record = config.public_dict() | {"global_batch_size": global_batch, "data_digest": data.digest()}
+    record["unet"] = {name: value for name, value in training.unet.config.items() if not name.startswith("_")}
+    record = json.loads(json.dumps(record))
     checkpoint = find_checkpoint_to_resume(config, record)
     if accelerator.is_main_process:
         prepare_output_dir(config, resuming=checkpoint is not None)
@@ -97,7 +101,8 @@ def train(config: TrainingConfig) -> dict[str, Any]:
                     save_checkpoint(folder / CHECKPOINTS, step, parts, config.checkpoints_total_limit)
                 accelerator.wait_for_everyone()
             if stopping:
-                raise Interrupted(signals[0], f"stopped after step {step}; --resume_from_checkpoint latest goes on.")
+                signum = signals[0] if signals else signal.SIGTERM
+                raise Interrupted(signum, f"stopped after step {step}; --resume_from_checkpoint latest goes on.")
     log.close()
 
     # 4. leave the results
@@ -124,7 +129,7 @@ def _train_step(
         rows = _rows(config, accelerator, micro)
         part = draws.rows(slice(rows.start, rows.stop))
         images, labels = _prepare_batch(config, next(batches), part, data.num_classes, accelerator.device)
-        if config.dropout:
+        if training.unet.config.dropout:
             torch.manual_seed(step_seed(config.seed, step, rows.start + 1))
         last = micro == config.gradient_accumulation_steps - 1
         with nullcontext() if last else accelerator.no_sync(training.model):

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import shutil
 import subprocess
 import sys
 import time
@@ -146,6 +147,11 @@ def test_prepared_pixels_are_found_again_and_follow_the_data(tmp_path):
     assert first.fingerprint == again.fingerprint
     assert first.rows.cache_files == again.rows.cache_files != []
     Image.new("L", (8, 8), 2).save(root / "b.png")
+    moved = load_dataset_splits(train_data_dir=str(shutil.copytree(root, tmp_path / "moved")))[0]
+    assert first.digest() != prepare_pixels(moved, 8).digest()
+    (tmp_path / "moved" / "b.png").unlink()
+    moved = load_dataset_splits(train_data_dir=str(tmp_path / "moved"))[0]
+    assert first.digest() == prepare_pixels(moved, 8).digest()
     more = prepared()
     assert more.fingerprint != first.fingerprint
     assert len(more) == 2
