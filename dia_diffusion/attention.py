@@ -74,7 +74,8 @@ class ECAAttention(nn.Module):
 
 class SRMAttention(nn.Module):
     """Style-based Recalibration: mean and standard deviation, a channel-wise linear layer and batch normalisation
-    (arXiv 1903.10829, eq. 4 and 5). Like any batch normalisation it needs more than one image a batch in training."""
+    (arXiv 1903.10829, eq. 4 and 5). Like any batch normalisation it needs more than one image a batch in training;
+    where blocks share it, they share its running statistics too, which is less exact in evaluation."""
 
     statistics = ("mean", "std")
 

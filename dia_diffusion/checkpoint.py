@@ -63,9 +63,19 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, total_limit
             "untouched; make room and resume with --resume_from_checkpoint latest."
         ) from error
     if total_limit is not None:
-        for old in list_checkpoints(folder)[:-total_limit]:
+        older = [path for path in list_checkpoints(folder) if path.name < final.name]
+        for old in older[: max(len(older) + 1 - total_limit, 0)]:
             shutil.rmtree(old)
     return final
+
+
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Renames checkpoints of later steps than the one that a run goes on from, so that it is not mixed with them."""
+    for path in list_checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            aside = path.with_name(f"set-aside-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

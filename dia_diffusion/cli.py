@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cpu import tune_process
+from safetensors import SafetensorError
+
 from .errors import UsageError
+from .process import end_with_launcher, tune_process
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Trains; returns the exit status: 0, 2 after a mistake, 128 plus the signal after an interruption."""
     tune_process()
+    end_with_launcher()
     return _run(_train, arguments)
 
 
@@ -33,6 +36,9 @@ def _run(function: Callable, argument: object) -> int:
     try:
         function(argument)
     except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -77,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="folder or Hub id of a pipeline")
     evaluate.add_argument("--dataset", default="digits", help="what to compare with: digits, a Hub id or a folder")
     evaluate.add_argument("--metrics", default="fid,kid,precision,recall", help="comma-separated (default: all)")
-    evaluate.add_argument("--features", default="digits", help="features to compare in (default: digits)")
+    evaluate.add_argument("--features", help="features to compare in: digits (default for digits), pixels")
     evaluate.add_argument("--output", type=Path, help="JSON file for the scores")
     _add_sampling_options(evaluate, num_images=10000)
     return parser
@@ -126,11 +132,13 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .data import load_dataset_splits, prepare_pixels
+    from .data import DIGITS, load_dataset_splits, prepare_pixels
     from .evaluation import evaluate, format_scores
-    from .features import get_extractor
+    from .features import EXTRACTORS, get_extractor
     from .metrics import check_metrics
 
+    if options.features is None and options.dataset != DIGITS:
+        raise UsageError(f"name the features to compare in: --features {', '.join(EXTRACTORS)}.")
     metrics = [name.strip() for name in options.metrics.split(",")]
     check_metrics(metrics)
     pipeline = _load_pipeline(options)
@@ -145,7 +153,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         pipeline,
         train,
         held_out,
-        get_extractor(options.features, unet.sample_size, unet.in_channels),
+        get_extractor(options.features or DIGITS, unet.sample_size, unet.in_channels),
         metrics,
         options.num_images,
         options.steps,

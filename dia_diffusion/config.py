@@ -140,6 +140,8 @@ class TrainingConfig:
                 raise UsageError(f"{name} must be at least 1, but is {getattr(self, name)}.")
         if self.eval_steps is not None and self.score_features is None:
             raise UsageError("eval_steps needs score_features: the features in which distances are measured.")
+        if self.dia_attention == "srm" and self.train_batch_size == 1:
+            raise UsageError("dia_attention 'srm' normalises over the batch: it needs a train_batch_size of 2 or more.")
         for name in ("max_train_steps", "checkpoints_total_limit", "eval_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, but is {getattr(self, name)}.")
@@ -156,9 +158,11 @@ class TrainingConfig:
 
 
 # What a resumed run may have otherwise than the one it goes on from: its length, its output, how the global batch is
-# divided, and where data and model come from (what they are is compared). Anything else makes it another experiment.
+# divided, where data and model come from (what they are is compared), and what one changes after a divergence.
+# Anything else makes it another experiment.
 MAY_CHANGE = frozenset(
     "dataset_name dataset_config_name train_data_dir model_config_name_or_path "
+    "learning_rate lr_warmup_steps mixed_precision max_grad_norm "
     "num_epochs max_train_steps train_batch_size gradient_accumulation_steps eval_batch_size ddpm_num_inference_steps "
     "cache_dir dataloader_num_workers enable_xformers_memory_efficient_attention compile init_from output_dir "
     "overwrite_output_dir save_images_epochs save_model_epochs checkpointing_steps checkpoints_total_limit "

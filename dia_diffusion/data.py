@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
-from PIL import Image
 from torch import Tensor
 
 from .digits import load_digits_dataset
 from .errors import UsageError
-from .images import DTYPES, GREY_MODES, image_to_pixels, open_image, to_pixels, to_unit_range
+from .images import DTYPES, GREY_MODES, UNREADABLE, image_to_pixels, open_image, to_pixels, to_unit_range
 
 DIGITS = "digits"
 TRAIN_SPLIT = "train"
@@ -94,12 +93,21 @@ def find_label_column(dataset: Dataset, name: str | None = None) -> str:
         raise UsageError(f"the data set has no column '{name}', only: {', '.join(dataset.features)}.")
     classes = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
     candidates = [name] if name else [c for c in _DEFAULT_LABEL_COLUMNS if c in dataset.features] + classes
+    if candidates and not _holds_integers(dataset.features[candidates[0]]):
+        raise UsageError(
+            f"column '{candidates[0]}' holds no integer labels but {dataset.features[candidates[0]]}. Turn it into "
+            "classes first (datasets: class_encode_column), or name another with --label_column."
+        )
     if not candidates:
         raise UsageError(
             f"the data set has no labels to condition on; its columns are: {', '.join(dataset.features)}. "
             "Name one with --label_column, or train without --class_conditional."
         )
     return candidates[0]
+
+
+def _holds_integers(feature: Any) -> bool:
+    return isinstance(feature, datasets.ClassLabel) or "int" in str(getattr(feature, "dtype", ""))
 
 
 class PixelDataset:
@@ -265,8 +273,11 @@ def prepare_pixels(
 def _count_classes(dataset: Dataset, label_column: str | None, rows: Dataset) -> int | None:
     if label_column is None:
         return None
+    labels = np.asarray(rows["label"])
+    if labels.min() < 0:
+        raise UsageError(f"column '{label_column}' has labels below 0, which stand for none: leave those images out.")
     feature = dataset.features[label_column]
-    return feature.num_classes if isinstance(feature, datasets.ClassLabel) else max(rows["label"]) + 1
+    return feature.num_classes if isinstance(feature, datasets.ClassLabel) else int(labels.max()) + 1
 
 
 def _count_channels(raw: Dataset, image_column: str) -> int:
@@ -275,7 +286,7 @@ def _count_channels(raw: Dataset, image_column: str) -> int:
             with open_image(raw[index][image_column]) as image:
                 if image.mode not in GREY_MODES:
                     return 3
-        except (OSError, SyntaxError):
+        except UNREADABLE:
             continue
     return 1
 
@@ -295,7 +306,7 @@ def _decode_batch(
         try:
             with open_image(encoded) as image:
                 pixels = image_to_pixels(image, resolution, channels, bits)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             if on_bad_image == "skip":
                 continue
             name = f"'{encoded['path']}'" if encoded and encoded.get("path") else "image"

@@ -9,8 +9,4 @@ class NotFiniteError(UsageError):
     """Training has diverged: a loss, a gradient or a weight is not a finite number."""
 
     def __init__(self, step: int, what: str, learning_rate: float):
-        super().__init__(
-            f"at step {step} {what}, at learning rate {learning_rate:.3g}: training has diverged. Try a lower "
-            "--learning_rate, more --lr_warmup_steps or --mixed_precision no. Checkpoints hold finite weights only; "
-            "--resume_from_checkpoint latest goes on from the last."
-        )
+        super().__init__(f"at step {step} {what}, at learning rate {learning_rate:.3g}: training has diverged.")

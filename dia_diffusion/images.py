@@ -11,6 +11,8 @@ from torch import Tensor
 _DEEP_MODES = ("I", "I;16", "I;16B")
 # Modes of Pillow that hold no colour.
 GREY_MODES = frozenset({"1", "L", "LA", "F", *_DEEP_MODES})
+# What Pillow's many decoders raise at a broken file, and this module at one that it cannot use.
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 DTYPES = {8: np.uint8, 16: np.uint16}
 
 
@@ -18,7 +20,7 @@ def open_image(encoded: dict[str, Any] | None) -> Image.Image:
     """Decodes a cell of an image column, as `datasets` stores it: `bytes` or a `path`.
 
     Raises:
-        OSError, SyntaxError, ValueError: if it cannot be read.
+        One of `UNREADABLE`: if it cannot be read.
     """
     if encoded is None:
         raise ValueError("the cell is empty")

@@ -47,7 +47,7 @@ def write_model_card(
 A diffusion UNet with shared attention (DIA, [arXiv 2210.16101](https://arxiv.org/abs/2210.16101)), trained on
 `{data}` at {config.resolution}x{config.resolution} pixels for {figures["step"]:,} steps of
 {figures["global_batch_size"]} images. {parameters:,} parameters, of which attention {attention:,}
-(`{config.dia_attention}`, shared by `{config.dia_sharing}`).
+(`{unet.config.dia_attention}`, sharing `{unet.config.dia_sharing}`).
 
 ![samples](samples.png)
 

@@ -52,6 +52,7 @@ def build_unet(config: TrainingConfig, channels: int, num_classes: int | None) -
     if config.init_from is not None:
         unet = _load_unet(config.init_from, flags)
         _check_fit(unet, config, channels, num_classes)
+        unet.register_to_config(sample_size=config.resolution)
         return unet
     if config.model_config_name_or_path is not None:
         arguments = _load_model_config(config.model_config_name_or_path)
@@ -62,7 +63,10 @@ def build_unet(config: TrainingConfig, channels: int, num_classes: int | None) -
     arguments |= flags
     arguments |= {"sample_size": config.resolution, "in_channels": channels, "out_channels": channels}
     arguments["num_class_embeds"] = None if num_classes is None else num_classes + 1
-    unet = DIAUNet2DModel.from_config(arguments)
+    try:
+        unet = DIAUNet2DModel.from_config(arguments)
+    except ValueError as error:
+        raise UsageError(f"no UNet can be built as asked: {error}") from error
     _check_fit(unet, config, channels, num_classes)
     return unet
 
@@ -96,11 +100,23 @@ def _load_unet(name_or_path: str, flags: dict[str, Any]) -> DIAUNet2DModel:
         else:
             config, location = UNet2DModel.load_config(name_or_path, subfolder="unet"), {"subfolder": "unet"}
         if config["_class_name"] == DIAUNet2DModel.__name__:
-            return DIAUNet2DModel.from_pretrained(name_or_path, **location)
+            unet = DIAUNet2DModel.from_pretrained(name_or_path, **location)
+            _check_flags(unet, flags)
+            return unet
         unet = UNet2DModel.from_pretrained(name_or_path, **location)
+    except UsageError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"cannot load a UNet from '{name_or_path}': {str(error).splitlines()[0]}") from error
     return DIAUNet2DModel.from_unet(unet, **{name: v for name, v in flags.items() if name.startswith("dia_")})
+
+
+def _check_flags(unet: DIAUNet2DModel, flags: dict[str, Any]) -> None:
+    """A flag that a loaded model does not follow would make the record of the run wrong."""
+    defaults = TrainingConfig().model_arguments()
+    for name, value in flags.items():
+        if value != defaults.get(name) and value != unet.config[name]:
+            raise UsageError(f"--{name} {value} does not fit the loaded model, which has {unet.config[name]}: omit it.")
 
 
 def _load_model_config(name_or_path: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL.Image import Image
 
+from .checkpoint import list_checkpoints
 from .config import TrainingConfig, save_config
 from .data import PixelDataset
 from .diffusion import held_out_loss
@@ -30,7 +31,6 @@ METRICS_LOG = "metrics.jsonl"
 CONFIG = "training_config.yaml"
 _SAMPLES = "samples"
 _BEST = "best"
-_SAMPLING_BATCH_SIZE = 250
 
 
 def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
@@ -40,14 +40,20 @@ def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
         UsageError: if it holds a run, or cannot be made.
     """
     folder = Path(config.output_dir)
-    leftovers = [folder / name for name in (CHECKPOINTS, METRICS_LOG, _SAMPLES, _BEST, "model_index.json")]
-    if not resuming and any(path.exists() for path in leftovers):
-        if not config.overwrite_output_dir and config.resume_from_checkpoint is None:
+    # What took time to make, and what a run that was killed before its first checkpoint may have left.
+    valuables = [*list_checkpoints(folder / CHECKPOINTS), folder / _BEST, folder / "model_index.json"]
+    traces = [folder / METRICS_LOG, folder / _SAMPLES]
+    if not resuming:
+        found = [path for path in valuables if path.exists()]
+        if config.resume_from_checkpoint is None:
+            found += [path for path in traces if path.exists()]
+        if found and not config.overwrite_output_dir:
             raise UsageError(
-                f"'{folder}' already holds a run. Go on with it (--resume_from_checkpoint latest), start anew there "
-                "(--overwrite_output_dir), or choose another --output_dir."
+                f"'{folder}' already holds a run ({', '.join(path.name for path in found[:3])}), and there is no "
+                "usable checkpoint that was asked for. Go on with it (--resume_from_checkpoint latest or a path), "
+                "start anew there (--overwrite_output_dir), or choose another --output_dir."
             )
-        for path in leftovers:
+        for path in (folder / CHECKPOINTS, folder / _BEST, folder / "model_index.json", *traces):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +121,7 @@ class RunResults:
                 num_images=config.eval_num_images,
                 steps=config.ddpm_num_inference_steps,
                 seed=config.seed,
-                batch_size=_SAMPLING_BATCH_SIZE,
+                batch_size=self.config.eval_batch_size,
             )
             record = best / "metrics.json"
             before = json.loads(record.read_text())["fid"] if record.exists() else float("inf")
@@ -147,10 +153,13 @@ class RunResults:
                     num_images=config.score_num_images,
                     steps=config.ddpm_num_inference_steps,
                     seed=config.seed,
-                    batch_size=_SAMPLING_BATCH_SIZE,
+                    batch_size=self.config.eval_batch_size,
                 )
             (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-            write_model_card(folder, config, unet, figures, shlex.join(["accelerate", "launch", *sys.argv]))
+            command = shlex.join(["accelerate", "launch", *sys.argv])
+            if config.hub_token is not None:
+                command = command.replace(config.hub_token, "TOKEN")
+            write_model_card(folder, config, unet, figures, command)
             if config.push_to_hub:
                 self._push(pipeline)
         return figures
@@ -161,7 +170,7 @@ class RunResults:
     def _sample_grid(self, pipeline: DIAUNetPipeline) -> Image:
         config = self.config
         batches = sample_images(
-            pipeline, config.eval_batch_size, config.ddpm_num_inference_steps, config.seed, _SAMPLING_BATCH_SIZE
+            pipeline, config.eval_batch_size, config.ddpm_num_inference_steps, config.seed, config.eval_batch_size
         )
         # A class-conditional pipeline takes its classes in turn: one column for each.
         return image_grid(torch.cat(list(batches)), columns=self.data.num_classes)

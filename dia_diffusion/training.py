@@ -4,13 +4,15 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     is_tensorboard_available,
     is_trackio_available,
@@ -20,11 +22,12 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .checkpoint import save_checkpoint
+from .checkpoint import find_latest, save_checkpoint, set_aside_newer
 from .config import TrainingConfig
 from .data import EndlessShuffle, PixelDataset, load_dataset_splits, prepare_pixels
 from .diffusion import StepDraws, diffusion_loss, draw_step, step_seed
-from .errors import UsageError
+from .errors import NotFiniteError, UsageError
+from .features import get_extractor
 from .images import to_unit_range
 from .interrupts import Interrupted, catch_interrupts
 from .presets import build_unet
@@ -33,12 +36,17 @@ from .resuming import find_checkpoint_to_resume
 from .run_log import RunLog
 from .training_state import TrainingState
 
+_STEPS_BETWEEN_MEETINGS = 10
+# The other processes wait while the main one prepares images, samples or scores.
+_PATIENCE = timedelta(hours=6)
+
 
 def train(config: TrainingConfig) -> dict[str, Any]:
     """Trains a UNet as the configuration says, and leaves the pipeline and its record in `config.output_dir`.
 
-    What is random about step k (order of images, crops, timesteps, noise, flips, label dropout, dropout) depends on
-    the seed, k and the position in the global batch alone.
+    What is random about step k (order of images, crops, timesteps, noise, flips, label dropout) depends on the seed, k
+    and the position in the global batch alone. Dropout inside of the model depends on the seed, k and the position of
+    the batch in the global batch: it is the same when a run is resumed, but not when the batches are divided otherwise.
 
     Returns:
         `dict`: what is in metrics.json: the final losses and, where asked for, the scores. Empty on processes other
@@ -65,24 +73,30 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     record["unet"] = {name: value for name, value in training.unet.config.items() if not name.startswith("_")}
     record = json.loads(json.dumps(record))
     checkpoint = find_checkpoint_to_resume(config, record)
-    if accelerator.is_main_process:
-        prepare_output_dir(config, resuming=checkpoint is not None)
     start, pending = 0, []
     if checkpoint is not None:
         training.restore(checkpoint)
         start, pending = checkpoint.state["step"], checkpoint.state["pending_losses"]
+    _check_same_start(accelerator, start)
+    if accelerator.is_main_process:
+        prepare_output_dir(config, resuming=checkpoint is not None)
+        set_aside_newer(folder / CHECKPOINTS, start)
     accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, (int, float, str))})
     log = RunLog(folder / METRICS_LOG, accelerator, config.logging_steps, global_batch, start, total_steps, pending)
     results = RunResults(config, training, scheduler, data, held_out, global_batch)
 
+    if config.score_features is not None:
+        # Known to be there before the run, not after it.
+        get_extractor(config.score_features, config.resolution, data.channels)
+
     # 3. train
     batches = iter(_make_loader(config, data, accelerator, start, total_steps))
     training.unet.train()
-    with catch_interrupts() as signals:
+    with catch_interrupts() as signals, _advice_on_divergence(folder / CHECKPOINTS):
         for step in range(start + 1, total_steps + 1):
             loss, norm = _train_step(training, scheduler, data, batches, global_batch, step)
             log.add(step, loss, norm, training.learning_rate(step))
-            stopping = step < total_steps and _anyone(accelerator, bool(signals), step % config.logging_steps == 0)
+            stopping = step < total_steps and _anyone(accelerator, bool(signals), step)
             if accelerator.is_main_process:
                 if held_out is not None and (step % config.validation_steps == 0 or step == total_steps):
                     log.write({"step": step, "held_out_loss": results.held_out_loss()})
@@ -110,6 +124,19 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return figures
+
+
+@contextmanager
+def _advice_on_divergence(checkpoints: Path) -> Iterator[None]:
+    try:
+        yield
+    except NotFiniteError as error:
+        # All checkpoints hold finite weights: those of a diverged step are not written.
+        latest, _ = find_latest(checkpoints)
+        advice = "Try a lower --learning_rate, more --lr_warmup_steps or --mixed_precision no"
+        start = "from the start" if latest is None else f"from the last good checkpoint, {latest}"
+        flag = "" if latest is None else " (--resume_from_checkpoint latest)"
+        raise UsageError(f"{error} {advice}, {start}{flag}.") from error
 
 
 def _train_step(
@@ -180,18 +207,26 @@ def _make_loader(
         batch_sampler=positions,
         num_workers=config.dataloader_num_workers,
         collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_main_process,
         pin_memory=accelerator.device.type == "cuda",
     )
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-def _anyone(accelerator: Accelerator, here: bool, meeting: bool) -> bool:
-    """Whether any process wants to stop. They meet to compare at some steps only: it makes the device wait."""
-    if accelerator.num_processes == 1 or not meeting:
-        return here and accelerator.num_processes == 1
+def _anyone(accelerator: Accelerator, here: bool, step: int) -> bool:
+    """Whether any process wants to stop. They compare every few steps only, because it makes the device wait."""
+    if accelerator.num_processes == 1:
+        return here
+    if step % _STEPS_BETWEEN_MEETINGS:
+        return False
     return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum").item())
 
 
@@ -204,12 +239,22 @@ def _make_accelerator(config: TrainingConfig) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=config.logger,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
             project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
         )
     except ValueError as error:
         raise UsageError(f"mixed_precision '{config.mixed_precision}' cannot be used here: {error}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("mixed_precision 'fp16' needs a GPU; on a CPU use bf16 or no.")
     _check_processes(accelerator)
     return accelerator
+
+
+def _check_same_start(accelerator: Accelerator, start: int) -> None:
+    """Processes on several machines may see different folders."""
+    starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
+    if len(set(starts)) > 1:
+        raise UsageError(f"the processes would start at steps {starts}: --output_dir must be a folder that all share.")
 
 
 def _check_processes(accelerator: Accelerator) -> None:

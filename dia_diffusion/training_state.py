@@ -40,7 +40,10 @@ class TrainingState:
             unet.requires_grad_(False)
             unet.dia.requires_grad_(True)
         if config.enable_xformers_memory_efficient_attention:
-            unet.enable_xformers_memory_efficient_attention()
+            try:
+                unet.enable_xformers_memory_efficient_attention()
+            except (ImportError, ValueError) as error:
+                raise UsageError(f"xformers cannot be used here: {str(error).splitlines()[0]}") from error
         # Convolutions are faster in this format, on CPUs and on GPUs.
         unet.to(memory_format=torch.channels_last)
         if config.compile:

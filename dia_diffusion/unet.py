@@ -1,5 +1,7 @@
 """DIAUNet2DModel: diffusers' UNet2DModel with shared attention on every residual branch."""
 
+import inspect
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -142,6 +144,9 @@ class DIAUNet2DModel(UNet2DModel):
             unet (`UNet2DModel`): The UNet to start from. It is not changed.
             dia_arguments: Any `dia_*` argument of this class.
         """
+        unknown = [name for name in dia_arguments if not name.startswith("dia_") or name not in _arguments(cls)]
+        if unknown:
+            raise TypeError(f"from_unet() got an unexpected keyword argument '{unknown[0]}'")
         model = _cast(cls.from_config({**unet.config, **dia_arguments}), unet)
         missing, unexpected = model.load_state_dict(unet.state_dict(), strict=False)
         strangers = [key for key in missing if not key.startswith(_DIA_PREFIX)] + unexpected
@@ -298,6 +303,10 @@ class DIAUNet2DModel(UNet2DModel):
                 f"images of {sample.shape[-2]}x{sample.shape[-1]} pixels cannot pass the {len(self.down_blocks)} "
                 f"levels of this UNet: height and width must be multiples of {factor}."
             )
+
+
+def _arguments(cls: type) -> Mapping[str, Any]:
+    return inspect.signature(cls.__init__).parameters
 
 
 def _cast(model: UNet2DModel, other: UNet2DModel) -> UNet2DModel:

@@ -41,6 +41,13 @@ def test_only_the_newest_stay(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
 
 
+def test_the_limit_counts_up_to_the_new_checkpoint(tmp_path):
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, example())
+    save_checkpoint(tmp_path, 5, example(), total_limit=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000010"]
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 

@@ -108,7 +108,8 @@ def test_mistakes_end_with_status_2_and_a_line_that_says_what_to_do(model, tmp_p
         (main, ["sample", model, "--device", "cuda:99"], "cuda:99"),
         (main, ["evaluate", model, "--metrics", "fiddle"], "choose from: fid"),
         (main, ["evaluate", model, "--features", "inception9"], "digits"),
-        (main, ["evaluate", model, "--dataset", empty], "cannot load images from"),
+        (main, ["evaluate", model, "--dataset", empty], "name the features to compare in: --features digits"),
+        (main, ["evaluate", model, "--dataset", empty, "--features", "pixels"], "cannot load images from"),
     ]
     for function, arguments, words in cases:
         assert function(arguments) == 2, arguments

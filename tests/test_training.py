@@ -16,12 +16,13 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from dia_diffusion import DIAUNetPipeline
+from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.checkpoint import find_latest
 from dia_diffusion.config import parse_arguments
 from dia_diffusion.diffusion import diffusion_loss
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training import train
+from dia_diffusion.training_state import TrainingState
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -159,6 +160,68 @@ def test_resuming_gives_the_same_run_bit_for_bit(tmp_path):
     assert [line for line in resumed if line[1] is not None] == whole
 
 
+def test_resuming_is_exact_with_the_dropout_of_a_model_configuration(tmp_path):
+    unet = DIAUNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        dropout=0.5,
+    )
+    unet.save_config(tmp_path / "model")
+    options = {"model_config_name_or_path": str(tmp_path / "model"), "block_out_channels": None}
+    _, whole = run(tmp_path / "whole", **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    _, resumed = run(tmp_path / "run", **options, resume_from_checkpoint="latest")
+    assert resumed == whole
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_latest_never_removes_what_took_time_to_make(undisturbed, tmp_path):
+    options = {"class_conditional": True, "dropout": 0.1, "random_flip": True, "resume_from_checkpoint": "latest"}
+    folder = shutil.copytree(undisturbed[0], tmp_path / "finished")
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UsageError, match=r"already holds a run \(model_index.json\)"):
+        run(folder, **options)
+    assert (folder / "metrics.jsonl").exists()
+    folder = shutil.copytree(undisturbed[0], tmp_path / "damaged")
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"already holds a run \(step-00000003, step-00000006"):
+        run(folder, **options)
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2
+    # What a run leaves that is killed before its first checkpoint is no reason to stop.
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
+    assert run(tmp_path / "early", **options)[1][0] == undisturbed[2][0]
+
+
+def test_checkpoints_of_an_abandoned_branch_are_set_aside(tmp_path):
+    run(tmp_path / "run", checkpointing_steps=2)
+    chosen = tmp_path / "run" / "checkpoints" / "step-00000002"
+    run(tmp_path / "run", checkpointing_steps=3, resume_from_checkpoint=str(chosen), learning_rate=2e-3)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [
+        "set-aside-step-00000004",
+        "set-aside-step-00000006",
+        "step-00000002",
+        "step-00000003",
+        "step-00000006",
+    ]
+
+
+def test_the_token_is_nowhere_in_the_output(tmp_path, monkeypatch):
+    config = configure(tmp_path / "run", max_train_steps=2)
+    monkeypatch.setattr(sys, "argv", ["train_unet.py", "--config", str(config), "--hub_token", "hf_SECRET"])
+    train(parse_arguments())
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert not [path for path in files if b"hf_SECRET" in path.read_bytes()]
+
+
 def test_accumulation_gives_the_same_losses(tmp_path):
     _, whole = run(tmp_path / "whole", use_ema=False, class_conditional=True, random_flip=True)
     _, parts = run(
@@ -283,10 +346,13 @@ def test_a_run_killed_at_twenty_moments_ends_bit_for_bit_as_if_it_had_not_been(t
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, signum):
-    config = configure(tmp_path / "run", max_train_steps=100_000, checkpointing_steps=100_000, logging_steps=1)
+    """The signal goes to the whole group of processes, data workers included, as terminals and schedulers send it."""
+    options = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "logging_steps": 1}
+    config = configure(tmp_path / "run", **options, dataloader_num_workers=2)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_unet.py"), "--config", str(config)],
         stdout=subprocess.DEVNULL,
+        start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -294,7 +360,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, signum):
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signum, errors
     assert "--resume_from_checkpoint latest goes on" in errors
@@ -302,21 +368,21 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, signum):
     assert len(weights(tmp_path / "run", int(checkpoint.name[5:]))) > 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(UsageError, match=r"at step \d+ the .* at learning rate .*resume_from_checkpoint latest"):
-        run(
-            tmp_path / "run",
-            learning_rate=1e30,
-            max_train_steps=20,
-            lr_scheduler="constant",
-            lr_warmup_steps=0,
-            adam_weight_decay=1e10,
-            logging_steps=1,
-            checkpointing_steps=1,
-        )
-    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
-        saved = weights(tmp_path / "run", int(checkpoint.name[5:]))
-        assert all(torch.isfinite(tensor).all() for name, tensor in saved.items() if name.startswith("unet"))
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """The loss and the gradient of step 4 are finite, but its update is not."""
+    update = TrainingState.update
+
+    def poisoned(state, step):
+        norm = update(state, step)
+        if step == 4:
+            next(state.unet.parameters()).data.fill_(float("inf"))
+        return norm
+
+    monkeypatch.setattr(TrainingState, "update", poisoned)
+    with pytest.raises(UsageError, match=r"at step 4 the weights are not finite.*checkpoint, .*step-00000003 "):
+        run(tmp_path / "run", checkpointing_steps=1)
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 3
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run", 3).values())
 
 
 def test_a_nan_stops_the_run_and_the_last_checkpoint_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
@@ -340,7 +406,7 @@ def test_a_nan_stops_the_run_and_the_last_checkpoint_goes_on_as_if_it_had_not_be
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("kind", "precision"), [("epsilon", "fp16"), ("sample", "bf16"), ("v_prediction", "fp16")])
+@pytest.mark.parametrize(("kind", "precision"), [("epsilon", "no"), ("sample", "bf16"), ("v_prediction", "bf16")])
 def test_prediction_types_and_precisions_train_and_resume(tmp_path, kind, precision):
     options = {"prediction_type": kind, "mixed_precision": precision, "lr_scheduler": "linear", "dia_bridge": "skip"}
     run(tmp_path / "whole", **options)
@@ -371,9 +437,9 @@ def test_training_goes_on_from_a_unet_and_may_train_dia_alone(undisturbed, tmp_p
     folder, _, _ = undisturbed
     start = DIAUNetPipeline.from_pretrained(folder).unet
     start.to_unet().save_pretrained(tmp_path / "plain")
-    options = {"class_conditional": True, "train_only": "dia", "use_ema": False, "dia_attention": "se"}
+    options = {"class_conditional": True, "train_only": "dia", "use_ema": False}
     for source, attention in ((folder, "lstm"), (tmp_path / "plain", "se")):
-        run(tmp_path / attention, init_from=str(source), **options)
+        run(tmp_path / attention, init_from=str(source), dia_attention=attention, **options)
         unet = DIAUNetPipeline.from_pretrained(tmp_path / attention).unet
         assert unet.config.dia_attention == attention
         for name, tensor in unet.state_dict().items():
@@ -382,6 +448,11 @@ def test_training_goes_on_from_a_unet_and_may_train_dia_alone(undisturbed, tmp_p
         assert any(
             (gate != 1).any() for gate in unet.attention_maps(torch.randn(2, 1, 8, 8), 9, torch.tensor([1, 2])).values()
         )
+    # A model that goes on at another resolution is then sampled at that one.
+    run(tmp_path / "larger", init_from=str(folder), resolution=16, class_conditional=True)
+    assert DIAUNetPipeline.from_pretrained(tmp_path / "larger").unet.config.sample_size == 16
+    with pytest.raises(UsageError, match="--dia_attention se does not fit the loaded model, which has lstm"):
+        run(tmp_path / "other", init_from=str(folder), dia_attention="se", class_conditional=True)
     with pytest.raises(UsageError, match="the UNet has 11 class embeddings, but the data needs None"):
         run(tmp_path / "other", init_from=str(folder))
     with pytest.raises(UsageError, match="cannot load a UNet from"):
@@ -420,6 +491,18 @@ def test_errors_say_what_to_do(undisturbed, tmp_path):
         run(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "none"))
     with pytest.raises(UsageError, match="--logger wandb needs the package"):
         run(tmp_path / "run", logger="wandb")
+    fresh_state()
+    with pytest.raises(UsageError, match="fp16' needs a GPU"):
+        run(tmp_path / "run", mixed_precision="fp16")
+    fresh_state()
+    with pytest.raises(UsageError, match="no UNet can be built as asked"):
+        run(tmp_path / "run", block_out_channels=[30, 60])
+    with pytest.raises(UsageError, match="needs a train_batch_size of 2"):
+        run(tmp_path / "run", dia_attention="srm", train_batch_size=1)
+    with pytest.raises(UsageError, match="inceptoin"):
+        run(tmp_path / "run", score_features="inceptoin")
+    with pytest.raises(UsageError, match="xformers cannot be used here"):
+        run(tmp_path / "run", enable_xformers_memory_efficient_attention=True)
     with pytest.raises(UsageError, match="eval_steps needs score_features"):
         run(tmp_path / "run", eval_steps=1)
     with pytest.raises(UsageError, match="unknown ddpm_beta_schedule 'cosine'"):

@@ -146,10 +146,9 @@ DIA_ARGUMENTS = [
 @pytest.mark.parametrize("arguments", DIA_ARGUMENTS, ids=str)
 def test_gradient_reaches_every_parameter(arguments):
     model = DIAUNet2DModel(**SMALL, **arguments)
-    for name, parameter in model.dia.named_parameters():
+    for parameter in model.dia.parameters():
         if parameter.abs().sum() == 0:
             torch.nn.init.normal_(parameter, std=0.5)
-        assert name
     sample, timestep, _ = inputs(SMALL)
     model(sample, timestep).sample.square().mean().backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
@@ -172,6 +171,8 @@ def test_one_step_from_identity_opens_the_gates():
 @pytest.mark.parametrize("arguments", DIA_ARGUMENTS, ids=str)
 def test_save_and_load_round_trip(arguments, tmp_path):
     model = DIAUNet2DModel(**SMALL, **arguments, num_class_embeds=5).eval()
+    for parameter in model.dia.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path)
     loaded = DIAUNet2DModel.from_pretrained(tmp_path).eval()
     public = lambda config: json.loads(json.dumps({k: v for k, v in config.items() if k[0] != "_"}))  # noqa: E731
@@ -268,6 +269,13 @@ def test_attention_maps_agree_with_the_forward_pass():
 def test_construction_errors(arguments, words):
     with pytest.raises(UsageError, match=words):
         DIAUNet2DModel(**SMALL | arguments)
+
+
+def test_from_unet_takes_dia_arguments_only():
+    unet = UNet2DModel(**SMALL)
+    for name in ("dia_bridg", "dropout"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            DIAUNet2DModel.from_unet(unet, **{name: 1})
 
 
 def test_call_errors():
