@@ -132,10 +132,11 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .data import DIGITS, load_dataset_splits, prepare_pixels
+    from .data import DIGITS, load_dataset_splits
     from .evaluation import evaluate, format_scores
     from .features import EXTRACTORS, get_extractor
     from .metrics import check_metrics
+    from .pixels import prepare_pixels
 
     if options.features is None and options.dataset != DIGITS:
         raise UsageError(f"name the features to compare in: --features {', '.join(EXTRACTORS)}.")

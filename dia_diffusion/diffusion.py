@@ -8,8 +8,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from .data import PixelDataset
 from .images import to_unit_range
+from .pixels import PixelDataset
 
 
 class StepDraws(NamedTuple):

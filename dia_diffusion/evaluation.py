@@ -6,9 +6,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from .data import PixelDataset
 from .features import FeatureExtractor
 from .metrics import METRICS, score
+from .pixels import PixelDataset
 from .sampling import sample_images
 
 _REFERENCE_BATCH_SIZE = 256

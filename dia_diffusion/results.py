@@ -14,13 +14,13 @@ from PIL.Image import Image
 
 from .checkpoint import list_checkpoints
 from .config import TrainingConfig, save_config
-from .data import PixelDataset
 from .diffusion import held_out_loss
 from .errors import UsageError
 from .evaluation import evaluate
 from .features import get_extractor
 from .model_card import write_model_card
 from .pipelines import DIAUNetPipeline
+from .pixels import PixelDataset
 from .plots import image_grid, read_metrics, save_curves
 from .sampling import DEFAULT_SCHEDULER, make_scheduler, sample_images
 from .training_state import TrainingState

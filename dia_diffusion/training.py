@@ -1,44 +1,33 @@
 """The training loop."""
 
 import json
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    is_tensorboard_available,
-    is_trackio_available,
-    is_wandb_available,
-)
 from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .checkpoint import find_latest, save_checkpoint, set_aside_newer
 from .config import TrainingConfig
-from .data import EndlessShuffle, PixelDataset, load_dataset_splits, prepare_pixels
+from .data import load_dataset_splits
 from .diffusion import StepDraws, diffusion_loss, draw_step, step_seed
 from .errors import NotFiniteError, UsageError
 from .features import get_extractor
 from .images import to_unit_range
 from .interrupts import Interrupted, catch_interrupts
+from .pixels import EndlessShuffle, PixelDataset, prepare_pixels
 from .presets import build_unet
+from .processes import any_process, check_same_start, make_accelerator
 from .results import CHECKPOINTS, METRICS_LOG, RunResults, prepare_output_dir
 from .resuming import find_checkpoint_to_resume
 from .run_log import RunLog
 from .training_state import TrainingState
-
-_STEPS_BETWEEN_MEETINGS = 10
-# The other processes wait while the main one prepares images, samples or scores.
-_PATIENCE = timedelta(hours=6)
 
 
 def train(config: TrainingConfig) -> dict[str, Any]:
@@ -58,10 +47,13 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     """
     # 1. set up
     folder = Path(config.output_dir)
-    accelerator = _make_accelerator(config)
+    accelerator = make_accelerator(config)
     scheduler = make_noise_scheduler(config)
     with accelerator.main_process_first():
         data, held_out = load_pixels(config)
+    if config.score_features is not None:
+        # A mistake in its name should not be noticed at the end of the run.
+        get_extractor(config.score_features, config.resolution, data.channels)
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     epoch_steps = -(-len(data) // global_batch)
     total_steps = config.max_train_steps or config.num_epochs * epoch_steps
@@ -77,17 +69,13 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     if checkpoint is not None:
         training.restore(checkpoint)
         start, pending = checkpoint.state["step"], checkpoint.state["pending_losses"]
-    _check_same_start(accelerator, start)
+    check_same_start(accelerator, start)
     if accelerator.is_main_process:
         prepare_output_dir(config, resuming=checkpoint is not None)
         set_aside_newer(folder / CHECKPOINTS, start)
     accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, (int, float, str))})
     log = RunLog(folder / METRICS_LOG, accelerator, config.logging_steps, global_batch, start, total_steps, pending)
     results = RunResults(config, training, scheduler, data, held_out, global_batch)
-
-    if config.score_features is not None:
-        # Known to be there before the run, not after it.
-        get_extractor(config.score_features, config.resolution, data.channels)
 
     # 3. train
     batches = iter(_make_loader(config, data, accelerator, start, total_steps))
@@ -96,7 +84,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         for step in range(start + 1, total_steps + 1):
             loss, norm = _train_step(training, scheduler, data, batches, global_batch, step)
             log.add(step, loss, norm, training.learning_rate(step))
-            stopping = step < total_steps and _anyone(accelerator, bool(signals), step)
+            stopping = step < total_steps and any_process(accelerator, bool(signals), step)
             if accelerator.is_main_process:
                 if held_out is not None and (step % config.validation_steps == 0 or step == total_steps):
                     log.write({"step": step, "held_out_loss": results.held_out_loss()})
@@ -219,52 +207,6 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
-
-
-def _anyone(accelerator: Accelerator, here: bool, step: int) -> bool:
-    """Whether any process wants to stop. They compare every few steps only, because it makes the device wait."""
-    if accelerator.num_processes == 1:
-        return here
-    if step % _STEPS_BETWEEN_MEETINGS:
-        return False
-    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum").item())
-
-
-def _make_accelerator(config: TrainingConfig) -> Accelerator:
-    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
-    if not available[config.logger]():
-        raise UsageError(f"--logger {config.logger} needs the package of that name: pip install {config.logger}.")
-    folder = Path(config.output_dir)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=config.logger,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
-            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
-        )
-    except ValueError as error:
-        raise UsageError(f"mixed_precision '{config.mixed_precision}' cannot be used here: {error}") from error
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UsageError("mixed_precision 'fp16' needs a GPU; on a CPU use bf16 or no.")
-    _check_processes(accelerator)
-    return accelerator
-
-
-def _check_same_start(accelerator: Accelerator, start: int) -> None:
-    """Processes on several machines may see different folders."""
-    starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
-    if len(set(starts)) > 1:
-        raise UsageError(f"the processes would start at steps {starts}: --output_dir must be a folder that all share.")
-
-
-def _check_processes(accelerator: Accelerator) -> None:
-    """Processes that do not know of each other would write over each other's files."""
-    hint = "For several processes on a CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N train_unet.py ..."
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise UsageError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. {hint}")
-    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ:
-        raise UsageError(f"accelerate launch was asked for several processes, but started one only. {hint}")
 
 
 def load_pixels(config: TrainingConfig) -> tuple[PixelDataset, PixelDataset | None]:

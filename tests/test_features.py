@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
-from dia_diffusion.data import prepare_pixels
 from dia_diffusion.digits import load_digits_dataset
 from dia_diffusion.errors import UsageError
 from dia_diffusion.features import DIGITS_WEIGHTS, EXTRACTORS, DigitsFeatures, PixelFeatures, get_extractor
+from dia_diffusion.pixels import prepare_pixels
 
 
 def random_images(*shape):

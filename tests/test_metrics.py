@@ -7,11 +7,11 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 
-from dia_diffusion.data import prepare_pixels
 from dia_diffusion.digits import load_digits_dataset
 from dia_diffusion.errors import UsageError
 from dia_diffusion.features import get_extractor
 from dia_diffusion.metrics import METRICS, frechet_distance, kernel_distance, precision_recall, score
+from dia_diffusion.pixels import prepare_pixels
 
 KEYS = {"fid", "kid_mean", "kid_std", "precision", "recall", "num_images", "features"}
 

@@ -1,6 +1,7 @@
 """The pipeline against those of diffusers, and many images from it."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -132,6 +133,24 @@ def test_save_and_load_from_any_folder(tmp_path, monkeypatch):
     assert {path.suffix for path in (tmp_path / "model" / "unet").iterdir()} == {".json", ".safetensors"}
     DDIMPipeline(UNet2DModel(**TINY), DDIMScheduler()).save_pretrained("plain")
     assert torch.cat(list(sample_images(load_pipeline("plain"), 3, 2))).shape == (3, 1, 8, 8)
+
+
+def test_a_pickle_in_a_pipeline_is_not_executed(tmp_path):
+    trap = tmp_path / "executed"
+
+    class Trap:
+        def __reduce__(self):
+            return trap.touch, ()
+
+    pipeline().save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin"):
+        weights.with_name(name).write_bytes(pickle.dumps(Trap()))
+    load_pipeline(str(tmp_path / "model"))
+    weights.unlink()
+    with pytest.raises(UsageError, match="cannot load a pipeline"):
+        load_pipeline(str(tmp_path / "model"))
+    assert not trap.exists()
 
 
 def test_errors_say_what_to_do(tmp_path):

@@ -248,18 +248,20 @@ def launch(config, processes, **environment):
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
-    _, one = run(tmp_path / "one", train_batch_size=8)
-    config = configure(tmp_path / "two", train_batch_size=4)
+    options = {"score_features": "digits", "score_num_images": 10, "eval_steps": 3, "eval_num_images": 10}
+    _, one = run(tmp_path / "one", train_batch_size=8, **options)
+    config = configure(tmp_path / "two", train_batch_size=4, **options)
     process = launch(config, 2, ACCELERATE_USE_CPU="1")
     assert process.returncode == 0, process.stderr
     for (step, *figures), (expected_step, *expected) in zip(losses(tmp_path / "two"), one, strict=True):
         assert step == expected_step
         assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
     assert (tmp_path / "two" / "samples.png").exists()
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["num_images"] == 10
     # A run of one process goes on with two.
     shutil.copytree(tmp_path / "one", tmp_path / "more")
     shutil.rmtree(tmp_path / "more" / "checkpoints" / "step-00000006")
-    config = configure(tmp_path / "more", train_batch_size=4, resume_from_checkpoint="latest")
+    config = configure(tmp_path / "more", train_batch_size=4, **options, resume_from_checkpoint="latest")
     process = launch(config, 2, ACCELERATE_USE_CPU="1")
     assert process.returncode == 0, process.stderr
     assert "resuming with another train_batch_size: 4, before 8." in process.stdout
@@ -469,6 +471,16 @@ def test_the_best_model_by_frechet_distance_is_kept(tmp_path):
     best = json.loads((tmp_path / "run" / "best" / "metrics.json").read_text())
     assert best["fid"] == min(distances.values()) == distances[best["step"]]
     DIAUNetPipeline.from_pretrained(tmp_path / "run" / "best")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_one_that_is_not(tmp_path):
+    _, plain = run(tmp_path / "plain", max_train_steps=2, validation_steps=2)
+    _, compiled = run(tmp_path / "compiled", max_train_steps=2, validation_steps=2, compile=True)
+    assert [x or 0 for line in compiled for x in line] == pytest.approx(
+        [x or 0 for line in plain for x in line], rel=1e-3
+    )
+    DIAUNetPipeline.from_pretrained(tmp_path / "compiled")
 
 
 def test_zero_terminal_snr(tmp_path):

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dia_diffusion.data import prepare_pixels
 from dia_diffusion.digits import load_digits_dataset
 from dia_diffusion.features import DIGITS_WEIGHTS, digits_classifier
+from dia_diffusion.pixels import prepare_pixels
 
 SEED = 0
 EPOCHS = 60

@@ -1,0 +1,74 @@
+"""Several processes that train together: set up, and kept in agreement."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    is_tensorboard_available,
+    is_trackio_available,
+    is_wandb_available,
+)
+
+from .config import TrainingConfig
+from .errors import UsageError
+
+_STEPS_BETWEEN_MEETINGS = 10
+# The other processes wait while the main one prepares images, samples or scores.
+_PATIENCE = timedelta(hours=6)
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The accelerator of a run.
+
+    Raises:
+        UsageError: for a tracker that is not installed, a precision that the device does not have, or processes that do
+            not know of each other.
+    """
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
+    if not available[config.logger]():
+        raise UsageError(f"--logger {config.logger} needs the package of that name: pip install {config.logger}.")
+    folder = Path(config.output_dir)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=config.logger,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
+        )
+    except ValueError as error:
+        raise UsageError(f"mixed_precision '{config.mixed_precision}' cannot be used here: {error}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("mixed_precision 'fp16' needs a GPU; on a CPU use bf16 or no.")
+    _check_processes(accelerator)
+    return accelerator
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    """Processes that do not know of each other would write over each other's files."""
+    hint = "For several processes on a CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N train_unet.py ..."
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UsageError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. {hint}")
+    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ:
+        raise UsageError(f"accelerate launch was asked for several processes, but started one only. {hint}")
+
+
+def check_same_start(accelerator: Accelerator, start: int) -> None:
+    """Processes on several machines may see different folders."""
+    starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
+    if len(set(starts)) > 1:
+        raise UsageError(f"the processes would start at steps {starts}: --output_dir must be a folder that all share.")
+
+
+def any_process(accelerator: Accelerator, here: bool, step: int) -> bool:
+    """Whether any process wants to stop. They compare every few steps only, because it makes the device wait."""
+    if accelerator.num_processes == 1:
+        return here
+    if step % _STEPS_BETWEEN_MEETINGS:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum").item())
