@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from dia_diffusion.cpu import tune_process
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
@@ -32,6 +31,7 @@ from tqdm.auto import tqdm
 from dia_diffusion.config import TrainingConfig
 from dia_diffusion.pixels import prepare_pixels
 from dia_diffusion.presets import build_unet
+from dia_diffusion.process import tune_process
 from dia_diffusion.training import _make_loader, _train_step
 from dia_diffusion.training_state import TrainingState
 
