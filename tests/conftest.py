@@ -6,8 +6,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+from runs import fresh_state, run
+
 
 @pytest.fixture(autouse=True)
 def seed():
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A finished run: its folder, its figures and its lines of metrics. Not to be changed."""
+    folder = tmp_path_factory.mktemp("run") / "undisturbed"
+    fresh_state()
+    figures, lines = run(
+        folder, class_conditional=True, dropout=0.1, random_flip=True, score_features="digits", score_num_images=10
+    )
+    return folder, figures, lines
