@@ -197,6 +197,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
 
     parser = HfArgumentParser(
         TrainingConfig,
+        # A mistyped option should not be taken for a longer one.
+        allow_abbrev=False,
         description="Train a diffusion UNet with shared attention. Without arguments: on the embedded digits.",
     )
     parser.add_argument("--config", help="YAML file with any of these options.")

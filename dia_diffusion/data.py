@@ -58,6 +58,8 @@ def _load(path: str, *args: str | None, **kwargs: Any) -> DatasetDict:
     except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         where = kwargs["data_dir"] or path
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if path == "imagefolder":
+            reason = f"no images were found in that folder ({reason})"
         raise UsageError(f"cannot load images from '{where}': {reason}") from error
 
 

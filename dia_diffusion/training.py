@@ -3,7 +3,7 @@
 import json
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     # 3. train
     batches = iter(_make_loader(config, data, accelerator, start, total_steps))
     training.unet.train()
-    with catch_interrupts() as signals, _advice_on_divergence(folder / CHECKPOINTS):
+    with closing(log), catch_interrupts() as signals, _advice_on_divergence(folder / CHECKPOINTS):
         for step in range(start + 1, total_steps + 1):
             loss, norm = _train_step(training, scheduler, data, batches, global_batch, step)
             log.add(step, loss, norm, training.learning_rate(step))
@@ -105,7 +105,6 @@ def train(config: TrainingConfig) -> dict[str, Any]:
             if stopping:
                 signum = signals[0] if signals else signal.SIGTERM
                 raise Interrupted(signum, f"stopped after step {step}; --resume_from_checkpoint latest goes on.")
-    log.close()
 
     # 4. leave the results
     figures = results.finish(total_steps) if accelerator.is_main_process else {}

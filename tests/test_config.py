@@ -73,6 +73,8 @@ def test_errors_say_what_to_do(tmp_path):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UsageError, match=words):
             parse_arguments(["--config", str(tmp_path / "bad.yaml")])
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(["--learning_rat", "1"])
     with pytest.raises(UsageError, match="cannot read the configuration"):
         parse_arguments(["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(UsageError, match="train_batch_size must be at least 1, but is 0"):

@@ -21,7 +21,7 @@ def test_columns_are_found_by_name_and_by_type():
 def test_errors_say_what_to_do(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UsageError, match="cannot load images from"):
+    with pytest.raises(UsageError, match="no images were found in that folder"):
         load_dataset_splits(train_data_dir=str(empty))
     with pytest.raises(UsageError, match="is not a folder"):
         load_dataset_splits(train_data_dir=str(tmp_path / "none"))
