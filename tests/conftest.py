@@ -2,6 +2,8 @@ import os
 
 # Nothing on the Hub is needed for the tests, and waiting for it would take long where it cannot be reached.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Models this small gain nothing from threads, and threads of several processes wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
