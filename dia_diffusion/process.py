@@ -31,8 +31,7 @@ def _launched_alone() -> bool:
 def _keep_freed_memory() -> None:
     """Lets glibc keep the memory of freed tensors for the next ones.
 
-    By default it returns large blocks to the system at once, which has to clear and map new ones at each step: about
-    8% of the time of a training step at 32x32 pixels.
+    By default it returns large blocks to the system at once, and has to map and clear new ones at each step.
     """
     if not sys.platform.startswith("linux"):
         return
