@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from runs import fresh_state, run
+from training_runs import fresh_state, run
 
 
 @pytest.fixture(autouse=True)

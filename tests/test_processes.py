@@ -11,7 +11,7 @@ import time
 import pytest
 
 from dia_diffusion.checkpoint import find_latest
-from runs import ROOT, configure, fresh_state, launch, losses, run, wait_for_lines, weights
+from training_runs import ROOT, configure, fresh_state, launch, losses, run, wait_for_lines, weights
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from dia_diffusion import DIAUNet2DModel
 from dia_diffusion.diffusion import diffusion_loss
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training_state import TrainingState
-from runs import ROOT, assert_same_weights, configure, fresh_state, losses, run, weights
+from training_runs import ROOT, assert_same_weights, configure, fresh_state, losses, run, weights
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.config import parse_arguments
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training import train
-from runs import assert_same_weights, configure, fresh_state, losses, run, weights
+from training_runs import assert_same_weights, configure, fresh_state, losses, run, weights
 
 
 @pytest.fixture(autouse=True)
