@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -201,8 +202,8 @@ def test_two_runs_share_a_cache_and_a_killed_build_leaves_none_that_looks_finish
 
     killed = start_preparing(root, tmp_path / "killed")
     deadline = time.monotonic() + 60
-    # `datasets` writes to a file named tmp* first.
-    while not [path for path in (tmp_path / "killed").rglob("tmp*") if path.is_file()]:
+    # `datasets` writes to a file named tmp* first. os.walk, since folders come and go while it looks.
+    while not any(name.startswith("tmp") for _, _, files in os.walk(tmp_path / "killed") for name in files):
         assert time.monotonic() < deadline
         assert killed.poll() is None
     killed.kill()
