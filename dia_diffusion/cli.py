@@ -1,33 +1,30 @@
 """The command lines: `dia sample`, `dia evaluate`, and what `train_unet.py` calls."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from .errors import UsageError
-from .process import end_with_launcher, tune_process
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from .process import end_with_launcher, start_missing_processes, tune_process
 
 # Imports of torch and diffusers stand inside the functions: `dia --help` should not wait for them.
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Trains; returns the exit status: 0, 2 after a mistake, 128 plus the signal after an interruption."""
-    tune_process()
     end_with_launcher()
+    start_missing_processes()
+    tune_process()
     return _run(_train, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `dia` command; returns the exit status."""
     options = make_parser().parse_args(arguments)
+    start_missing_processes()
     tune_process()
     return _run(options.function, options)
 
@@ -48,8 +45,8 @@ def _run(function: Callable, argument: object) -> int:
 
 def _train(arguments: Sequence[str] | None) -> None:
     from .config import parse_arguments
-    from .evaluation import format_scores
     from .interrupts import Interrupted
+    from .report import format_scores
     from .training import train
 
     config = parse_arguments(arguments)
@@ -77,14 +74,34 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--output_dir", type=Path, default=Path("out"), help="where the images go (default: out)")
 
     evaluate = commands.add_parser(
-        "evaluate", help="score a model", description="Compare generated images with the training images."
+        "evaluate",
+        help="score a model or a folder of images",
+        description="Compare generated images with real ones. On several GPUs: accelerate launch -m dia_diffusion.cli "
+        "evaluate ...",
     )
     evaluate.set_defaults(function=_evaluate)
-    evaluate.add_argument("model", help="folder or Hub id of a pipeline")
-    evaluate.add_argument("--dataset", default="digits", help="what to compare with: digits, a Hub id or a folder")
-    evaluate.add_argument("--metrics", default="fid,kid,precision,recall", help="comma-separated (default: all)")
-    evaluate.add_argument("--features", help="features to compare in: digits (default for digits), pixels")
+    evaluate.add_argument("what", help="folder or Hub id of a pipeline, or a folder of images")
+    evaluate.add_argument(
+        "--dataset",
+        default="digits",
+        help="what to compare with: digits, a Hub id, a folder of images, or statistics (.npz with mu and sigma)",
+    )
+    evaluate.add_argument("--dataset_config_name", help="configuration of a data set that has several")
+    evaluate.add_argument("--image_column", help="column of the images, where it cannot be guessed")
+    evaluate.add_argument(
+        "--metrics", help="comma-separated, of fid, kid, is, precision, recall (default: all but is; for .npz fid)"
+    )
+    evaluate.add_argument(
+        "--features",
+        help="features to compare in: digits (default for digits), inception, pixels, or folder or Hub id of a vision "
+        "model of transformers",
+    )
+    evaluate.add_argument("--inception_path", help="TorchScript file of the Inception network")
     evaluate.add_argument("--output", type=Path, help="JSON file for the scores")
+    evaluate.add_argument("--report", type=Path, help="HTML file for the scores and pictures")
+    evaluate.add_argument(
+        "--save_images", type=Path, metavar="DIR", help="write the images there; interrupted scoring goes on with them"
+    )
     _add_sampling_options(evaluate, num_images=10000)
     return parser
 
@@ -106,9 +123,10 @@ def _sample(options: argparse.Namespace) -> None:
     from PIL import Image
 
     from .plots import image_grid
-    from .sampling import sample_images
+    from .processes import make_state
+    from .sampling import load_pipeline, sample_images
 
-    pipeline = _load_pipeline(options)
+    pipeline = load_pipeline(options.model, options.scheduler, options.device or make_state().device)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     shown = []
     batches = sample_images(
@@ -132,55 +150,9 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .data import DIGITS, load_dataset_splits
-    from .evaluation import evaluate, format_scores
-    from .features import EXTRACTORS, get_extractor
-    from .metrics import check_metrics
-    from .pixels import prepare_pixels
+    from .scoring import score
 
-    if options.features is None and options.dataset != DIGITS:
-        raise UsageError(f"name the features to compare in: --features {', '.join(EXTRACTORS)}.")
-    metrics = [name.strip() for name in options.metrics.split(",")]
-    check_metrics(metrics)
-    pipeline = _load_pipeline(options)
-    unet = pipeline.unet.config
-    folder = Path(options.dataset)
-    train, held_out = (
-        load_dataset_splits(train_data_dir=options.dataset) if folder.is_dir() else load_dataset_splits(options.dataset)
-    )
-    train = prepare_pixels(train, unet.sample_size, unet.in_channels)
-    held_out = prepare_pixels(held_out, unet.sample_size, unet.in_channels) if held_out is not None else None
-    scores = evaluate(
-        pipeline,
-        train,
-        held_out,
-        get_extractor(options.features or DIGITS, unet.sample_size, unet.in_channels),
-        metrics,
-        options.num_images,
-        options.steps,
-        options.seed,
-        options.batch_size,
-        options.guidance_scale,
-    )
-    print(format_scores(scores))
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(scores, indent=2) + "\n")
-
-
-def _load_pipeline(options: argparse.Namespace) -> "DiffusionPipeline":
-    import torch
-
-    from .sampling import load_pipeline, make_scheduler
-
-    pipeline = load_pipeline(options.model)
-    if options.scheduler is not None:
-        pipeline.scheduler = make_scheduler(options.scheduler, pipeline.scheduler.config)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    score(options)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,10 @@ class TrainingConfig:
         None, "Steps between Frechet distances in --score_features; the best model so far is kept in best/."
     )
     eval_num_images: int = _option(1000, "Images to generate for each of these.")
-    score_features: str | None = _option(None, "Features for the scores at the end (digits, pixels); none by default.")
+    score_features: str | None = _option(
+        None,
+        "Features for the scores at the end, as for `dia evaluate --features`; none by default.",
+    )
     score_num_images: int = _option(2000, "Images to generate for the scores at the end.")
     logger: Literal["tensorboard", "wandb", "trackio"] = _option("tensorboard", "Tracker, through accelerate.")
     logging_dir: str = _option("logs", "Folder of the tracker, inside of --output_dir.")

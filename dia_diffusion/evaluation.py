@@ -1,66 +1,193 @@
-"""Scores of a pipeline: how far its images are from the training images."""
+"""Scores of generated images against real ones."""
 
+import hashlib
 import itertools
+import json
+import platform
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import accelerate
+import diffusers
+import torch
+import torchmetrics
+from accelerate import PartialState
+from torch import Tensor
 
+from .errors import UsageError
+from .extraction import extract
 from .features import FeatureExtractor
-from .metrics import METRICS, score
+from .frechet import GROUPS, Moments, frechet_distance, frechet_uncertainty
+from .generated import FolderImages, PipelineImages
+from .metrics import inception_score, kernel_distance, precision_recall
 from .pixels import PixelDataset
-from .sampling import sample_images
+from .reference import Reference, make_reference
 
-_REFERENCE_BATCH_SIZE = 256
+METRICS = ("fid", "kid", "is", "precision", "recall")
+DEFAULT_METRICS = ("fid", "kid", "precision", "recall")
+_NEED_FEATURES = frozenset({"kid", "precision", "recall"})
+# Part of the settings hash: raise it whenever the same features would give other scores.
+_DEFINITIONS = {"version": 1, "kid": "cubic kernel, 100 subsets of 1000", "is_splits": 10, "nearest_neighbours": 3}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is kept of a set of images.
+
+    Args:
+        moments (`Moments`): Sums of their features.
+        features, logits (`Tensor`, *optional*): All of them, `(N, F)` and `(N, K)`, where a metric needs them.
+    """
+
+    moments: Moments
+    features: Tensor | None
+    logits: Tensor | None
 
 
 def evaluate(
-    pipeline: DiffusionPipeline,
-    train: PixelDataset,
-    held_out: PixelDataset | None,
+    generated: PipelineImages | FolderImages,
+    reference: PixelDataset | Reference,
     extractor: FeatureExtractor,
-    metrics: Sequence[str] = METRICS,
-    num_images: int = 2000,
-    steps: int = 25,
-    seed: int = 0,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    held_out: PixelDataset | None = None,
     batch_size: int = 64,
-    guidance_scale: float = 1.0,
-) -> dict[str, Any]:
-    """Generates images and compares their features with those of the training images.
+    state: PartialState | None = None,
+) -> dict[str, Any] | None:
+    """Compares generated images with real ones, in one pass over the generated images.
+
+    The Fréchet distance needs memory for sums only. KID, precision and recall keep the features of both sides, and the
+    Inception Score keeps logits: 4 bytes for each number, reported as `bytes_kept`.
 
     Args:
-        pipeline (`DiffusionPipeline`): What is scored.
-        train, held_out (`PixelDataset`): The reference, and images that were not trained on, if there are any.
-        extractor (`FeatureExtractor`): Features in which images are compared.
-        metrics (sequence of `str`): Among `fid`, `kid`, `precision`, `recall`.
-        num_images, steps, seed, batch_size, guidance_scale: As for `sample_images`.
+        generated (`PipelineImages` or `FolderImages`): What is scored.
+        reference (`PixelDataset` or `Reference`): Real images, or their published statistics.
+        extractor (`FeatureExtractor`): Features in which images are compared, on the device that computes them.
+        metrics (`Sequence[str]`, *optional*): Among `METRICS`.
+        held_out (`PixelDataset`, *optional*): Real images that are not in the reference, for the floor.
+        batch_size (`int`, *optional*, defaults to 64): Images at a time.
+        state (`PartialState`, *optional*): Processes that share the work.
 
     Returns:
-        `dict`: `fid`, `kid_mean`, `kid_std`, `precision`, `recall`, `num_images`, `features`, and `floor`: the same
-        keys for held-out against training images, the best that a model can hope for; `None` without held-out images.
+        `dict`, ready for JSON, on the main process, `None` on the others: the scores, `None` for those not asked for:
+        `fid`, `fid_interval`, `fid_infinity` (see `frechet_uncertainty`), `kid_mean`, `kid_std`, `is_mean`, `is_std`,
+        `precision`, `recall`; `num_images`; `features`, the name of the extractor; `settings_hash`, equal for scores
+        that can be compared; `floor`: the same keys for held-out images, or `None`; and `settings`, `origin`,
+        `versions`, `seconds`, `bytes_kept` and `warnings`.
+
+    Raises:
+        UsageError: for a metric that is unknown, or that these features or this reference do not allow.
     """
-    images = sample_images(pipeline, num_images, steps, seed, batch_size, guidance_scale=guidance_scale)
+    check_metrics(metrics, extractor, reference)
+    began = time.perf_counter()
+    batches = extract(generated, extractor, batch_size, "Images to score", "is" in metrics, state)
     # The first batch is drawn before the reference is read, so that a pipeline that cannot run fails at once.
-    first = next(images)
-    scores = score(itertools.chain([first], images), train.batches(_REFERENCE_BATCH_SIZE), extractor, metrics)
-    floor = None
-    if held_out is not None:
-        floor = score(held_out.batches(_REFERENCE_BATCH_SIZE), train.batches(_REFERENCE_BATCH_SIZE), extractor, metrics)
-    return scores | {"floor": floor}
+    first = next(batches)
+    features_wanted = bool(_NEED_FEATURES & set(metrics))
+    before = time.perf_counter()
+    if isinstance(reference, PixelDataset):
+        reference = make_reference(reference, extractor, features_wanted, state=state)
+    held = make_reference(held_out, extractor, True, "is" in metrics, state) if held_out is not None else None
+    seconds = {"sampling": 0.0, "features": 0.0, "reference": time.perf_counter() - before}
+
+    moments, features, logits = Moments(extractor.num_features, GROUPS), [], []
+    for batch in itertools.chain([first], batches):
+        moments.update(batch.features)
+        if features_wanted:
+            features.append(batch.features)
+        if batch.logits is not None:
+            logits.append(batch.logits)
+        for name, duration in zip(("sampling", "features"), batch.seconds, strict=True):
+            seconds[name] += duration / (state.num_processes if state is not None else 1)
+    if state is not None and not state.is_main_process:
+        return None
+
+    sample = Sample(moments, torch.cat(features) if features else None, torch.cat(logits) if logits else None)
+    before = time.perf_counter()
+    scores = _score(sample, reference, extractor, generated.settings, metrics)
+    floor = _score(_held_out_sample(held), reference, extractor, {}, metrics) if held is not None else None
+    if floor is not None:
+        del floor["settings"]
+    seconds["metrics"] = time.perf_counter() - before
+    seconds["total"] = time.perf_counter() - began
+    kept = [sample.features, sample.logits, reference.features]
+    return scores | {
+        "floor": floor,
+        "origin": generated.origin,
+        "versions": _versions(),
+        "seconds": {name: round(duration, 3) for name, duration in seconds.items()},
+        "bytes_kept": sum(tensor.nbytes for tensor in kept if tensor is not None),
+        "warnings": _warnings(len(moments), extractor),
+    }
 
 
-def format_scores(scores: dict[str, Any]) -> str:
-    """A table of the scores with the floor beside them, for the terminal and the model card (Markdown)."""
-    floor = scores.get("floor") or {}
-    rows = [
-        f"| {name} | {_figure(scores[name])} | {_figure(floor.get(name))} |"
-        for name in ("fid", "kid_mean", "kid_std", "precision", "recall", "num_images")
+def check_metrics(
+    metrics: Sequence[str], extractor: FeatureExtractor, reference: PixelDataset | Reference | None = None
+) -> None:
+    """Refuses metrics that are unknown, or that these features or this reference do not allow."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UsageError(f"there is no metric named '{unknown[0]}'; choose from: {', '.join(METRICS)}.")
+    if "is" in metrics and extractor.num_classes is None:
+        raise UsageError(f"the Inception Score needs a classifier, and the features '{extractor.name}' have none.")
+    impossible = sorted(_NEED_FEATURES & set(metrics))
+    if isinstance(reference, Reference) and reference.features is None and impossible:
+        raise UsageError(
+            f"{', '.join(impossible)} need the reference images, but only their published mean and covariance are "
+            "there. Use --metrics fid, or name the images."
+        )
+
+
+def _score(
+    sample: Sample, reference: Reference, extractor: FeatureExtractor, sampling: dict[str, Any], metrics: Sequence[str]
+) -> dict[str, Any]:
+    settings = {
+        "num_images": len(sample.moments),
+        "features": extractor.settings,
+        "reference": reference.settings,
+        "sampling": sampling,
+        "definitions": _DEFINITIONS,
+    }
+    scores: dict[str, Any] = dict.fromkeys(
+        "fid fid_interval fid_infinity kid_mean kid_std is_mean is_std precision recall".split()
+    )
+    if "fid" in metrics:
+        scores["fid"] = frechet_distance(reference.gaussian, sample.moments.gaussian())
+        uncertainty = frechet_uncertainty(reference.gaussian, sample.moments)
+        if uncertainty is not None:
+            scores["fid_interval"], scores["fid_infinity"] = list(uncertainty.interval), uncertainty.infinity
+    if "kid" in metrics:
+        scores["kid_mean"], scores["kid_std"] = kernel_distance(reference.features, sample.features)
+    if "is" in metrics:
+        scores["is_mean"], scores["is_std"] = inception_score(sample.logits)
+    if {"precision", "recall"} & set(metrics):
+        both = dict(zip(("precision", "recall"), precision_recall(reference.features, sample.features), strict=True))
+        scores |= {name: value for name, value in both.items() if name in metrics}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return scores | {
+        "num_images": len(sample.moments),
+        "features": extractor.name,
+        "settings_hash": digest[:12],
+        "settings": settings,
+    }
+
+
+def _held_out_sample(held: Reference) -> Sample:
+    moments = Moments(held.features.shape[1], GROUPS)
+    moments.update(held.features)
+    return Sample(moments, held.features, held.logits)
+
+
+def _versions() -> dict[str, str]:
+    modules = (torch, torchmetrics, diffusers, accelerate)
+    return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}
+
+
+def _warnings(num_images: int, extractor: FeatureExtractor) -> list[str]:
+    if num_images > extractor.num_features:
+        return []
+    return [
+        f"{num_images} images are too few for the covariance of {extractor.num_features} features: most of the Frechet "
+        "distance is then bias, and it can be compared with scores of as many images only."
     ]
-    head = f"| features: {scores['features']} | generated | floor (held-out images) |"
-    return "\n".join([head, "|---|---:|---:|", *rows])
-
-
-def _figure(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"

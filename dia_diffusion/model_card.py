@@ -7,7 +7,7 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .config import TrainingConfig
-from .evaluation import format_scores
+from .report import format_scores
 
 _SCORE_NAMES = {"fid": "Frechet distance", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}
 

@@ -5,7 +5,7 @@ fingerprint of the data and the preprocessing, so that it may be larger than mem
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import datasets
@@ -90,12 +90,10 @@ class PixelDataset:
             batch["labels"] = torch.tensor(table["label"].to_pylist())
         return batch
 
-    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
-        """All images in order, or the first `limit` ones, as uint8 of shape `(B, C, R, R)`."""
-        stop = len(self) if limit is None else min(limit, len(self))
-        for start in range(0, stop, batch_size):
-            images = self.fetch(range(start, min(start + batch_size, stop)))["images"]
-            yield images if images.dtype == torch.uint8 else to_pixels(to_unit_range(images))
+    def numbered(self, numbers: range) -> Tensor:
+        """These images, uint8 of shape `(B, C, R, R)`."""
+        images = self.fetch(numbers)["images"]
+        return images if images.dtype == torch.uint8 else to_pixels(to_unit_range(images))
 
 
 class EndlessShuffle(torch.utils.data.Dataset):
@@ -189,6 +187,17 @@ def prepare_pixels(
     if len(rows) < len(raw):
         print(f"{len(raw) - len(rows)} of {len(raw)} images could not be read and were left out.")
     return PixelDataset(rows, resolution, channels, _count_classes(dataset, label_column, rows), bits)
+
+
+def prepare_at_own_size(dataset: Dataset) -> PixelDataset:
+    """Images as `prepare_pixels` makes them, at the size of the first: generated images all have one size."""
+    column = find_image_column(dataset)
+    try:
+        with open_image(dataset.cast_column(column, datasets.Image(decode=False))[0][column]) as image:
+            resolution = min(image.size)
+    except UNREADABLE as error:
+        raise UsageError(f"the first image cannot be read: {error}.") from error
+    return prepare_pixels(dataset, resolution, image_column=column)
 
 
 def _count_classes(dataset: Dataset, label_column: str | None, rows: Dataset) -> int | None:

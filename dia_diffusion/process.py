@@ -4,6 +4,9 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
+
+import psutil
 
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -22,6 +25,31 @@ def end_with_launcher() -> None:
     """Lets SIGTERM to `accelerate launch`, which it does not pass on, reach the process that it started (Linux)."""
     if _launched_alone() and sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def start_missing_processes() -> None:
+    """Makes `accelerate launch --cpu --num_processes N` mean N processes.
+
+    Without MPI accelerate starts one only, and does not tell it how many were asked for. The command line of accelerate
+    does; this process then becomes torch's launcher of as many, which also passes on signals.
+    """
+    if not (_launched_alone() and "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU") == "True"):
+        return
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    launcher = psutil.Process(os.getppid()).cmdline()
+    names = ("launch", "accelerate-launch", "accelerate.commands.launch")
+    start = next((i for i, word in enumerate(launcher) if Path(word).name in names), None)
+    if start is None:
+        return
+    asked = launch_command_parser().parse_args(launcher[start + 1 :])
+    if asked.num_machines not in (None, 1):
+        return
+    count = asked.num_processes or load_config_from_file(asked.config_file).num_processes
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+    command += ["--master_port", os.environ["MASTER_PORT"], *(["--module"] if asked.module else [])]
+    os.execv(sys.executable, [*command, asked.training_script, *asked.training_script_args])
 
 
 def _launched_alone() -> bool:

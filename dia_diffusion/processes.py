@@ -1,17 +1,18 @@
-"""Several processes that train together: set up, and kept in agreement."""
+"""Several processes that train or score together: set up, and kept in agreement."""
 
 import os
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
+    parse_flag_from_env,
 )
 
 from .config import TrainingConfig
@@ -48,9 +49,20 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def _check_processes(accelerator: Accelerator) -> None:
+def make_state() -> PartialState:
+    """The processes of a command that does not train.
+
+    Raises:
+        UsageError: for processes that do not know of each other.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
+    _check_processes(state)
+    return state
+
+
+def _check_processes(accelerator: Accelerator | PartialState) -> None:
     """Processes that do not know of each other would write over each other's files."""
-    hint = "For several processes on a CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N train_unet.py ..."
+    hint = "For several processes on a CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ..."
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise UsageError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. {hint}")

@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from .checkpoint import list_checkpoints
 from .config import TrainingConfig, save_config
 from .diffusion import held_out_loss
 from .errors import UsageError
-from .evaluation import evaluate
-from .features import get_extractor
+from .evaluation import DEFAULT_METRICS, evaluate
+from .extractors import get_extractor
+from .generated import PipelineImages
 from .model_card import write_model_card
 from .pipelines import DIAUNetPipeline
 from .pixels import PixelDataset
@@ -109,20 +111,9 @@ class RunResults:
     def keep_if_best(self, step: int) -> float:
         """The Fréchet distance of the model now; if it is the smallest so far, the pipeline is kept in `best/`."""
         config, best = self.config, self.folder / _BEST
-        extractor = get_extractor(config.score_features, config.resolution, self.data.channels)
         with self.training.averaged() as unet:
             pipeline = self._pipeline(unet)
-            scores = evaluate(
-                pipeline,
-                self.data,
-                None,
-                extractor,
-                metrics=("fid",),
-                num_images=config.eval_num_images,
-                steps=config.ddpm_num_inference_steps,
-                seed=config.seed,
-                batch_size=self.config.eval_batch_size,
-            )
+            scores = self._score(pipeline, config.eval_num_images, ("fid",))
             record = best / "metrics.json"
             before = json.loads(record.read_text())["fid"] if record.exists() else float("inf")
             if scores["fid"] < before:
@@ -145,16 +136,7 @@ class RunResults:
             self._sample_grid(pipeline).save(folder / "samples.png")
             save_curves(metrics, folder / "curves.png")
             if config.score_features is not None:
-                figures |= evaluate(
-                    pipeline,
-                    self.data,
-                    self.held_out,
-                    get_extractor(config.score_features, config.resolution, self.data.channels),
-                    num_images=config.score_num_images,
-                    steps=config.ddpm_num_inference_steps,
-                    seed=config.seed,
-                    batch_size=self.config.eval_batch_size,
-                )
+                figures |= self._score(pipeline, config.score_num_images, DEFAULT_METRICS, self.held_out)
             (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
             command = shlex.join(["accelerate", "launch", *sys.argv])
             if config.hub_token is not None:
@@ -163,6 +145,19 @@ class RunResults:
             if config.push_to_hub:
                 self._push(pipeline)
         return figures
+
+    def _score(
+        self,
+        pipeline: DIAUNetPipeline,
+        num_images: int,
+        metrics: Sequence[str],
+        held_out: PixelDataset | None = None,
+    ) -> dict[str, Any]:
+        config = self.config
+        extractor = get_extractor(config.score_features, config.resolution, self.data.channels)
+        images = PipelineImages(pipeline, num_images, config.ddpm_num_inference_steps, config.seed)
+        device = self.training.accelerator.device
+        return evaluate(images, self.data, extractor.to(device), metrics, held_out, config.eval_batch_size)
 
     def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:
         return DIAUNetPipeline(unet, make_scheduler(DEFAULT_SCHEDULER, self.scheduler.config))

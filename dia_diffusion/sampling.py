@@ -44,22 +44,35 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     return getattr(diffusers, class_name).from_config(config, **options)
 
 
-def load_pipeline(name_or_path: str) -> DiffusionPipeline:
+def load_pipeline(
+    name_or_path: str, scheduler: str | None = None, device: torch.device | str | None = None
+) -> DiffusionPipeline:
     """Loads a saved pipeline, with DIA or any other of diffusers, from a folder or from the Hub.
 
+    Args:
+        name_or_path (`str`): Folder or Hub id.
+        scheduler (`str`, *optional*): Short name of another scheduler than its own.
+        device (`torch.device` or `str`, *optional*): Where it runs, by default the CPU.
+
     Raises:
-        UsageError: if there is none.
+        UsageError: if there is no such pipeline, scheduler or device.
     """
     try:
         index = DiffusionPipeline.load_config(name_or_path)
         known = DIAUNetPipeline if index["_class_name"] == DIAUNetPipeline.__name__ else DiffusionPipeline
-        return known.from_pretrained(name_or_path)
+        pipeline = known.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         if Path(name_or_path).is_dir() and not (Path(name_or_path) / DiffusionPipeline.config_name).is_file():
             reason = f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there"
         else:
             reason = str(error).splitlines()[0]
         raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}.") from error
+    if scheduler is not None:
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
+    try:
+        return pipeline.to(device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def image_generators(seed: int, numbers: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
@@ -67,6 +80,51 @@ def image_generators(seed: int, numbers: Sequence[int], device: torch.device | s
     # torch seeds its generator on the CPU with 32 bits.
     start = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return [torch.Generator(device).manual_seed((start + number) % 2**32) for number in numbers]
+
+
+def sample_batch(
+    pipeline: DiffusionPipeline,
+    numbers: Sequence[int],
+    steps: int,
+    seed: int = 0,
+    class_label: int | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """Generates the images of these numbers: image i is the same whatever else is in its batch.
+
+    Args:
+        pipeline (`DiffusionPipeline`): A DIAUNetPipeline, or any unconditional pipeline of diffusers.
+        numbers (`Sequence[int]`): Which images.
+        steps, seed (`int`): Denoising steps, the seed.
+        class_label (`int`, *optional*):
+            The class of all images. By default a class-conditional pipeline takes its classes in turn.
+        guidance_scale (`float`, *optional*, defaults to 1.0): Strength of classifier-free guidance.
+
+    Returns:
+        `Tensor`: uint8 of shape `(B, C, H, W)` on the CPU.
+
+    Raises:
+        UsageError: for labels or guidance where the pipeline has no classes.
+    """
+    if steps < 1:
+        raise UsageError(f"steps must be at least 1, but is {steps}.")
+    classes = getattr(pipeline, "null_class", None)
+    if classes is None and (class_label is not None or guidance_scale != 1.0):
+        raise UsageError("class_label and guidance_scale need a class-conditional pipeline, which this is not.")
+    arguments = {} if guidance_scale == 1.0 else {"guidance_scale": guidance_scale}
+    if class_label is not None:
+        arguments["class_labels"] = class_label
+    elif classes:
+        arguments["class_labels"] = [number % classes for number in numbers]
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        batch_size=len(numbers),
+        num_inference_steps=steps,
+        generator=image_generators(seed, numbers, "cpu"),
+        output_type="np",
+        **arguments,
+    ).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
 
 
 def sample_images(
@@ -79,40 +137,16 @@ def sample_images(
     guidance_scale: float = 1.0,
     description: str = "Sampling",
 ) -> Iterator[Tensor]:
-    """Generates images in batches; image i is the same whatever the batch size and the number of images.
-
-    Args:
-        pipeline (`DiffusionPipeline`): A DIAUNetPipeline, or any unconditional pipeline of diffusers.
-        num_images, steps, seed, batch_size (`int`): How many images, denoising steps, the seed, images at a time.
-        class_label (`int`, *optional*):
-            The class of all images. By default a class-conditional pipeline takes its classes in turn.
-        guidance_scale (`float`, *optional*, defaults to 1.0): Strength of classifier-free guidance.
-        description (`str`, *optional*): Label of the progress bar.
+    """Generates images 0 to `num_images - 1` in batches with a progress bar; the arguments are those of `sample_batch`.
 
     Yields:
         `Tensor`: uint8 of shape `(B, C, H, W)` on the CPU.
     """
-    for name, value in (("num_images", num_images), ("steps", steps), ("batch_size", batch_size)):
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, but is {value}.")
-    classes = getattr(pipeline, "null_class", None)
-    if classes is None and (class_label is not None or guidance_scale != 1.0):
-        raise UsageError("class_label and guidance_scale need a class-conditional pipeline, which this is not.")
-    arguments = {} if guidance_scale == 1.0 else {"guidance_scale": guidance_scale}
-    pipeline.set_progress_bar_config(disable=True)
     with tqdm(total=num_images, desc=description, unit="img") as progress:
         for start in range(0, num_images, batch_size):
             numbers = range(start, min(start + batch_size, num_images))
-            if class_label is not None:
-                arguments["class_labels"] = class_label
-            elif classes:
-                arguments["class_labels"] = [number % classes for number in numbers]
-            images = pipeline(
-                batch_size=len(numbers),
-                num_inference_steps=steps,
-                generator=image_generators(seed, numbers, "cpu"),
-                output_type="np",
-                **arguments,
-            ).images
+            yield sample_batch(pipeline, numbers, steps, seed, class_label, guidance_scale)
             progress.update(len(numbers))
-            yield torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)

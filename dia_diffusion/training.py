@@ -18,7 +18,7 @@ from .config import TrainingConfig
 from .data import load_dataset_splits
 from .diffusion import StepDraws, diffusion_loss, draw_step, step_seed
 from .errors import NotFiniteError, UsageError
-from .features import get_extractor
+from .extractors import get_extractor
 from .images import to_unit_range
 from .interrupts import Interrupted, catch_interrupts
 from .pixels import EndlessShuffle, PixelDataset, prepare_pixels

@@ -17,6 +17,12 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Tests neither see nor fill the user's cache."""
+    os.environ["DIA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """A finished run: its folder, its figures and its lines of metrics. Not to be changed."""

@@ -6,7 +6,8 @@ from torch.nn.functional import avg_pool2d
 
 from dia_diffusion.digits import load_digits_dataset
 from dia_diffusion.errors import UsageError
-from dia_diffusion.features import DIGITS_WEIGHTS, EXTRACTORS, DigitsFeatures, PixelFeatures, get_extractor
+from dia_diffusion.extractors import EXTRACTORS, get_extractor
+from dia_diffusion.features import DIGITS_WEIGHTS, DigitsFeatures, PixelFeatures
 from dia_diffusion.pixels import prepare_pixels
 
 
@@ -43,7 +44,7 @@ def test_every_extractor_is_frozen_and_stays_in_evaluation_mode(name):
 
 
 def test_shipped_classifier_reads_held_out_digits(held_out):
-    logits = DigitsFeatures().logits(held_out["images"])
+    _, logits = DigitsFeatures().classify(held_out["images"])
     assert (logits.argmax(1) == held_out["labels"]).float().mean() >= 0.97
     assert DIGITS_WEIGHTS.stat().st_size < 300_000
 
@@ -62,7 +63,7 @@ def test_grey_as_colour_and_enlarged_digits_give_the_same_features(held_out):
     torch.testing.assert_close(extractor(grey.expand(-1, 3, -1, -1)), extractor(grey), rtol=1e-4, atol=1e-4)
     # Antialiased reduction of a blocky picture is not exactly the picture, but the digit is still read.
     large = grey.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    assert (extractor.logits(large).argmax(1) == extractor.logits(grey).argmax(1)).float().mean() >= 0.9
+    assert (extractor.classify(large)[1].argmax(1) == extractor.classify(grey)[1].argmax(1)).float().mean() >= 0.9
 
 
 def test_pixels_are_the_pixels():
@@ -106,9 +107,21 @@ def test_what_is_not_a_batch_of_images_is_refused(images):
 
 
 def test_unknown_names_and_sizes_are_refused():
-    with pytest.raises(UsageError, match=r"'inceptoin'.*digits, pixels"):
+    with pytest.raises(UsageError, match=r"'inceptoin' is neither .*digits, inception, pixels.* vision model"):
         get_extractor("inceptoin")
+    with pytest.raises(UsageError, match="belongs to the features 'inception', not to 'digits'"):
+        get_extractor("digits", inception_path="x.pt")
     with pytest.raises(UsageError, match="at least 1"):
         PixelFeatures(0)
     with pytest.raises(UsageError, match="1 or 3 channels"):
         PixelFeatures(8, channels=2)
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_checksum_follows_the_weights_and_nothing_else(name):
+    first, second = get_extractor(name), get_extractor(name)
+    assert first.settings == second.settings
+    for weight in first.parameters():
+        weight.view(-1)[0] += 1
+        break
+    assert (first.settings == second.settings) == (name == "pixels")

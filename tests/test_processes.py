@@ -114,12 +114,17 @@ def test_a_signal_to_accelerate_launch_reaches_the_training(tmp_path):
         time.sleep(0.05)
 
 
-def test_accelerate_launch_for_several_processes_on_a_cpu_says_what_to_use(tmp_path):
-    """Without MPI accelerate starts one process only, and says nothing."""
+def test_accelerate_launch_starts_as_many_processes_on_a_cpu_as_it_was_asked_for(tmp_path):
+    """Without MPI accelerate itself starts one only."""
+    _, one = run(tmp_path / "one", train_batch_size=8)
+    config = configure(tmp_path / "two", train_batch_size=4)
     command = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2", "train_unet.py"]
-    config = configure(tmp_path / "run")
     process = subprocess.run(
         [sys.executable, *command, "--config", str(config)], cwd=ROOT, capture_output=True, text=True
     )
-    assert process.returncode != 0
-    assert "ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N train_unet.py" in process.stderr
+    assert process.returncode == 0, process.stderr
+    # With one process the batch would be half as large, and the losses others.
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["global_batch_size"] == 8
+    for (step, *figures), (expected_step, *expected) in zip(losses(tmp_path / "two"), one, strict=True):
+        assert step == expected_step
+        assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
