@@ -96,6 +96,15 @@ def test_callback_changes_latents_and_can_interrupt():
     assert (result == 0).all()
 
 
+def test_the_progress_bar_can_be_turned_off(capsys):
+    pipe = pipeline()
+    pipe(num_inference_steps=2)
+    assert "2/2" in capsys.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    pipe(num_inference_steps=2)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_an_image_depends_on_its_seed_alone(name):
     pipe = pipeline(num_class_embeds=3)
