@@ -114,7 +114,7 @@ class DIAUNetPipeline(DiffusionPipeline):
                 prediction = without + guidance_scale * (with_class - without)
             else:
                 prediction = self.unet(model_input, timestep, labels).sample
-            latents = self.scheduler.step(prediction, timestep, latents, **step_arguments).prev_sample
+            latents = self._step(prediction, timestep, latents, step_arguments)
 
             if callback_on_step_end is not None:
                 returned = callback_on_step_end(self, index, timestep, {"latents": latents})
@@ -200,6 +200,13 @@ class DIAUNetPipeline(DiffusionPipeline):
     def _step_arguments(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
+
+    def _step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, arguments: dict[str, Any]) -> Tensor:
+        try:
+            return self.scheduler.step(prediction, timestep, latents, **arguments).prev_sample
+        except (NotImplementedError, ValueError) as error:
+            # Some are written for some prediction types only, and say so at their first step.
+            raise UsageError(f"{type(self.scheduler).__name__} cannot be used here: {error}") from error
 
     def _postprocess(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
