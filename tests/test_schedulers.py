@@ -1,6 +1,8 @@
 """Every scheduler of diffusers in the pipeline, against a distribution that is known exactly, and against its peers."""
 
 import json
+import subprocess
+import sys
 
 import diffusers
 import numpy as np
@@ -196,8 +198,23 @@ def test_schedulers_that_do_not_fit_are_refused(class_name, options, words):
 @pytest.mark.parametrize("name", sorted(WITHOUT_SAMPLE))
 def test_a_prediction_type_that_a_scheduler_does_not_have_is_refused(name):
     scheduler = make_scheduler(name, DDPMScheduler(prediction_type="sample").config)
-    with pytest.raises(UsageError, match="cannot be used here: prediction_type.*sample"):
+    with pytest.raises(UsageError, match=r"cannot be used here: prediction_type.*sample"):
         draw(GaussianUNet("sample"), scheduler)
+
+
+def test_a_scheduler_whose_package_is_missing():
+    code = """
+import sys
+sys.modules["scipy"] = None  # As if it were not installed.
+from dia_diffusion.errors import UsageError
+from dia_diffusion.sampling import make_scheduler
+try:
+    make_scheduler("lms", {})
+except UsageError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "scheduler 'lms' cannot be used here: LMSDiscreteScheduler requires the scipy library" in done.stdout
 
 
 def test_every_scheduler_of_diffusers_has_a_name_or_a_reason():
