@@ -41,7 +41,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """The scheduler of this short name, with the noise schedule and the prediction type of a configuration.
 
     Raises:
-        UsageError: for an unknown name; lists those known.
+        UsageError: for an unknown name (lists those known), and for one whose package is not installed.
     """
     if name not in SCHEDULERS:
         raise UsageError(f"unknown scheduler '{name}'. Choose one of: {', '.join(SCHEDULERS)}.")

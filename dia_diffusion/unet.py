@@ -147,7 +147,7 @@ class DIAUNet2DModel(UNet2DModel):
         unknown = [name for name in dia_arguments if not name.startswith("dia_") or name not in _arguments(cls)]
         if unknown:
             raise TypeError(f"from_unet() got an unexpected keyword argument '{unknown[0]}'")
-        model = _cast(cls.from_config({**unet.config, **dia_arguments}), unet)
+        model = _cast(cls.from_config(unet.config, **dia_arguments), unet)
         missing, unexpected = model.load_state_dict(unet.state_dict(), strict=False)
         strangers = [key for key in missing if not key.startswith(_DIA_PREFIX)] + unexpected
         if strangers:

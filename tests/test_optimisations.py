@@ -121,11 +121,7 @@ def test_gradient_checkpointing_saves_memory_and_keeps_the_gradients(arguments):
 # ---- torch.compile and torch.export
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"dia_bridge": "skip"}, {"dia_bridge": "reset", "dia_sharing": "level"}, {"dia_attention": "cbam"}],
-    ids=str,
-)
+@pytest.mark.parametrize("arguments", [{"dia_bridge": "skip"}, {"dia_attention": "cbam"}], ids=str)
 def test_training_compiles_to_one_graph_for_all_batch_sizes(arguments, fresh_compiler):
     model, counter = make(**arguments), CompileCounter()
     expected = gradients(model)
@@ -165,9 +161,8 @@ def test_a_checkpointed_model_compiles_with_its_backward_pass(fresh_compiler):
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
-@pytest.mark.parametrize("arguments", [{"dia_bridge": "skip"}, {"dia_attention": "srm"}], ids=str)
-def test_export_for_all_batch_sizes(arguments):
-    model = make(**arguments).eval()
+def test_export_for_all_batch_sizes():
+    model = make(dia_bridge="reset", dia_sharing="level").eval()
     # From 64 images on, the upsampling of diffusers goes another way.
     size = torch.export.Dim("size", min=2, max=63)
     program = torch.export.export(model, batch(), dynamic_shapes={"sample": {0: size}, "timestep": {0: size}})
