@@ -2,81 +2,18 @@
 
 import copy
 import io
-import itertools
 import pickle
-from contextlib import suppress
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from torch import distributed
 from torch._dynamo.testing import CompileCounter
-from torch.nn.parallel import DistributedDataParallel
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.attention import ATTENTIONS
-from dia_diffusion.blocks import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES
-from dia_diffusion.errors import UsageError
-from dia_diffusion.sharing import BRIDGES, INITS, SHARINGS
+from tiny_unets import PLAIN, batch, combinations, gradients, make, open_gates, predict
 
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 4,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "dia_hidden_size": 8,
-}
-PLAIN = {name: value for name, value in TINY.items() if not name.startswith("dia_")}
-PAIRS = [(down, up) for down in DOWN_BLOCK_TYPES for up in UP_BLOCK_TYPES if down.startswith("K") == up.startswith("K")]
 CPU = torch.device("cpu")
-# Weights that diffusers' own block does not use, by the block's name.
-UNUSED = {"KCrossAttnUpBlock2D": "norm_cross"}
-
-
-def make(**arguments):
-    """A model whose gates differ from one."""
-    return open_gates(DIAUNet2DModel(**TINY | arguments))
-
-
-def open_gates(model):
-    for parameter in () if model.dia is None else model.dia.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def batch(size=2):
-    generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) * 100
-
-
-def predict(model, size=2):
-    with torch.no_grad():
-        return model(*batch(size)).sample
-
-
-def gradients(model, size=2):
-    model.zero_grad()
-    model(*batch(size)).sample.square().mean().backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def combinations(inits=INITS):
-    for attention, sharing, bridge, timed, init in itertools.product(
-        (*ATTENTIONS, "none"), SHARINGS, BRIDGES, (True, False), inits
-    ):
-        arguments = {
-            "dia_attention": attention,
-            "dia_sharing": sharing,
-            "dia_bridge": bridge,
-            "dia_time_conditioned": timed,
-            "dia_init": init,
-        }
-        with suppress(UsageError):  # Some have no meaning.
-            yield DIAUNet2DModel(**TINY, **arguments), arguments
 
 
 @pytest.fixture
@@ -300,49 +237,3 @@ def test_a_copy_gives_the_same_output(way):
     assert torch.equal(predict(copied), expected)
     model.conv_out.weight.zero_()
     assert torch.equal(predict(copied), expected)
-
-
-# ---- distributed training
-
-
-def without_gradient(model):
-    model(*batch()).sample.square().mean().backward()
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
-
-
-def test_every_parameter_has_a_gradient_in_every_configuration():
-    """DDP without `find_unused_parameters` needs it, from the first step on."""
-    count = 0
-    for model, arguments in combinations():
-        assert without_gradient(model) == [], arguments
-        count += 1
-    assert count > 60
-
-
-@pytest.mark.parametrize(("down", "up"), PAIRS)
-def test_no_block_type_has_unused_weights_but_those_known(down, up):
-    config = {"down_block_types": (down,) * 2, "up_block_types": (up,) * 2, "block_out_channels": (32, 32)}
-    names = without_gradient(DIAUNet2DModel(**TINY | config))
-    assert names == without_gradient(UNet2DModel(**PLAIN | config))
-    word = UNUSED.get(down) or UNUSED.get(up)
-    assert all(word in name for name in names) if word else names == []
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_distributed_training(process_group, checkpointing):
-    """DDP names unused parameters at the second step."""
-    model = make(dia_bridge="skip")
-    expected = gradients(model)
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    parallel = DistributedDataParallel(model)
-    for _ in range(2):
-        for name, gradient in gradients(parallel).items():
-            torch.testing.assert_close(gradient, expected[name.removeprefix("module.")], msg=name)
