@@ -55,12 +55,12 @@ def build_unet(config: TrainingConfig, channels: int, num_classes: int | None) -
         unet.register_to_config(sample_size=config.resolution)
         return unet
     if config.model_config_name_or_path is not None:
-        arguments = _load_model_config(config.model_config_name_or_path)
+        arguments = flags | _load_model_config(config.model_config_name_or_path) | _given(flags)
     else:
         arguments = default_architecture(config.resolution)
         if config.block_out_channels is not None:
             arguments |= _block_types(len(config.block_out_channels))
-    arguments |= flags
+        arguments |= flags
     arguments |= {"sample_size": config.resolution, "in_channels": channels, "out_channels": channels}
     arguments["num_class_embeds"] = None if num_classes is None else num_classes + 1
     try:
@@ -113,10 +113,15 @@ def _load_unet(name_or_path: str, flags: dict[str, Any]) -> DIAUNet2DModel:
 
 def _check_flags(unet: DIAUNet2DModel, flags: dict[str, Any]) -> None:
     """A flag that a loaded model does not follow would make the record of the run wrong."""
-    defaults = TrainingConfig().model_arguments()
-    for name, value in flags.items():
-        if value != defaults.get(name) and value != unet.config[name]:
+    for name, value in _given(flags).items():
+        if value != unet.config[name]:
             raise UsageError(f"--{name} {value} does not fit the loaded model, which has {unet.config[name]}: omit it.")
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that differ from their defaults, and so were given."""
+    defaults = TrainingConfig().model_arguments()
+    return {name: value for name, value in flags.items() if value != defaults.get(name)}
 
 
 def _load_model_config(name_or_path: str) -> dict[str, Any]:

@@ -42,11 +42,14 @@ class AttentionState(NamedTuple):
         position (`int`): Index of the next block.
         memory (`dict[str, tuple[Tensor, Tensor]]`): State `(h, c)` of each shared LSTM cell; a missing one is zero.
         maps (`tuple[Tensor, ...]`, *optional*): Channel gates `(B, C)` of the blocks passed so far, where asked for.
+        left (`dict[str, tuple[Tensor, Tensor]]`, *optional*):
+            What an earlier level left in its memory, for the next block to join with its own.
     """
 
     position: int
     memory: dict[str, LSTMState]
     maps: tuple[Tensor, ...] | None
+    left: dict[str, LSTMState] | None = None
 
 
 class ChannelScale(nn.Module):
@@ -173,14 +176,7 @@ class SharedAttention(nn.Module):
             return state
         if self.bridge == "reset":
             return state._replace(memory=self._initial_memory(context))
-        if left is None:
-            return state
-        shares = torch.sigmoid(self.skip_logits)
-        memory = {
-            key: tuple(now + s * (then - now) for s, now, then in zip(shares, held, left.memory[key], strict=True))
-            for key, held in state.memory.items()
-        }
-        return state._replace(memory=memory)
+        return state if left is None else state._replace(left=left.memory)
 
     def forward(self, branch: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """The gate for a residual branch, and the state for the next block.
@@ -198,7 +194,8 @@ class SharedAttention(nn.Module):
         if width in self.encoders:
             pooled = self.encoders[width](pooled)
 
-        memory = state.memory
+        # Not in `enter_level`: hooks that fetch offloaded weights know of `forward` only.
+        memory = state.memory if state.left is None else self._join(state.memory, state.left)
         if self.recurrent:
             pooled = pooled[:, 0]
             attended, cell = module(pooled, memory.get(key) or (torch.zeros_like(pooled),) * 2)
@@ -215,6 +212,13 @@ class SharedAttention(nn.Module):
             gate = gate * self._gate(self.spatial[key](branch * gate))
         maps = None if state.maps is None else (*state.maps, attended)
         return gate.to(branch.dtype), AttentionState(state.position + 1, memory, maps)
+
+    def _join(self, memory: dict[str, LSTMState], left: dict[str, LSTMState]) -> dict[str, LSTMState]:
+        shares = torch.sigmoid(self.skip_logits)
+        return {
+            key: tuple(now + s * (then - now) for s, now, then in zip(shares, held, left[key], strict=True))
+            for key, held in memory.items()
+        }
 
     def _gate(self, logits: Tensor) -> Tensor:
         return self.gate_scale * torch.sigmoid(logits)

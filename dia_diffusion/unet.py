@@ -147,7 +147,7 @@ class DIAUNet2DModel(UNet2DModel):
         unknown = [name for name in dia_arguments if not name.startswith("dia_") or name not in _arguments(cls)]
         if unknown:
             raise TypeError(f"from_unet() got an unexpected keyword argument '{unknown[0]}'")
-        model = _cast(cls.from_config({**unet.config, **dia_arguments}), unet)
+        model = _cast(cls.from_config(unet.config, **dia_arguments), unet)
         missing, unexpected = model.load_state_dict(unet.state_dict(), strict=False)
         strangers = [key for key in missing if not key.startswith(_DIA_PREFIX)] + unexpected
         if strangers:
@@ -165,9 +165,8 @@ class DIAUNet2DModel(UNet2DModel):
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         if any(key.startswith(_DIA_PREFIX) for key in info["missing_keys"]):
             # diffusers leaves weights that a file lacks uninitialised.
-            loaded, model = model, _cast(cls.from_config(model.config), model).eval()
-            weights = {k: v for k, v in loaded.state_dict().items() if not k.startswith(_DIA_PREFIX)}
-            model.load_state_dict(weights, strict=False)
+            fresh = cls.from_config(model.config).dia
+            model.dia = fresh.to(device=model.device, dtype=model.dtype).eval()
         return (model, info) if output_loading_info else model
 
     def to_unet(self) -> UNet2DModel:

@@ -15,6 +15,7 @@ from dia_diffusion.errors import UsageError
 from dia_diffusion.unet import DIAUNet2DModel  # noqa: F401
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 class DIAUNetPipeline(DiffusionPipeline):
@@ -91,13 +92,14 @@ class DIAUNetPipeline(DiffusionPipeline):
         """
         # 0. check inputs
         self._check_inputs(output_type, callback_on_step_end_tensor_inputs, generator, batch_size)
+        self._check_scheduler()
         labels = self._prepare_labels(class_labels, batch_size)
         guide = guidance_scale != 1.0
         if guide and (class_labels is None or self.null_class is None):
             raise UsageError(f"guidance_scale {guidance_scale} needs class_labels and a class-conditional UNet.")
 
         # 1. timesteps and initial noise
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        self._set_timesteps(num_inference_steps)
         latents = self._prepare_latents(latents, batch_size, generator)
         step_arguments = self._step_arguments(generator, eta)
 
@@ -112,7 +114,7 @@ class DIAUNetPipeline(DiffusionPipeline):
                 prediction = without + guidance_scale * (with_class - without)
             else:
                 prediction = self.unet(model_input, timestep, labels).sample
-            latents = self.scheduler.step(prediction, timestep, latents, **step_arguments).prev_sample
+            latents = self._step(prediction, timestep, latents, step_arguments)
 
             if callback_on_step_end is not None:
                 returned = callback_on_step_end(self, index, timestep, {"latents": latents})
@@ -138,11 +140,33 @@ class DIAUNetPipeline(DiffusionPipeline):
             raise UsageError(f"callback_on_step_end can be given only 'latents', not {list(tensor_inputs)}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise UsageError(f"{len(generator)} generators were given for a batch of {batch_size} images.")
-        if not hasattr(self.scheduler.config, "prediction_type"):
-            raise UsageError(
-                f"{type(self.scheduler).__name__} does not fit a UNet that predicts noise, sample or velocity: it has "
-                "no prediction_type. Use for example DDIMScheduler.from_config(pipe.scheduler.config)."
-            )
+
+    def _check_scheduler(self) -> None:
+        """Refuses schedulers that would run, or nearly, but not denoise with what such a UNet predicts."""
+        scheduler, config = self.scheduler, self.scheduler.config
+        # `from_config` also keeps what a scheduler was given and does not know, so its own arguments are what counts.
+        own = inspect.signature(type(scheduler).__init__).parameters
+        if "prediction_type" not in own:
+            reason = "it has no prediction_type"
+        elif config.prediction_type not in PREDICTION_TYPES or config.get("use_flow_sigmas"):
+            reason = f"it is set to flow matching (prediction_type '{config.prediction_type}')"
+        elif "beta_schedule" in config and "beta_schedule" not in own:
+            reason = f"it does not follow the noise schedule '{config.beta_schedule}' of the configuration it came from"
+        elif _required(scheduler.step) - {"model_output", "timestep", "sample"}:
+            reason = f"its steps need {', '.join(sorted(_required(scheduler.step)))}"
+        else:
+            return
+        raise UsageError(
+            f"{type(scheduler).__name__} does not fit a UNet that predicts noise, sample or velocity: {reason}. "
+            "Use for example DDIMScheduler.from_config(pipe.scheduler.config)."
+        )
+
+    def _set_timesteps(self, num_inference_steps: int) -> None:
+        try:
+            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        except ValueError as error:
+            name = type(self.scheduler).__name__
+            raise UsageError(f"num_inference_steps {num_inference_steps} does not fit {name}: {error}") from error
 
     def _prepare_labels(self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int) -> Tensor | None:
         if self.unet.class_embedding is None:
@@ -177,6 +201,13 @@ class DIAUNetPipeline(DiffusionPipeline):
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
+    def _step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, arguments: dict[str, Any]) -> Tensor:
+        try:
+            return self.scheduler.step(prediction, timestep, latents, **arguments).prev_sample
+        except (NotImplementedError, ValueError) as error:
+            # Some are written for some prediction types only, and say so at their first step.
+            raise UsageError(f"{type(self.scheduler).__name__} cannot be used here: {error}") from error
+
     def _postprocess(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
@@ -185,3 +216,9 @@ class DIAUNetPipeline(DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(images) if output_type == "pil" else images
+
+
+def _required(function: Callable) -> set[str]:
+    """Names of the arguments without which a function cannot be called."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}

@@ -114,20 +114,16 @@ def test_bridges_differ_as_they_say():
     context = torch.randn(2, 10)
     features = torch.randn(2, 8, 4, 4)
 
-    def states(bridge):
-        attention = SharedAttention((8, 8), bridge=bridge, hidden_size=6, context_size=10)
+    for bridge in BRIDGES:
+        attention = SharedAttention((8, 8, 8), bridge=bridge, hidden_size=6, context_size=10)
         start = attention.initial_state(context)
         _, left = attention(features, start)
         _, now = attention(features + 1, left)
-        entered = attention.enter_level(now, context, left)
-        return [state.memory["network"][1] for state in (start, left, now, entered)]
-
-    start, left, now, entered = states("carry")
-    assert torch.equal(entered, now)
-    start, left, now, entered = states("reset")
-    assert torch.equal(entered, start)
-    start, left, now, entered = states("skip")
-    torch.testing.assert_close(entered, (left + now) / 2)
+        _, entered = attention(features, attention.enter_level(now, context, left))
+        mean = tuple((a + b) / 2 for a, b in zip(left.memory["network"], now.memory["network"], strict=True))
+        memory = {"carry": now.memory, "reset": start.memory, "skip": {"network": mean}}[bridge]
+        _, expected = attention(features, now._replace(memory=memory))
+        torch.testing.assert_close(entered, expected)
 
 
 @pytest.mark.parametrize(

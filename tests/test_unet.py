@@ -278,6 +278,15 @@ def test_from_unet_takes_dia_arguments_only():
             DIAUNet2DModel.from_unet(unet, **{name: 1})
 
 
+def test_from_unet_does_not_lose_the_gates_of_a_model_that_has_some():
+    model = DIAUNet2DModel(**SMALL)
+    open_gates(model)
+    sample, timestep, _ = inputs(SMALL)
+    assert torch.equal(DIAUNet2DModel.from_unet(model)(sample, timestep).sample, model(sample, timestep).sample)
+    with pytest.raises(UsageError, match="the weights do not fit"):
+        DIAUNet2DModel.from_unet(model, dia_attention="none")
+
+
 def test_call_errors():
     model = DIAUNet2DModel(**SMALL)
     with pytest.raises(UsageError, match=r"15x16 pixels.*multiples of 2"):
