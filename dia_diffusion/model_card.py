@@ -7,23 +7,41 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .config import TrainingConfig
+from .data import DIGITS
 from .evaluation import format_scores
 
 _SCORE_NAMES = {"fid": "Frechet distance", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}
 
 
 def write_model_card(
-    folder: Path, config: TrainingConfig, unet: UNet2DModel, figures: dict[str, Any], command: str
+    folder: Path,
+    config: TrainingConfig,
+    unet: UNet2DModel,
+    figures: dict[str, Any],
+    command: str,
+    hub_id: str | None = None,
 ) -> None:
-    """Writes `folder/README.md` from a finished run's configuration and figures (those of metrics.json)."""
-    data = config.dataset_name or Path(config.train_data_dir).name
+    """Writes `folder/README.md` from a finished run's configuration and figures (those of metrics.json).
+
+    Args:
+        folder (`Path`), config (`TrainingConfig`), unet (`UNet2DModel`), figures (`dict`): The run and its model.
+        command (`str`): The command line that trained it.
+        hub_id (`str`, *optional*): The repository on the Hub that the folder is for.
+    """
+    data, is_folder = config.dataset_name, config.dataset_name is None or Path(config.dataset_name).exists()
+    if is_folder:
+        data = Path(config.dataset_name or config.train_data_dir).name
+    # The Hub takes these for ids of its own.
+    base_model = config.init_from if config.init_from and not Path(config.init_from).exists() else None
     scores = figures.get("features") is not None
     details = f" ({figures['features']} features, {figures['num_images']} images)" if scores else ""
     card_data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["dia-diffusion", "diffusion", "shared-attention", "arxiv:2210.16101"],
-        datasets=[data] if config.dataset_name else None,
+        license=config.license,
+        datasets=None if is_folder or data == DIGITS else [data],
+        base_model=base_model,
         model_name=folder.name,
         eval_results=[
             EvalResult(
@@ -53,10 +71,22 @@ A diffusion UNet with shared attention (DIA, [arXiv 2210.16101](https://arxiv.or
 
 ## Use
 
+With dia-diffusion:
+
 ```python
 from dia_diffusion import DIAUNetPipeline
 
-pipeline = DIAUNetPipeline.from_pretrained("{folder.name}")
+pipeline = DIAUNetPipeline.from_pretrained("{hub_id or folder.name}")
+images = pipeline(batch_size=4).images
+```
+
+With diffusers alone. This runs the code in `pipeline_dia_unet.py` and `unet/dia_unet.py`; read it if you do not trust
+who published it.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{hub_id or folder.name}", trust_remote_code=True)
 images = pipeline(batch_size=4).images
 ```
 

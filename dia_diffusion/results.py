@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from huggingface_hub import create_repo, upload_folder
 from PIL.Image import Image
 
 from .checkpoint import list_checkpoints
@@ -60,6 +61,24 @@ def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
     except OSError as error:
         raise UsageError(f"cannot make the output directory '{folder}': {error.strerror}.") from error
     save_config(config, folder / CONFIG)
+
+
+def make_hub_repository(config: TrainingConfig) -> str | None:
+    """The full id of the repository that the run is pushed to, made where there is none; `None` for no repository.
+
+    Raises:
+        UsageError: if the Hub refuses, or cannot be reached.
+    """
+    if not config.push_to_hub:
+        return None
+    name = config.hub_model_id or Path(config.output_dir).name
+    try:
+        return create_repo(name, token=config.hub_token, private=config.hub_private_repo, exist_ok=True).repo_id
+    except Exception as error:  # Of several libraries' kinds: no connection, no token, a bad name.
+        raise UsageError(
+            f"cannot use the repository '{name}' on the Hub: {str(error).strip().splitlines()[0]} Log in with "
+            "`hf auth login` or give --hub_token, check --hub_model_id, or omit --push_to_hub."
+        ) from error
 
 
 class RunResults:
@@ -159,9 +178,11 @@ class RunResults:
             command = shlex.join(["accelerate", "launch", *sys.argv])
             if config.hub_token is not None:
                 command = command.replace(config.hub_token, "TOKEN")
-            write_model_card(folder, config, unet, figures, command)
-            if config.push_to_hub:
-                self._push(pipeline)
+            hub_id = make_hub_repository(config)
+            write_model_card(folder, config, unet, figures, command, hub_id)
+        if hub_id is not None:
+            record = [f"{name}/*" for name in (CHECKPOINTS, config.logging_dir, _SAMPLES, _BEST)]
+            upload_folder(repo_id=hub_id, folder_path=folder, token=config.hub_token, ignore_patterns=record)
         return figures
 
     def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:
@@ -174,8 +195,3 @@ class RunResults:
         )
         # A class-conditional pipeline takes its classes in turn: one column for each.
         return image_grid(torch.cat(list(batches)), columns=self.data.num_classes)
-
-    def _push(self, pipeline: DIAUNetPipeline) -> None:
-        config = self.config
-        name = config.hub_model_id or self.folder.name
-        pipeline.push_to_hub(name, token=config.hub_token, private=config.hub_private_repo)

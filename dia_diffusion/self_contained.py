@@ -21,7 +21,8 @@ _FILES = {"dia_diffusion.unet": "dia_unet", "dia_diffusion.pipelines.pipeline_di
 
 _HEADER = '''"""Code that diffusers runs to load this pipeline, if it is asked to with `trust_remote_code=True`.
 
-It was written by {package} {version} when the pipeline was saved, and holds its modules {modules}.
+{package} {version} wrote it when the pipeline was saved. It holds these of its modules:
+{modules}.
 Where dia-diffusion is installed, `dia_diffusion.DIAUNetPipeline.from_pretrained` loads the pipeline without it.
 Apache-2.0.
 """
@@ -92,8 +93,9 @@ def single_file_source(module: ModuleType) -> str:
         body = "\n".join(source.splitlines()[end:]).strip("\n")
         heading = f"# {part.__name__.rpartition('.')[2]}: {inspect.getdoc(part).splitlines()[0]}"
         bodies.append(f"{'#' * 100}\n{heading}\n{'#' * 100}\n\n\n{body}\n")
-    imports = [*plain, *(f"from {name} import {', '.join(sorted(members[name]))}" for name in members)]
-    imports.sort(key=lambda line: (_package(line.split()[1]) not in sys.stdlib_module_names, line))
+    imports = sorted(plain) + [f"from {name} import {', '.join(sorted(members[name]))}" for name in sorted(members)]
+    standard = [line for line in imports if _package(line.split()[1]) in sys.stdlib_module_names]
+    imports = [*standard, "", *(line for line in imports if line not in standard)]
     header = _HEADER.format(
         package=_package(module.__name__).replace("_", "-"),
         version=sys.modules[_package(module.__name__)].__version__,

@@ -24,7 +24,7 @@ from .interrupts import Interrupted, catch_interrupts
 from .pixels import EndlessShuffle, PixelDataset, prepare_pixels
 from .presets import build_unet
 from .processes import any_process, check_same_start, make_accelerator
-from .results import CHECKPOINTS, METRICS_LOG, RunResults, prepare_output_dir
+from .results import CHECKPOINTS, METRICS_LOG, RunResults, make_hub_repository, prepare_output_dir
 from .resuming import find_checkpoint_to_resume
 from .run_log import RunLog
 from .training_state import TrainingState
@@ -71,6 +71,8 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         start, pending = checkpoint.state["step"], checkpoint.state["pending_losses"]
     check_same_start(accelerator, start)
     if accelerator.is_main_process:
+        # As above: better now than when the run is finished.
+        make_hub_repository(config)
         prepare_output_dir(config, resuming=checkpoint is not None)
         set_aside_newer(folder / CHECKPOINTS, start)
     accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, (int, float, str))})

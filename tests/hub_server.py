@@ -13,11 +13,11 @@ from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 USER = "friend"
-TOKEN = "hf_stand_in"  # noqa: S105
+TOKEN = "hf_stand_in"
 
 
 class Hub:
-    """The repositories: id -> path -> content. `client_environment` lets a process meet this Hub instead of the real."""
+    """The repositories, id -> path -> content. `client_environment` sends a process here instead of to the real Hub."""
 
     def __init__(self, endpoint):
         self.endpoint = endpoint
