@@ -28,34 +28,8 @@ def write_model_card(
         command (`str`): The command line that trained it.
         hub_id (`str`, *optional*): The repository on the Hub that the folder is for.
     """
-    data, is_folder = config.dataset_name, config.dataset_name is None or Path(config.dataset_name).exists()
-    if is_folder:
-        data = Path(config.dataset_name or config.train_data_dir).name
-    # The Hub takes these for ids of its own.
-    base_model = config.init_from if config.init_from and not Path(config.init_from).exists() else None
+    data, _ = _data_name(config)
     scores = figures.get("features") is not None
-    details = f" ({figures['features']} features, {figures['num_images']} images)" if scores else ""
-    card_data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["dia-diffusion", "diffusion", "shared-attention", "arxiv:2210.16101"],
-        license=config.license,
-        datasets=None if is_folder or data == DIGITS else [data],
-        base_model=base_model,
-        model_name=folder.name,
-        eval_results=[
-            EvalResult(
-                task_type="unconditional-image-generation",
-                dataset_type=data,
-                dataset_name=data,
-                metric_type=key,
-                metric_name=title + details,
-                metric_value=figures[key],
-            )
-            for key, title in (_SCORE_NAMES if scores else {"held_out_loss": "Held-out loss"}).items()
-            if figures.get(key) is not None
-        ],
-    )
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     attention = sum(p.numel() for name, p in unet.named_parameters() if name.startswith("dia."))
     losses = [f"- {key.replace('_', ' ')}: {figures[key]:.5f}" for key in ("loss", "held_out_loss") if key in figures]
@@ -106,4 +80,39 @@ images = pipeline(batch_size=4).images
 
 All options are in `training_config.yaml`, which `train_unet.py --config` reads.
 """
-    ModelCard(f"---\n{card_data.to_yaml()}\n---\n{text}").save(folder / "README.md")
+    metadata = _metadata(config, figures, folder.name).to_yaml()
+    ModelCard(f"---\n{metadata}\n---\n{text}").save(folder / "README.md")
+
+
+def _data_name(config: TrainingConfig) -> tuple[str, bool]:
+    """The name of the data, and whether the Hub has it. Of a folder on this machine only the last part is shown."""
+    if config.dataset_name is None or Path(config.dataset_name).exists():
+        return Path(config.dataset_name or config.train_data_dir).name, False
+    return config.dataset_name, config.dataset_name != DIGITS
+
+
+def _metadata(config: TrainingConfig, figures: dict[str, Any], name: str) -> ModelCardData:
+    data, on_hub = _data_name(config)
+    scored = figures.get("features") is not None
+    details = f" ({figures['features']} features, {figures['num_images']} images)" if scored else ""
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["dia-diffusion", "diffusion", "shared-attention", "arxiv:2210.16101"],
+        license=config.license,
+        datasets=[data] if on_hub else None,
+        base_model=config.init_from if config.init_from and not Path(config.init_from).exists() else None,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=data,
+                dataset_name=data,
+                metric_type=key,
+                metric_name=title + details,
+                metric_value=figures[key],
+            )
+            for key, title in (_SCORE_NAMES if scored else {"held_out_loss": "Held-out loss"}).items()
+            if figures.get(key) is not None
+        ],
+    )

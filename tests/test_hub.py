@@ -12,11 +12,15 @@ from environments import REFERENCE, digest, run_python
 from hub_server import TOKEN, serve_hub
 from training_runs import configure, fresh_state, run
 
-PUSH = """
-import sys
+PUSH_AND_LOAD = """
+import json, sys
 from dia_diffusion import DIAUNetPipeline
+from environments import digest
 
 DIAUNetPipeline.from_pretrained(sys.argv[1]).push_to_hub("pushed")
+pipeline = DIAUNetPipeline.from_pretrained("friend/pushed")
+modules = [type(part).__module__ for part in (pipeline, pipeline.unet)]
+print(json.dumps({"digest": digest(pipeline), "modules": modules}))
 """
 LOAD_WITH_DIFFUSERS = """
 import json, sys
@@ -30,15 +34,6 @@ except ValueError as error:
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(json.dumps({"refusal": refusal, "digest": digest(pipeline), "module": type(pipeline.unet).__module__}))
 """
-LOAD_WITH_DIA = """
-import json, sys
-from dia_diffusion import DIAUNetPipeline
-from environments import digest
-
-pipeline = DIAUNetPipeline.from_pretrained(sys.argv[1])
-modules = [type(part).__module__ for part in (pipeline, pipeline.unet)]
-print(json.dumps({"digest": digest(pipeline), "modules": modules}))
-"""
 
 
 @pytest.fixture
@@ -48,22 +43,18 @@ def hub():
 
 
 def test_a_pushed_pipeline_loads_by_its_id_with_dia_diffusion_and_without(hub, tmp_path, diffusers_only):
-    pipeline = DIAUNetPipeline.from_pretrained(REFERENCE)
-    run_python(PUSH, REFERENCE, **hub.client_environment(tmp_path / "mine"))
+    expected = digest(DIAUNetPipeline.from_pretrained(REFERENCE))
+    found = json.loads(run_python(PUSH_AND_LOAD, REFERENCE, **hub.client_environment(tmp_path / "mine")))
+    assert found["digest"] == expected
+    assert found["modules"] == ["dia_diffusion.pipelines.pipeline_dia_unet", "dia_diffusion.unet"]
     files = hub.repositories["friend/pushed"]
     assert {"model_index.json", "pipeline_dia_unet.py", "unet/dia_unet.py", "README.md"} <= files.keys()
 
     environment = hub.client_environment(tmp_path / "friend's")
     found = json.loads(run_python(LOAD_WITH_DIFFUSERS, "friend/pushed", python=diffusers_only, **environment))
     assert "Pass `trust_remote_code=True`" in found["refusal"]
-    assert found["digest"] == digest(pipeline)
+    assert found["digest"] == expected
     assert found["module"] == "diffusers_modules.local.dia_unet"
-
-    for name in ("pipeline_dia_unet.py", "unet/dia_unet.py"):
-        files[name] = b"raise RuntimeError('the code of the repository was run')\n"
-    found = json.loads(run_python(LOAD_WITH_DIA, "friend/pushed", **hub.client_environment(tmp_path / "another")))
-    assert found["digest"] == digest(pipeline)
-    assert found["modules"] == ["dia_diffusion.pipelines.pipeline_dia_unet", "dia_diffusion.unet"]
 
 
 def test_a_training_run_is_pushed_with_its_card_and_sampled_by_id(hub, tmp_path):
@@ -83,6 +74,9 @@ def test_a_training_run_is_pushed_with_its_card_and_sampled_by_id(hub, tmp_path)
     assert card.data.library_name == "diffusers"
     assert 'from_pretrained("friend/digits", trust_remote_code=True)' in card.text
 
+    # It is the installed code that runs.
+    for name in ("pipeline_dia_unet.py", "unet/dia_unet.py"):
+        files[name] = b"raise RuntimeError('the code of the repository was run')\n"
     sample = "import sys; from dia_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
     options = ["--num_images", "2", "--steps", "2", "--output_dir", tmp_path / "out", "--device", "cpu"]
     run_python(sample, "sample", "friend/digits", *options, **environment)
