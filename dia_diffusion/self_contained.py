@@ -56,9 +56,9 @@ class SelfContained:
         return {name: module for name, module in modules.items() if module and _package(module) == _package(__name__)}
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | PathLike) -> dict[str, Any]:
+    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # The class that was asked for is at hand: diffusers need not look for the one in the folder.
-        return super()._dict_from_json_file(json_file) | {"_class_name": cls.__name__}
+        return super()._dict_from_json_file(*args, **kwargs) | {"_class_name": cls.__name__}
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
