@@ -24,7 +24,6 @@ class Hub:
         self.repositories = {}
         self.private = set()
         self.uploads = {}
-        self.requests = []
 
     def client_environment(self, home):
         return {
@@ -157,9 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             return hub.repositories[repo_id]
 
     def path_asked_for(self):
-        path = unquote(urlsplit(self.path).path)
-        self.server.hub.requests.append(f"{self.command} {path}")
-        return path
+        return unquote(urlsplit(self.path).path)
 
     def answer(self, status, content=b"", headers=None):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
