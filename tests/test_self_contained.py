@@ -135,9 +135,10 @@ def test_the_code_is_one_readable_file(name):
     packages = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
     assert packages == {"torch", "diffusers"}
     assert not any(node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
-    # The text of the module itself, comments and docstrings included, is there as it was written.
-    body = Path(module.__file__).read_text().split("\n\n\n", 1)[1]
+    # The text is there as it was written, comments and docstrings included.
+    body = Path(module.__file__).read_text(encoding="utf-8").split("\n\n\n", 1)[1]
     assert body.strip() in source
+    assert all(f"# {line}".rstrip() in source for line in module.__doc__.splitlines()[1:])
 
 
 def test_a_file_that_needs_no_other_stays_as_it_is(tmp_path, monkeypatch):

@@ -42,6 +42,10 @@ class NotFiniteError(UsageError):
 
 ####################################################################################################
 # self_contained: Pipelines that bring their own code, so that a folder they save runs where only diffusers is installed.
+#
+# diffusers runs code of a saved pipeline, with `trust_remote_code=True`, if `model_index.json` names a file and a class
+# as the pipeline's class, or a file `<component>/<library>.py` as the library of a component. From the Hub it fetches
+# only the files so named: hence one file for the pipeline and one for the UNet.
 ####################################################################################################
 
 
@@ -85,9 +89,9 @@ class SelfContained:
         return {name: module for name, module in modules.items() if module and _package(module) == _package(__name__)}
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | PathLike) -> dict[str, Any]:
+    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # The class that was asked for is at hand: diffusers need not look for the one in the folder.
-        return super()._dict_from_json_file(json_file) | {"_class_name": cls.__name__}
+        return super()._dict_from_json_file(*args, **kwargs) | {"_class_name": cls.__name__}
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -109,28 +113,36 @@ def single_file_source(module: ModuleType) -> str:
     parts = _with_own_imports(module)
     if len(parts) == 1:
         return inspect.getsource(module)
-    plain, members, bodies = set(), {}, []
-    for part in parts:
-        source = inspect.getsource(part)
-        nodes = _imports(part)
-        for node in nodes:
-            if isinstance(node, ast.Import):
-                plain.add(ast.unparse(node))
-            elif _package(_absolute_name(node, part)) != _package(part.__name__):
-                members.setdefault(node.module, set()).update(map(ast.unparse, node.names))
-        end = max((node.end_lineno for node in nodes), default=ast.parse(source).body[0].end_lineno)
-        body = "\n".join(source.splitlines()[end:]).strip("\n")
-        heading = f"# {part.__name__.rpartition('.')[2]}: {inspect.getdoc(part).splitlines()[0]}"
-        bodies.append(f"{'#' * 100}\n{heading}\n{'#' * 100}\n\n\n{body}\n")
-    imports = sorted(plain) + [f"from {name} import {', '.join(sorted(members[name]))}" for name in sorted(members)]
-    standard = [line for line in imports if _package(line.split()[1]) in sys.stdlib_module_names]
-    imports = [*standard, "", *(line for line in imports if line not in standard)]
+    package = _package(module.__name__)
     header = _HEADER.format(
-        package=_package(module.__name__).replace("_", "-"),
-        version=sys.modules[_package(module.__name__)].__version__,
+        package=package.replace("_", "-"),
+        version=sys.modules[package].__version__,
         modules=", ".join(part.__name__.rpartition(".")[2] for part in parts),
     )
-    return "\n\n".join([header + "\n" + "\n".join(imports) + "\n", *bodies])
+    return "\n".join([header, _imports_of_others(parts), *map(_section, parts)])
+
+
+def _imports_of_others(modules: list[ModuleType]) -> str:
+    """One statement for each module that these import from outside of their package; those of Python itself first."""
+    plain, members = set(), {}
+    for module in modules:
+        for node in _imports(module):
+            if isinstance(node, ast.Import):
+                plain.add(ast.unparse(node))
+            elif _package(_absolute_name(node, module)) != _package(module.__name__):
+                members.setdefault(node.module, set()).update(map(ast.unparse, node.names))
+    lines = sorted(plain) + [f"from {name} import {', '.join(sorted(members[name]))}" for name in sorted(members)]
+    standard = [line for line in lines if _package(line.split()[1]) in sys.stdlib_module_names]
+    return "\n".join([*standard, "", *(line for line in lines if line not in standard)]) + "\n"
+
+
+def _section(module: ModuleType) -> str:
+    """What follows the imports of a module, under its name and docstring."""
+    source = inspect.getsource(module)
+    start = max((node.end_lineno for node in _imports(module)), default=ast.parse(source).body[0].end_lineno)
+    title = f"{module.__name__.rpartition('.')[2]}: {inspect.getdoc(module)}"
+    heading = "\n".join(f"# {line}".rstrip() for line in title.splitlines())
+    return f"\n{'#' * 100}\n{heading}\n{'#' * 100}\n\n\n" + "\n".join(source.splitlines()[start:]).strip("\n") + "\n"
 
 
 def _with_own_imports(module: ModuleType) -> list[ModuleType]:

@@ -40,6 +40,11 @@ class NotFiniteError(UsageError):
 
 ####################################################################################################
 # attention: Channel attention modules, on statistics pooled from features `(B, C, H, W)`; `sharing.py` puts them to work.
+#
+# Notation: B batch, C channels, S pooled statistics.
+#
+# Papers: DIA (Huang et al., arXiv 2210.16101 and 1905.10671), SE (Hu et al., CVPR 2018), ECA (Wang et al., CVPR 2020),
+# SRM (Lee et al., ICCV 2019), CBAM (Woo et al., ECCV 2018).
 ####################################################################################################
 
 
@@ -157,6 +162,10 @@ def _bottleneck(in_features: int, out_features: int, reduction: int) -> nn.Seque
 
 ####################################################################################################
 # sharing: Attention for the residual branches of a network, with its modules shared between the blocks.
+#
+# Everything here works on any sequence of residual branches of shape `(B, C, H, W)`; nothing knows what network they
+# come from. Notation: B batch, C channels of a block, d width at which a shared module works. The sharing and the LSTM
+# are those of Huang et al., arXiv 2210.16101 and 1905.10671.
 ####################################################################################################
 
 
@@ -437,6 +446,10 @@ class DIAResnetBlockCondNorm2D(GatedResnet, ResnetBlockCondNorm2D):
 
 ####################################################################################################
 # blocks: The blocks of diffusers' UNet2DModel with attention on every residual branch.
+#
+# Each class here is a block of diffusers with the same submodules and weights, and a `forward` that also takes the
+# attention module and its state (both `None` for no attention), and gives the next state back. `gate_residual_blocks`
+# turns the blocks of a UNet into these.
 ####################################################################################################
 
 
