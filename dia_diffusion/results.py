@@ -76,9 +76,13 @@ def make_hub_repository(config: TrainingConfig) -> str | None:
         return create_repo(name, token=config.hub_token, private=config.hub_private_repo, exist_ok=True).repo_id
     except Exception as error:  # Of several libraries' kinds: no connection, no token, a bad name.
         raise UsageError(
-            f"cannot use the repository '{name}' on the Hub: {str(error).strip().splitlines()[0]} Log in with "
+            f"cannot use the repository '{name}' on the Hub: {_first_line(error)} Log in with "
             "`hf auth login` or give --hub_token, check --hub_model_id, or omit --push_to_hub."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class RunResults:
@@ -181,9 +185,22 @@ class RunResults:
             hub_id = make_hub_repository(config)
             write_model_card(folder, config, unet, figures, command, hub_id)
         if hub_id is not None:
-            record = [f"{name}/*" for name in (CHECKPOINTS, config.logging_dir, _SAMPLES, _BEST)]
-            upload_folder(repo_id=hub_id, folder_path=folder, token=config.hub_token, ignore_patterns=record)
+            self._push(hub_id)
         return figures
+
+    def _push(self, hub_id: str) -> None:
+        """Pushes the pipeline, the card and what the card shows."""
+        rest = [f"{name}/*" for name in (CHECKPOINTS, self.config.logging_dir, _SAMPLES, _BEST)]
+        try:
+            upload_folder(
+                repo_id=hub_id, folder_path=self.folder, token=self.config.hub_token, ignore_patterns=rest
+            )
+        except Exception as error:
+            excluded = " ".join(f'--exclude "{pattern}"' for pattern in rest)
+            raise UsageError(
+                f"the run is finished and saved in '{self.folder}', but could not be pushed to '{hub_id}': "
+                f"{_first_line(error)} To try again: hf upload {hub_id} {self.folder} {excluded}"
+            ) from error
 
     def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:
         return DIAUNetPipeline(unet, make_scheduler(DEFAULT_SCHEDULER, self.scheduler.config))
