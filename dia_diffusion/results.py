@@ -92,6 +92,7 @@ class RunResults:
         config (`TrainingConfig`), training (`TrainingState`), scheduler (`DDPMScheduler`): The run.
         data, held_out (`PixelDataset`): Its images.
         global_batch_size (`int`): Images in a step.
+        hub_id (`str`, *optional*): The repository on the Hub that the finished run is pushed to.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class RunResults:
         data: PixelDataset,
         held_out: PixelDataset | None,
         global_batch_size: int,
+        hub_id: str | None = None,
     ):
         self.config = config
         self.training = training
@@ -109,6 +111,7 @@ class RunResults:
         self.data = data
         self.held_out = held_out
         self.global_batch_size = global_batch_size
+        self.hub_id = hub_id
         self.folder = Path(config.output_dir)
 
     def held_out_loss(self) -> float:
@@ -182,24 +185,23 @@ class RunResults:
             command = shlex.join(["accelerate", "launch", *sys.argv])
             if config.hub_token is not None:
                 command = command.replace(config.hub_token, "TOKEN")
-            hub_id = make_hub_repository(config)
-            write_model_card(folder, config, unet, figures, command, hub_id)
-        if hub_id is not None:
-            self._push(hub_id)
+            write_model_card(folder, config, unet, figures, command, self.hub_id)
+        if self.hub_id is not None:
+            self._push()
         return figures
 
-    def _push(self, hub_id: str) -> None:
+    def _push(self) -> None:
         """Pushes the pipeline, the card and what the card shows."""
         rest = [f"{name}/*" for name in (CHECKPOINTS, self.config.logging_dir, _SAMPLES, _BEST)]
         try:
             upload_folder(
-                repo_id=hub_id, folder_path=self.folder, token=self.config.hub_token, ignore_patterns=rest
+                repo_id=self.hub_id, folder_path=self.folder, token=self.config.hub_token, ignore_patterns=rest
             )
         except Exception as error:
             excluded = " ".join(f'--exclude "{pattern}"' for pattern in rest)
             raise UsageError(
-                f"the run is finished and saved in '{self.folder}', but could not be pushed to '{hub_id}': "
-                f"{_first_line(error)} To try again: hf upload {hub_id} {self.folder} {excluded}"
+                f"the run is finished and saved in '{self.folder}', but could not be pushed to '{self.hub_id}': "
+                f"{_first_line(error)} To try again: hf upload {self.hub_id} {self.folder} {excluded}"
             ) from error
 
     def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:

@@ -70,14 +70,15 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         training.restore(checkpoint)
         start, pending = checkpoint.state["step"], checkpoint.state["pending_losses"]
     check_same_start(accelerator, start)
+    hub_id = None
     if accelerator.is_main_process:
-        # As above: better now than when the run is finished.
-        make_hub_repository(config)
+        # A repository that cannot be used is noticed now too, and not when the run is finished.
+        hub_id = make_hub_repository(config)
         prepare_output_dir(config, resuming=checkpoint is not None)
         set_aside_newer(folder / CHECKPOINTS, start)
     accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, (int, float, str))})
     log = RunLog(folder / METRICS_LOG, accelerator, config.logging_steps, global_batch, start, total_steps, pending)
-    results = RunResults(config, training, scheduler, data, held_out, global_batch)
+    results = RunResults(config, training, scheduler, data, held_out, global_batch, hub_id)
 
     # 3. train
     batches = iter(_make_loader(config, data, accelerator, start, total_steps))
