@@ -84,6 +84,8 @@ def test_recipes(tmp_path, diffusers_only):
 
 def run_shell(code, folder, **environment):
     scripts = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "1", **environment}
+    # Training takes all cores under accelerate launch; its threads should not spin while they wait for each other.
+    settings = {"PATH": f"{scripts}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, **settings, **environment}
     process = subprocess.run(["bash", "-ec", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
