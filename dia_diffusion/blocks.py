@@ -8,6 +8,7 @@ turns the blocks of a UNet into these.
 from itertools import zip_longest
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets import unet_2d_blocks as blocks
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ class _GatedBlock:
         state: AttentionState | None,
     ) -> tuple[Tensor, AttentionState | None]:
         for sampler in samplers:
-            if isinstance(sampler, GatedResnet):
+            if isinstance(sampler, ResnetBlock2D):
                 hidden_states, state = self._run(sampler, hidden_states, temb, attention, state)
             else:
                 hidden_states = sampler(hidden_states)

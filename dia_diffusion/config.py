@@ -125,6 +125,7 @@ class TrainingConfig:
     hub_token: str | None = _option(None, "Token for the Hub; by default the one you logged in with.")
     hub_model_id: str | None = _option(None, "Repository on the Hub; by default named after --output_dir.")
     hub_private_repo: bool = _option(False, "Make the repository private.")
+    license: str = _option("apache-2.0", "Licence of the model, for its card; a licence identifier of the Hub.")
     local_rank: int = _option(-1, "Set by launchers; accelerate reads it from the environment.")
 
     def __post_init__(self) -> None:
@@ -170,7 +171,8 @@ MAY_CHANGE = frozenset(
     "cache_dir dataloader_num_workers enable_xformers_memory_efficient_attention compile init_from output_dir "
     "overwrite_output_dir save_images_epochs save_model_epochs checkpointing_steps checkpoints_total_limit "
     "resume_from_checkpoint logging_steps validation_steps eval_steps eval_num_images score_features "
-    "score_num_images logger logging_dir push_to_hub hub_token hub_model_id hub_private_repo local_rank".split()
+    "score_num_images logger logging_dir push_to_hub hub_token hub_model_id hub_private_repo license "
+    "local_rank".split()
 )
 
 

@@ -7,37 +7,29 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .config import TrainingConfig
+from .data import DIGITS
 from .report import format_scores
 
 _SCORE_NAMES = {"fid": "Frechet distance", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}
 
 
 def write_model_card(
-    folder: Path, config: TrainingConfig, unet: UNet2DModel, figures: dict[str, Any], command: str
+    folder: Path,
+    config: TrainingConfig,
+    unet: UNet2DModel,
+    figures: dict[str, Any],
+    command: str,
+    hub_id: str | None = None,
 ) -> None:
-    """Writes `folder/README.md` from a finished run's configuration and figures (those of metrics.json)."""
-    data = config.dataset_name or Path(config.train_data_dir).name
+    """Writes `folder/README.md` from a finished run's configuration and figures (those of metrics.json).
+
+    Args:
+        folder (`Path`), config (`TrainingConfig`), unet (`UNet2DModel`), figures (`dict`): The run and its model.
+        command (`str`): The command line that trained it.
+        hub_id (`str`, *optional*): The repository on the Hub that the folder is for.
+    """
+    data, _ = _data_name(config)
     scores = figures.get("features") is not None
-    details = f" ({figures['features']} features, {figures['num_images']} images)" if scores else ""
-    card_data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["dia-diffusion", "diffusion", "shared-attention", "arxiv:2210.16101"],
-        datasets=[data] if config.dataset_name else None,
-        model_name=folder.name,
-        eval_results=[
-            EvalResult(
-                task_type="unconditional-image-generation",
-                dataset_type=data,
-                dataset_name=data,
-                metric_type=key,
-                metric_name=title + details,
-                metric_value=figures[key],
-            )
-            for key, title in (_SCORE_NAMES if scores else {"held_out_loss": "Held-out loss"}).items()
-            if figures.get(key) is not None
-        ],
-    )
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     attention = sum(p.numel() for name, p in unet.named_parameters() if name.startswith("dia."))
     losses = [f"- {key.replace('_', ' ')}: {figures[key]:.5f}" for key in ("loss", "held_out_loss") if key in figures]
@@ -53,10 +45,22 @@ A diffusion UNet with shared attention (DIA, [arXiv 2210.16101](https://arxiv.or
 
 ## Use
 
+With dia-diffusion:
+
 ```python
 from dia_diffusion import DIAUNetPipeline
 
-pipeline = DIAUNetPipeline.from_pretrained("{folder.name}")
+pipeline = DIAUNetPipeline.from_pretrained("{hub_id or folder.name}")
+images = pipeline(batch_size=4).images
+```
+
+With diffusers alone. This runs the code in `pipeline_dia_unet.py` and `unet/dia_unet.py`; read it if you do not trust
+who published it.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{hub_id or folder.name}", trust_remote_code=True)
 images = pipeline(batch_size=4).images
 ```
 
@@ -76,4 +80,39 @@ images = pipeline(batch_size=4).images
 
 All options are in `training_config.yaml`, which `train_unet.py --config` reads.
 """
-    ModelCard(f"---\n{card_data.to_yaml()}\n---\n{text}").save(folder / "README.md")
+    metadata = _metadata(config, figures, folder.name).to_yaml()
+    ModelCard(f"---\n{metadata}\n---\n{text}").save(folder / "README.md")
+
+
+def _data_name(config: TrainingConfig) -> tuple[str, bool]:
+    """The name of the data, and whether the Hub has it. Of a folder on this machine only the last part is shown."""
+    if config.dataset_name is None or Path(config.dataset_name).exists():
+        return Path(config.dataset_name or config.train_data_dir).name, False
+    return config.dataset_name, config.dataset_name != DIGITS
+
+
+def _metadata(config: TrainingConfig, figures: dict[str, Any], name: str) -> ModelCardData:
+    data, on_hub = _data_name(config)
+    scored = figures.get("features") is not None
+    details = f" ({figures['features']} features, {figures['num_images']} images)" if scored else ""
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["dia-diffusion", "diffusion", "shared-attention", "arxiv:2210.16101"],
+        license=config.license,
+        datasets=[data] if on_hub else None,
+        base_model=config.init_from if config.init_from and not Path(config.init_from).exists() else None,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=data,
+                dataset_name=data,
+                metric_type=key,
+                metric_name=title + details,
+                metric_value=figures[key],
+            )
+            for key, title in (_SCORE_NAMES if scored else {"held_out_loss": "Held-out loss"}).items()
+            if figures.get(key) is not None
+        ],
+    )

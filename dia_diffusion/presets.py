@@ -94,11 +94,8 @@ def _check_fit(unet: DIAUNet2DModel, config: TrainingConfig, channels: int, num_
 def _load_unet(name_or_path: str, flags: dict[str, Any]) -> DIAUNet2DModel:
     """A trained UNet, with its own DIA, or with that of the flags if it has none."""
     try:
-        path = Path(name_or_path)
-        if path.is_dir() and not (path / "unet").is_dir():
-            config, location = UNet2DModel.load_config(path), {}
-        else:
-            config, location = UNet2DModel.load_config(name_or_path, subfolder="unet"), {"subfolder": "unet"}
+        location = _find_unet(name_or_path)
+        config = UNet2DModel.load_config(name_or_path, **location)
         if config["_class_name"] == DIAUNet2DModel.__name__:
             unet = DIAUNet2DModel.from_pretrained(name_or_path, **location)
             _check_flags(unet, flags)
@@ -130,9 +127,16 @@ def _load_model_config(name_or_path: str) -> dict[str, Any]:
         if path.is_file():
             config = json.loads(path.read_text())
         else:
-            # A pipeline holds the UNet in a subfolder.
-            subfolder = "unet" if (path / "unet").is_dir() else None
-            config = UNet2DModel.load_config(name_or_path, subfolder=subfolder)
+            config = UNet2DModel.load_config(name_or_path, **_find_unet(name_or_path))
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read a UNet configuration from '{name_or_path}': {error}") from error
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _find_unet(name_or_path: str) -> dict[str, str]:
+    """Where a folder or a repository holds its UNet: in a subfolder, or on top, as the oldest pipelines on the Hub."""
+    try:
+        UNet2DModel.load_config(name_or_path, subfolder="unet")
+    except OSError:
+        return {}
+    return {"subfolder": "unet"}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from huggingface_hub import create_repo, upload_folder
 from PIL.Image import Image
 
 from .checkpoint import list_checkpoints
@@ -64,6 +65,28 @@ def prepare_output_dir(config: TrainingConfig, resuming: bool) -> None:
     save_config(config, folder / CONFIG)
 
 
+def make_hub_repository(config: TrainingConfig) -> str | None:
+    """The full id of the repository that the run is pushed to, made where there is none; `None` for no repository.
+
+    Raises:
+        UsageError: if the Hub refuses, or cannot be reached.
+    """
+    if not config.push_to_hub:
+        return None
+    name = config.hub_model_id or Path(config.output_dir).name
+    try:
+        return create_repo(name, token=config.hub_token, private=config.hub_private_repo, exist_ok=True).repo_id
+    except Exception as error:  # Of several libraries' kinds: no connection, no token, a bad name.
+        raise UsageError(
+            f"cannot use the repository '{name}' on the Hub: {_first_line(error)} Log in with "
+            "`hf auth login` or give --hub_token, check --hub_model_id, or omit --push_to_hub."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class RunResults:
     """Pictures, figures and the pipeline of a run, always from the averaged weights where there are any.
 
@@ -71,6 +94,7 @@ class RunResults:
         config (`TrainingConfig`), training (`TrainingState`), scheduler (`DDPMScheduler`): The run.
         data, held_out (`PixelDataset`): Its images.
         global_batch_size (`int`): Images in a step.
+        hub_id (`str`, *optional*): The repository on the Hub that the finished run is pushed to.
     """
 
     def __init__(
@@ -81,6 +105,7 @@ class RunResults:
         data: PixelDataset,
         held_out: PixelDataset | None,
         global_batch_size: int,
+        hub_id: str | None = None,
     ):
         self.config = config
         self.training = training
@@ -88,6 +113,7 @@ class RunResults:
         self.data = data
         self.held_out = held_out
         self.global_batch_size = global_batch_size
+        self.hub_id = hub_id
         self.folder = Path(config.output_dir)
 
     def held_out_loss(self) -> float:
@@ -141,9 +167,9 @@ class RunResults:
             command = shlex.join(["accelerate", "launch", *sys.argv])
             if config.hub_token is not None:
                 command = command.replace(config.hub_token, "TOKEN")
-            write_model_card(folder, config, unet, figures, command)
-            if config.push_to_hub:
-                self._push(pipeline)
+            write_model_card(folder, config, unet, figures, command, self.hub_id)
+        if self.hub_id is not None:
+            self._push()
         return figures
 
     def _score(
@@ -159,6 +185,20 @@ class RunResults:
         device = self.training.accelerator.device
         return evaluate(images, self.data, extractor.to(device), metrics, held_out, config.eval_batch_size)
 
+    def _push(self) -> None:
+        """Pushes the pipeline, the card and what the card shows."""
+        rest = [f"{name}/*" for name in (CHECKPOINTS, self.config.logging_dir, _SAMPLES, _BEST)]
+        try:
+            upload_folder(
+                repo_id=self.hub_id, folder_path=self.folder, token=self.config.hub_token, ignore_patterns=rest
+            )
+        except Exception as error:
+            excluded = " ".join(f'--exclude "{pattern}"' for pattern in rest)
+            raise UsageError(
+                f"the run is finished and saved in '{self.folder}', but could not be pushed to '{self.hub_id}': "
+                f"{_first_line(error)} To try again: hf upload {self.hub_id} {self.folder} {excluded}"
+            ) from error
+
     def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:
         return DIAUNetPipeline(unet, make_scheduler(DEFAULT_SCHEDULER, self.scheduler.config))
 
@@ -169,8 +209,3 @@ class RunResults:
         )
         # A class-conditional pipeline takes its classes in turn: one column for each.
         return image_grid(torch.cat(list(batches)), columns=self.data.num_classes)
-
-    def _push(self, pipeline: DIAUNetPipeline) -> None:
-        config = self.config
-        name = config.hub_model_id or self.folder.name
-        pipeline.push_to_hub(name, token=config.hub_token, private=config.hub_private_repo)

@@ -70,7 +70,9 @@ def load_pipeline(
     """
     try:
         index = DiffusionPipeline.load_config(name_or_path)
-        known = DIAUNetPipeline if index["_class_name"] == DIAUNetPipeline.__name__ else DiffusionPipeline
+        # The name of the class, or the file of its code and the name.
+        name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][-1]
+        known = DIAUNetPipeline if name == DIAUNetPipeline.__name__ else DiffusionPipeline
         pipeline = known.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         if Path(name_or_path).is_dir() and not (Path(name_or_path) / DiffusionPipeline.config_name).is_file():

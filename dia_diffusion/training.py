@@ -24,7 +24,7 @@ from .interrupts import Interrupted, catch_interrupts
 from .pixels import EndlessShuffle, PixelDataset, prepare_pixels
 from .presets import build_unet
 from .processes import any_process, check_same_start, make_accelerator
-from .results import CHECKPOINTS, METRICS_LOG, RunResults, prepare_output_dir
+from .results import CHECKPOINTS, METRICS_LOG, RunResults, make_hub_repository, prepare_output_dir
 from .resuming import find_checkpoint_to_resume
 from .run_log import RunLog
 from .training_state import TrainingState
@@ -70,12 +70,15 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         training.restore(checkpoint)
         start, pending = checkpoint.state["step"], checkpoint.state["pending_losses"]
     check_same_start(accelerator, start)
+    hub_id = None
     if accelerator.is_main_process:
+        # A repository that cannot be used is noticed now too, and not when the run is finished.
+        hub_id = make_hub_repository(config)
         prepare_output_dir(config, resuming=checkpoint is not None)
         set_aside_newer(folder / CHECKPOINTS, start)
     accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, (int, float, str))})
     log = RunLog(folder / METRICS_LOG, accelerator, config.logging_steps, global_batch, start, total_steps, pending)
-    results = RunResults(config, training, scheduler, data, held_out, global_batch)
+    results = RunResults(config, training, scheduler, data, held_out, global_batch, hub_id)
 
     # 3. train
     batches = iter(_make_loader(config, data, accelerator, start, total_steps))

@@ -10,19 +10,18 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dia_diffusion.errors import UsageError
-
-# Importing the class is what lets a saved pipeline name it as the class of its UNet.
-from dia_diffusion.unet import DIAUNet2DModel  # noqa: F401
+from dia_diffusion.self_contained import SelfContained
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
-class DIAUNetPipeline(DiffusionPipeline):
+class DIAUNetPipeline(SelfContained, DiffusionPipeline):
     r"""
     Pipeline for image generation with a [`DIAUNet2DModel`] (or any [`~diffusers.UNet2DModel`]) in pixel space.
 
-    This model inherits from [`~diffusers.DiffusionPipeline`]; see there for loading, saving and devices.
+    This model inherits from [`~diffusers.DiffusionPipeline`]; see there for loading, saving and devices. A saved one
+    also holds its code, for [`~diffusers.DiffusionPipeline.from_pretrained`] with `trust_remote_code=True`.
 
     Parameters:
         unet ([`DIAUNet2DModel`]): Predicts noise, sample or velocity, as `scheduler.config.prediction_type` says. With

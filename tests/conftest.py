@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from environments import make_diffusers_only, run_python
 from training_runs import fresh_state, run
 
 
@@ -32,3 +33,11 @@ def undisturbed(tmp_path_factory):
         folder, class_conditional=True, dropout=0.1, random_flip=True, score_features="digits", score_num_images=10
     )
     return folder, figures, lines
+
+
+@pytest.fixture(scope="session")
+def diffusers_only(tmp_path_factory):
+    """The interpreter of an environment that has diffusers, and not dia_diffusion."""
+    python = make_diffusers_only(tmp_path_factory.mktemp("environment") / "venv")
+    assert "No module named 'dia_diffusion'" in run_python("import dia_diffusion", python=python, status=1)
+    return python

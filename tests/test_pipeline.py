@@ -121,7 +121,7 @@ def test_save_and_load_from_any_folder(tmp_path, monkeypatch):
         assert isinstance(loaded.unet, DIAUNet2DModel)
         images = loaded(batch_size=2, num_inference_steps=3, generator=generator(), output_type="np").images
         assert np.array_equal(images, expected)
-    assert {path.suffix for path in (tmp_path / "model" / "unet").iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "model" / "unet").iterdir()} == {".json", ".safetensors", ".py"}
     DDIMPipeline(UNet2DModel(**TINY), DDIMScheduler()).save_pretrained("plain")
     assert torch.cat(list(sample_images(load_pipeline("plain"), 3, 2))).shape == (3, 1, 8, 8)
 

@@ -1,0 +1,140 @@
+"""Pipelines that bring their own code, so that a folder they save runs where only diffusers is installed.
+
+diffusers runs code of a saved pipeline, with `trust_remote_code=True`, if `model_index.json` names a file and a class
+as the pipeline's class, or a file `<component>/<library>.py` as the library of a component. From the Hub it fetches
+only the files so named: hence one file for the pipeline and one for the UNet.
+"""
+
+import ast
+import importlib
+import inspect
+import json
+import sys
+from importlib.util import resolve_name
+from os import PathLike
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# Module of a class in this package, and the name of the file that holds its code in a saved pipeline.
+_FILES = {"dia_diffusion.unet": "dia_unet", "dia_diffusion.pipelines.pipeline_dia_unet": "pipeline_dia_unet"}
+
+_HEADER = '''"""Code that diffusers runs to load this pipeline, if it is asked to with `trust_remote_code=True`.
+
+{package} {version} wrote it when the pipeline was saved. It holds these of its modules:
+{modules}.
+Where dia-diffusion is installed, `dia_diffusion.DIAUNetPipeline.from_pretrained` loads the pipeline without it.
+Apache-2.0.
+"""
+'''
+
+
+class SelfContained:
+    """A mixin for a `DiffusionPipeline`: saves code beside the weights, and does not need it where it is installed."""
+
+    def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves `model_index.json`, and the code of the pipeline and its components. All ways to save come here."""
+        for name, library in self._libraries().items():
+            folder = Path(save_directory, "" if name == "_class_name" else name)
+            folder.mkdir(parents=True, exist_ok=True)
+            source = single_file_source(sys.modules[library])
+            (folder / f"{_file_name(library)}.py").write_text(source, encoding="utf-8")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The text of `model_index.json`; it names the files of the code."""
+        index = json.loads(super().to_json_string())
+        for name, library in self._libraries().items():
+            class_name = type(self).__name__ if name == "_class_name" else index[name][1]
+            index[name] = [_file_name(library), class_name]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def _libraries(self) -> dict[str, str]:
+        """The module of the pipeline's class and of its components' classes, as far as they come from this package."""
+        modules = {name: value[0] for name, value in self.config.items() if isinstance(value, list | tuple)}
+        modules["_class_name"] = type(self).__module__
+        return {name: module for name, module in modules.items() if module and _package(module) == _package(__name__)}
+
+    @classmethod
+    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # The class that was asked for is at hand: diffusers need not look for the one in the folder.
+        return super()._dict_from_json_file(*args, **kwargs) | {"_class_name": cls.__name__}
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As [`~diffusers.ConfigMixin.load_config`], with the installed classes in place of the folder's code."""
+        loaded = super().load_config(*args, **kwargs)
+        installed = {file: module for module, file in _FILES.items() if module in sys.modules}
+        for component in (loaded[0] if isinstance(loaded, tuple) else loaded).values():
+            if isinstance(component, list) and component[0] in installed:
+                component[0] = installed[component[0]]
+        return loaded
+
+
+def single_file_source(module: ModuleType) -> str:
+    """The source of a module and of all that it imports from its own package, as one file that needs no other.
+
+    The text stays as it is written, comments and all; only the imports are gathered at the top. A module that imports
+    nothing from its package is returned unchanged. Imports must stand before everything but the docstring.
+    """
+    parts = _with_own_imports(module)
+    if len(parts) == 1:
+        return inspect.getsource(module)
+    package = _package(module.__name__)
+    header = _HEADER.format(
+        package=package.replace("_", "-"),
+        version=sys.modules[package].__version__,
+        modules=", ".join(part.__name__.rpartition(".")[2] for part in parts),
+    )
+    return "\n".join([header, _imports_of_others(parts), *map(_section, parts)])
+
+
+def _imports_of_others(modules: list[ModuleType]) -> str:
+    """One statement for each module that these import from outside of their package; those of Python itself first."""
+    plain, members = set(), {}
+    for module in modules:
+        for node in _imports(module):
+            if isinstance(node, ast.Import):
+                plain.add(ast.unparse(node))
+            elif _package(_absolute_name(node, module)) != _package(module.__name__):
+                members.setdefault(node.module, set()).update(map(ast.unparse, node.names))
+    lines = sorted(plain) + [f"from {name} import {', '.join(sorted(members[name]))}" for name in sorted(members)]
+    standard = [line for line in lines if _package(line.split()[1]) in sys.stdlib_module_names]
+    return "\n".join([*standard, "", *(line for line in lines if line not in standard)]) + "\n"
+
+
+def _section(module: ModuleType) -> str:
+    """What follows the imports of a module, under its name and docstring."""
+    source = inspect.getsource(module)
+    start = max((node.end_lineno for node in _imports(module)), default=ast.parse(source).body[0].end_lineno)
+    title = f"{module.__name__.rpartition('.')[2]}: {inspect.getdoc(module)}"
+    heading = "\n".join(f"# {line}".rstrip() for line in title.splitlines())
+    return f"\n{'#' * 100}\n{heading}\n{'#' * 100}\n\n\n" + "\n".join(source.splitlines()[start:]).strip("\n") + "\n"
+
+
+def _with_own_imports(module: ModuleType) -> list[ModuleType]:
+    """The module, after all modules of its package that it imports, each once."""
+    parts = {}
+    for node in _imports(module):
+        if isinstance(node, ast.ImportFrom) and _package(_absolute_name(node, module)) == _package(module.__name__):
+            imported = importlib.import_module(_absolute_name(node, module))
+            parts |= dict.fromkeys(_with_own_imports(imported))
+    return [*parts, module]
+
+
+def _imports(module: ModuleType) -> list[ast.Import | ast.ImportFrom]:
+    nodes = ast.parse(inspect.getsource(module)).body
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def _absolute_name(node: ast.ImportFrom, module: ModuleType) -> str:
+    return resolve_name("." * node.level + node.module, module.__package__)
+
+
+def _package(module_name: str) -> str:
+    return module_name.split(".")[0]
+
+
+def _file_name(library: str) -> str:
+    # Where the code came with a pipeline, its module is already named after the file.
+    return _FILES.get(library, library.rpartition(".")[2])
