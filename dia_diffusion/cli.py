@@ -1,4 +1,4 @@
-"""The command lines: `dia sample`, `dia evaluate`, and what `train_unet.py` calls."""
+"""The command lines: `dia sample`, `dia evaluate`, `dia study`, and what `train_unet.py` calls."""
 
 import argparse
 import json
@@ -86,6 +86,14 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--features", help="features to compare in: digits (default for digits), pixels")
     evaluate.add_argument("--output", type=Path, help="JSON file for the scores")
     _add_sampling_options(evaluate, num_images=10000)
+
+    study = commands.add_parser(
+        "study", help="compare variants over seeds", description="Train and score variants of a model over seeds."
+    )
+    study.set_defaults(function=_study)
+    study.add_argument("config", type=Path, help="YAML file: baseline, seeds, common, variants; see studies/")
+    study.add_argument("--output_dir", type=Path, help="folder of the runs and the report (default: runs/NAME)")
+    study.add_argument("--jobs", type=int, help="runs side by side, of one thread each (default: one for each core)")
     return parser
 
 
@@ -166,6 +174,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def _study(options: argparse.Namespace) -> None:
+    from .interrupts import Interrupted
+    from .study import run_study
+
+    folder = options.output_dir or Path("runs") / options.config.stem
+    try:
+        run_study(options.config, folder, options.jobs)
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(128 + interruption.signum)
+    print((folder / "study.md").read_text())
+    print(f"Table, figures of every run and picture: {folder}/study.md, study.json, study.png")
 
 
 def _load_pipeline(options: argparse.Namespace) -> "DiffusionPipeline":
