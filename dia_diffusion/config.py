@@ -64,7 +64,7 @@ class TrainingConfig:
     enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers for self-attention.")
 
     # Shared attention
-    dia_attention: str = _option("lstm", "Attention module: lstm, se, eca, srm, cbam, none.")
+    dia_attention: str = _option("lstm", "Attention module: lstm, se, eca, srm, cbam, none; or time, a control.")
     dia_sharing: str = _option("network", "Who shares a module: network, level, block.")
     dia_bridge: str = _option("carry", "How the LSTM's state enters a level: carry, skip, reset.")
     dia_hidden_size: int = _option(64, "Width of the module that the whole network shares.")
