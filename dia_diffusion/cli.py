@@ -1,4 +1,4 @@
-"""The command lines: `dia sample`, `dia evaluate`, `dia study`, and what `train_unet.py` calls."""
+"""The command lines: `dia sample`, `dia evaluate`, `dia analyze`, `dia study`, and what `train_unet.py` calls."""
 
 import argparse
 import json
@@ -87,6 +87,20 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", type=Path, help="JSON file for the scores")
     _add_sampling_options(evaluate, num_images=10000)
 
+    analyze = commands.add_parser(
+        "analyze",
+        help="look at the attention maps of a model",
+        description="Correlation and CKA between the attention maps of a model's blocks, and their change with time.",
+    )
+    analyze.set_defaults(function=_analyze, scheduler=None)
+    analyze.add_argument("model", help="folder or Hub id of a pipeline")
+    analyze.add_argument("--dataset", default="digits", help="images to look at: digits, a Hub id or a folder")
+    analyze.add_argument("--num_images", type=int, default=512, help="how many, held-out if there are (default: 512)")
+    analyze.add_argument("--num_timesteps", type=int, default=10, help="spread over the schedule (default: 10)")
+    analyze.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    analyze.add_argument("--output_dir", type=Path, default=Path("out"), help="where to (default: out)")
+    analyze.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
+
     study = commands.add_parser(
         "study", help="compare variants over seeds", description="Train and score variants of a model over seeds."
     )
@@ -174,6 +188,33 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from .analysis import collect_maps
+    from .analysis_report import format_analysis, report
+    from .data import load_dataset_splits
+    from .pixels import prepare_pixels
+    from .sampling import make_scheduler
+
+    for name in ("num_images", "num_timesteps", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"{name} must be at least 1, but is {getattr(options, name)}.")
+    pipeline = _load_pipeline(options)
+    unet = pipeline.unet
+    if getattr(unet, "dia", None) is None:
+        raise UsageError(f"'{options.model}' has no attention maps: it was trained without DIA (dia_attention).")
+    is_folder = Path(options.dataset).is_dir()
+    splits = load_dataset_splits(**{"train_data_dir" if is_folder else "dataset_name": options.dataset})
+    images = splits[0] if splits[1] is None else splits[1]
+    with_labels = unet.config.num_class_embeds is not None
+    pixels = prepare_pixels(images, unet.config.sample_size, unet.config.in_channels, with_labels=with_labels)
+    scheduler = make_scheduler("ddpm", pipeline.scheduler.config)
+    maps, timesteps = collect_maps(
+        unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size
+    )
+    print(format_analysis(report(maps, timesteps, options.output_dir)))
+    print(f"All figures and four pictures are in {options.output_dir}")
 
 
 def _study(options: argparse.Namespace) -> None:
