@@ -98,17 +98,17 @@ def _figure(value: float | None) -> str:
 def save_matrices(
     blocks: Sequence[Block], similarity: dict[str, Similarity], title: str, limits: tuple[float, float], path: Path
 ) -> None:
-    """A heat map over pairs of blocks for each view. Pairs without a figure stay grey."""
+    """A heat map over pairs of blocks for each view. Pairs without a figure are hatched."""
     from matplotlib.figure import Figure
 
     size = 2.2 + 0.3 * len(blocks)
-    figure = Figure(figsize=(2 * size, size), layout="constrained")
+    figure = Figure(figsize=(2 * size, size + 0.4), layout="constrained")
     axes = figure.subplots(1, len(VIEWS), sharey=True)
-    # One colour scale for all, even in lightness; for a signed similarity white is none.
-    colours = "viridis" if limits[0] == 0 else "RdBu_r"
+    # Both are perceptually uniform; the second has a neutral middle, for what has a sign.
+    colours = "viridis" if limits[0] == 0 else "coolwarm"
     for axis, (view, pairs) in zip(axes, similarity.items(), strict=True):
         image = axis.imshow(_matrix(blocks, pairs), cmap=colours, vmin=limits[0], vmax=limits[1])
-        axis.set_facecolor("0.85")
+        axis.patch.set(facecolor="white", edgecolor="0.75", hatch="///")
         axis.set_title(_VIEW_TITLES[view])
         axis.set_xticks(range(len(blocks)), [block.label for block in blocks], rotation=90)
         axis.set_yticks(range(len(blocks)), [block.label for block in blocks])

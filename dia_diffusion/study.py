@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 from .errors import UsageError
 from .process import available_cores
 from .study_config import load_study
+from .study_processes import Progress, Task, run_tasks
 from .study_report import save_figure, summarise, write_report
-from .study_runs import Progress, Task, complete, read_result, read_timing, run_tasks, time_step
+from .study_runs import complete, read_result, read_timing, time_step
 
 
 def run_study(path: str | Path, output_dir: str | Path, jobs: int | None = None) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def save_figure(summary: dict[str, Any], path: Path) -> None:
         for row, name in enumerate(names):
             values = _by_seed([run for run in summary["runs"] if run["variant"] == name], score)
             dots = [values[seed] - reference[seed] for seed in values if seed in reference]
-            axis.plot(dots, [row] * len(dots), "o", color="tab:gray", alpha=0.5, markersize=4)
+            axis.plot(dots, [row] * len(dots), "o", color="black", fillstyle="none", markersize=4, zorder=3)
             figures = summary["variants"][name][score]
             if not dots:
                 continue
@@ -165,7 +165,6 @@ def save_figure(summary: dict[str, Any], path: Path) -> None:
                 axis.plot(figures["difference_interval"], [row, row], color="tab:blue", linewidth=2)
         axis.axvline(0, color="black", linewidth=1)
         axis.set(xlabel=f"{SCORES[score]}, difference to {baseline}", yticks=range(len(names)), yticklabels=names)
-        axis.margins(y=0.5 / max(len(names), 1))
+        axis.set_ylim(len(names) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
-        axis.invert_yaxis() if axis.get_subplotspec().is_first_col() else None
     figure.savefig(path, dpi=120)
