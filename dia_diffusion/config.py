@@ -131,6 +131,8 @@ class TrainingConfig:
         for item in fields(self):
             choices = get_args(item.type) if get_origin(item.type) is Literal else ()
             value = getattr(self, item.name)
+            if isinstance(value, str) and float in (item.type, *get_args(item.type)):
+                setattr(self, item.name, _parse_float(item.name, value))
             if choices and value is not None and value not in choices:
                 raise UsageError(f"{item.name} must be one of {', '.join(choices)}, but is '{value}'.")
         self.unet_arguments = _parse_mapping("unet_arguments", self.unet_arguments)
@@ -160,6 +162,14 @@ class TrainingConfig:
     def public_dict(self) -> dict[str, Any]:
         """The configuration as it may be shown and saved: without the token."""
         return {name: value for name, value in asdict(self).items() if name != "hub_token"}
+
+
+def _parse_float(name: str, text: str) -> float:
+    """YAML takes numbers without a point, such as 1e-3, for text."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{name} must be a number, but is '{text}'.") from None
 
 
 def _parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

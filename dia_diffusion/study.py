@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .errors import UsageError
 from .process import available_cores
-from .study_config import load_study
+from .study_config import Study, StudyRun, load_study
 from .study_processes import Progress, Task, run_tasks
 from .study_report import save_figure, summarise, write_report
 from .study_runs import complete, read_result, read_timing, time_step
@@ -37,8 +38,14 @@ def run_study(path: str | Path, output_dir: str | Path, jobs: int | None = None)
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1, but is {jobs}.")
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = [run for run in runs if read_result(run) is None]
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return _finish_study(study, runs, folder, jobs)
+    except Timeout as error:
+        raise UsageError(f"another process is at work on the study in '{folder}': wait for it or stop it.") from error
 
+
+def _finish_study(study: Study, runs: list[StudyRun], folder: Path, jobs: int) -> dict[str, Any]:
     # 1. train and score; the table grows with each run
     with Progress(runs) as progress:
 
@@ -47,7 +54,7 @@ def run_study(path: str | Path, output_dir: str | Path, jobs: int | None = None)
             if finished:
                 write_report(summarise(study, runs), folder)
 
-        failures = run_tasks([Task(complete, run) for run in unfinished], jobs, follow)
+        failures = run_tasks([Task(complete, run) for run in runs if read_result(run) is None], jobs, follow)
 
     # 2. time the steps, one variant after the other, with nothing else at work
     firsts = {run.variant: run for run in reversed(runs)}

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from scipy import stats
 
 from dia_diffusion import DIAUNetPipeline, training
@@ -231,6 +232,21 @@ def test_mistakes_are_named(tmp_path, changes, words):
     path = write_study(tmp_path / "study.yaml", **changes)
     with pytest.raises(UsageError, match=words):
         load_study(path)
+
+
+def test_two_processes_do_not_work_on_one_study(tmp_path):
+    path, folder = write_study(tmp_path / "study.yaml"), tmp_path / "out"
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(UsageError, match="another process is at work on the study in"):
+        run_study(path, folder)
+    assert [entry.name for entry in folder.iterdir()] == [".lock"]
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
+    path = write_study(tmp_path / "study.yaml")
+    path.write_text(path.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3"))
+    assert yaml.safe_load(path.read_text())["common"]["learning_rate"] == "1e-3"
+    assert {run.config.learning_rate for run in runs_of(path, tmp_path)[1]} == {1e-3}
 
 
 def test_runs_of_another_description_are_not_mixed_in(undisturbed, tmp_path):
