@@ -95,6 +95,13 @@ class CBAMAttention(SEAttention):
     statistics = ("mean", "max")
 
 
+class TimeAttention(SEAttention):
+    """A control: the layers of SE on a projection of the time embedding. It pools nothing and sees no features, so what
+    it gains is gained without attention."""
+
+    statistics = ()
+
+
 class CBAMSpatialAttention(nn.Module):
     """Convolutional Block Attention, spatial part: a 7x7 convolution on the mean and the maximum over the channels
     (arXiv 1807.06521, eq. 3). It does not depend on the number of channels."""
@@ -115,6 +122,7 @@ ATTENTIONS: dict[str, type[nn.Module]] = {
     "eca": ECAAttention,
     "srm": SRMAttention,
     "cbam": CBAMAttention,
+    "time": TimeAttention,
 }
 
 

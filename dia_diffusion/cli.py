@@ -1,4 +1,4 @@
-"""The command lines: `dia sample`, `dia evaluate`, and what `train_unet.py` calls."""
+"""The command lines: `dia sample`, `dia evaluate`, `dia analyze`, `dia study`, and what `train_unet.py` calls."""
 
 import argparse
 import sys
@@ -103,6 +103,28 @@ def make_parser() -> argparse.ArgumentParser:
         "--save_images", type=Path, metavar="DIR", help="write the images there; interrupted scoring goes on with them"
     )
     _add_sampling_options(evaluate, num_images=10000)
+
+    analyze = commands.add_parser(
+        "analyze",
+        help="look at the attention maps of a model",
+        description="Correlation and CKA between the attention maps of a model's blocks, and their change with time.",
+    )
+    analyze.set_defaults(function=_analyze)
+    analyze.add_argument("model", help="folder or Hub id of a pipeline")
+    analyze.add_argument("--dataset", default="digits", help="images to look at: digits, a Hub id or a folder")
+    analyze.add_argument("--num_images", type=int, default=512, help="how many, held-out if there are (default: 512)")
+    analyze.add_argument("--num_timesteps", type=int, default=10, help="spread over the schedule (default: 10)")
+    analyze.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    analyze.add_argument("--output_dir", type=Path, default=Path("out"), help="where to (default: out)")
+    analyze.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
+
+    study = commands.add_parser(
+        "study", help="compare variants over seeds", description="Train and score variants of a model over seeds."
+    )
+    study.set_defaults(function=_study)
+    study.add_argument("config", type=Path, help="YAML file: baseline, seeds, common, variants; see studies/")
+    study.add_argument("--output_dir", type=Path, help="folder of the runs and the report (default: runs/NAME)")
+    study.add_argument("--jobs", type=int, help="runs side by side, of one thread each (default: one for each core)")
     return parser
 
 
@@ -153,6 +175,47 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .scoring import score
 
     score(options)
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from .analysis import collect_maps
+    from .analysis_report import format_analysis, report
+    from .data import load_images
+    from .pixels import prepare_pixels
+    from .processes import make_state
+    from .sampling import load_pipeline, make_scheduler
+
+    for name in ("num_images", "num_timesteps", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"{name} must be at least 1, but is {getattr(options, name)}.")
+    pipeline = load_pipeline(options.model, device=options.device or make_state().device)
+    unet = pipeline.unet
+    if getattr(unet, "dia", None) is None:
+        raise UsageError(f"'{options.model}' has no attention maps: it was trained without DIA (dia_attention).")
+    train, held_out = load_images(options.dataset)
+    images = train if held_out is None else held_out
+    with_labels = unet.config.num_class_embeds is not None
+    pixels = prepare_pixels(images, unet.config.sample_size, unet.config.in_channels, with_labels=with_labels)
+    scheduler = make_scheduler("ddpm", pipeline.scheduler.config)
+    maps, timesteps = collect_maps(
+        unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size
+    )
+    print(format_analysis(report(maps, timesteps, options.output_dir)))
+    print(f"All figures and four pictures are in {options.output_dir}")
+
+
+def _study(options: argparse.Namespace) -> None:
+    from .interrupts import Interrupted
+    from .study import run_study
+
+    folder = options.output_dir or Path("runs") / options.config.stem
+    try:
+        run_study(options.config, folder, options.jobs)
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        sys.exit(128 + interruption.signum)
+    print((folder / "study.md").read_text())
+    print(f"Table, figures of every run and picture: {folder}/study.md, study.json, study.png")
 
 
 if __name__ == "__main__":

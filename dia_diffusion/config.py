@@ -56,12 +56,15 @@ class TrainingConfig:
     resnet_time_scale_shift: Literal["default", "scale_shift"] | None = _option(
         None, "How the timestep enters a residual block."
     )
+    unet_arguments: dict[str, Any] | str | None = _option(
+        None, "Any other arguments of UNet2DModel, as YAML or JSON: '{norm_num_groups: 8}'."
+    )
     class_conditional: bool = _option(False, "Condition the model on the labels of the data set.")
     label_dropout: float = _option(0.1, "Share of labels replaced by 'no class', for classifier-free guidance.")
     enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers for self-attention.")
 
     # Shared attention
-    dia_attention: str = _option("lstm", "Attention module: lstm, se, eca, srm, cbam, none.")
+    dia_attention: str = _option("lstm", "Attention module: lstm, se, eca, srm, cbam, none; or time, a control.")
     dia_sharing: str = _option("network", "Who shares a module: network, level, block.")
     dia_bridge: str = _option("carry", "How the LSTM's state enters a level: carry, skip, reset.")
     dia_hidden_size: int = _option(64, "Width of the module that the whole network shares.")
@@ -132,8 +135,11 @@ class TrainingConfig:
         for item in fields(self):
             choices = get_args(item.type) if get_origin(item.type) is Literal else ()
             value = getattr(self, item.name)
+            if isinstance(value, str) and float in (item.type, *get_args(item.type)):
+                setattr(self, item.name, _parse_float(item.name, value))
             if choices and value is not None and value not in choices:
                 raise UsageError(f"{item.name} must be one of {', '.join(choices)}, but is '{value}'.")
+        self.unet_arguments = _parse_mapping("unet_arguments", self.unet_arguments)
         positive = (
             "resolution train_batch_size eval_batch_size gradient_accumulation_steps num_epochs ddpm_num_steps "
             "ddpm_num_inference_steps save_images_epochs save_model_epochs checkpointing_steps logging_steps "
@@ -154,11 +160,31 @@ class TrainingConfig:
         """What the flags say about the UNet: those that were given, and all of DIA's."""
         given = ("block_out_channels", "layers_per_block", "dropout", "resnet_time_scale_shift")
         arguments = {name: getattr(self, name) for name in given if getattr(self, name) is not None}
+        arguments = (self.unet_arguments or {}) | arguments
         return arguments | {name: value for name, value in asdict(self).items() if name.startswith("dia_")}
 
     def public_dict(self) -> dict[str, Any]:
         """The configuration as it may be shown and saved: without the token."""
         return {name: value for name, value in asdict(self).items() if name != "hub_token"}
+
+
+def _parse_float(name: str, text: str) -> float:
+    """YAML takes numbers without a point, such as 1e-3, for text."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{name} must be a number, but is '{text}'.") from None
+
+
+def _parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A mapping as it stands in a file, or as the text of a flag."""
+    try:
+        parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        parsed = value
+    if parsed is not None and not isinstance(parsed, dict):
+        raise UsageError(f"{name} must be a mapping, for example '{{norm_num_groups: 8}}', but is '{value}'.")
+    return parsed
 
 
 # What a resumed run may have otherwise than the one it goes on from: its length, its output, how the global batch is

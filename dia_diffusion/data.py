@@ -52,6 +52,13 @@ def load_dataset_splits(
     return splits[TRAIN_SPLIT], held_out
 
 
+def load_images(name_or_folder: str, config_name: str | None = None) -> tuple[Dataset, Dataset | None]:
+    """As `load_dataset_splits`, for a name that may also be a folder of images."""
+    if Path(name_or_folder).is_dir():
+        return load_dataset_splits(train_data_dir=name_or_folder)
+    return load_dataset_splits(name_or_folder, config_name)
+
+
 def _load(path: str, *args: str | None, **kwargs: Any) -> DatasetDict:
     try:
         return datasets.load_dataset(path, *args, **kwargs)

@@ -78,27 +78,29 @@ def diffusion_loss(
 
 @torch.no_grad()
 def held_out_loss(
-    unet: nn.Module, scheduler: DDPMScheduler, dataset: PixelDataset, batch_size: int, limit: int = 1024
+    unet: nn.Module, scheduler: DDPMScheduler, dataset: PixelDataset, batch_size: int, limit: int = 1024, draws: int = 1
 ) -> float:
-    """The loss on the first held-out images, with noise and timesteps that are the same each time.
+    """The loss on the first `limit` held-out images, with noise and timesteps that are the same each time.
 
-    The timesteps are spread evenly over the schedule, so that their choice adds no variance.
+    Each image is taken `draws` times. The timesteps are spread evenly over the schedule, so that their choice adds no
+    variance.
     """
     device = next(unet.parameters()).device
     training = unet.training
     unet.eval()
     count = min(limit, len(dataset))
     shape = (count, dataset.channels, dataset.resolution, dataset.resolution)
-    all_noise = torch.randn(shape, generator=torch.Generator().manual_seed(step_seed(0, 0)))
     total = 0.0
-    for start in range(0, count, batch_size):
-        batch = dataset.fetch(range(start, min(start + batch_size, count)))
-        images = to_unit_range(batch["images"]).to(device)
-        labels = batch["labels"].to(device) if "labels" in batch else None
-        noise = all_noise[start : start + len(images)].to(device)
-        # A stride coprime to the count shuffles the timesteps over the images.
-        order = (torch.arange(start, start + len(images)) * 7919) % count
-        timesteps = ((order + 0.5) / count * scheduler.config.num_train_timesteps).long().to(device)
-        total += diffusion_loss(unet, scheduler, images, noise, timesteps, labels).item() * len(images)
+    for draw in range(draws):
+        all_noise = torch.randn(shape, generator=torch.Generator().manual_seed(step_seed(0, draw)))
+        for start in range(0, count, batch_size):
+            batch = dataset.fetch(range(start, min(start + batch_size, count)))
+            images = to_unit_range(batch["images"]).to(device)
+            labels = batch["labels"].to(device) if "labels" in batch else None
+            noise = all_noise[start : start + len(images)].to(device)
+            # A stride coprime to the number of draws shuffles the timesteps over the images.
+            order = (torch.arange(start, start + len(images)) + draw * count) * 7919 % (count * draws)
+            timesteps = ((order + 0.5) / (count * draws) * scheduler.config.num_train_timesteps).long().to(device)
+            total += diffusion_loss(unet, scheduler, images, noise, timesteps, labels).item() * len(images)
     unet.train(training)
-    return total / count
+    return total / (count * draws)

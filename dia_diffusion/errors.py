@@ -10,3 +10,4 @@ class NotFiniteError(UsageError):
 
     def __init__(self, step: int, what: str, learning_rate: float):
         super().__init__(f"at step {step} {what}, at learning rate {learning_rate:.3g}: training has diverged.")
+        self.step = step

@@ -1,6 +1,8 @@
 """The UNet of a training run: the one that a configuration names, or one that suits the resolution."""
 
+import inspect
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ def build_unet(config: TrainingConfig, channels: int, num_classes: int | None) -
         UsageError: if the configuration cannot be read, or its levels do not divide the resolution.
     """
     flags = config.model_arguments()
+    _check_unet_arguments(config.unet_arguments or {})
     if config.init_from is not None:
         unet = _load_unet(config.init_from, flags)
         _check_fit(unet, config, channels, num_classes)
@@ -69,6 +72,16 @@ def build_unet(config: TrainingConfig, channels: int, num_classes: int | None) -
         raise UsageError(f"no UNet can be built as asked: {error}") from error
     _check_fit(unet, config, channels, num_classes)
     return unet
+
+
+def _check_unet_arguments(arguments: dict[str, Any]) -> None:
+    from_data = {"sample_size", "in_channels", "out_channels", "num_class_embeds"}
+    known = inspect.signature(UNet2DModel.__init__).parameters.keys() - {"self"}
+    free = known - from_data - {item.name for item in fields(TrainingConfig)}
+    for name in arguments.keys() - free:
+        if name in known:
+            raise UsageError(f"unet_arguments may not hold '{name}': it has a flag of its own or comes from the data.")
+        raise UsageError(f"UNet2DModel has no argument '{name}'. unet_arguments may hold: {', '.join(sorted(free))}.")
 
 
 def _check_fit(unet: DIAUNet2DModel, config: TrainingConfig, channels: int, num_classes: int | None) -> None:

@@ -74,6 +74,10 @@ def _use_all_cores() -> None:
     if _launched_alone() and os.environ.get("OMP_NUM_THREADS") == "1":
         import torch
 
-        # The cores that this process may use, which a cluster may have limited.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(cores or 1)
+        torch.set_num_threads(available_cores())
+
+
+def available_cores() -> int:
+    """The cores that this process may use, which a cluster may have limited."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores or 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from .data import DIGITS, load_dataset_splits
+from .data import DIGITS, load_dataset_splits, load_images
 from .errors import UsageError
 from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
 from .extractors import FEATURES, get_extractor
@@ -96,13 +96,9 @@ def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
 def _load_reference(
     options: argparse.Namespace, resolution: int, channels: int
 ) -> tuple[PixelDataset, PixelDataset | None]:
-    folder = Path(options.dataset).is_dir()
-    splits = load_dataset_splits(
-        None if folder else options.dataset, options.dataset_config_name, options.dataset if folder else None
-    )
     train, held_out = (
         prepare_pixels(split, resolution, channels, options.image_column) if split is not None else None
-        for split in splits
+        for split in load_images(options.dataset, options.dataset_config_name)
     )
     return train, held_out
 

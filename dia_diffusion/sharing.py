@@ -40,14 +40,15 @@ class AttentionState(NamedTuple):
 
     Attributes:
         position (`int`): Index of the next block.
-        memory (`dict[str, tuple[Tensor, Tensor]]`): State `(h, c)` of each shared LSTM cell; a missing one is zero.
+        memory (`dict[str, tuple[Tensor, ...]]`):
+            State `(h, c)` of each shared LSTM cell, zero if it is missing; for `time`, the projected context.
         maps (`tuple[Tensor, ...]`, *optional*): Channel gates `(B, C)` of the blocks passed so far, where asked for.
         left (`dict[str, tuple[Tensor, Tensor]]`, *optional*):
             What an earlier level left in its memory, for the next block to join with its own.
     """
 
     position: int
-    memory: dict[str, LSTMState]
+    memory: dict[str, LSTMState | tuple[Tensor]]
     maps: tuple[Tensor, ...] | None
     left: dict[str, LSTMState] | None = None
 
@@ -73,7 +74,7 @@ class SharedAttention(nn.Module):
 
     Args:
         widths (`Sequence[int]`): Channels of each block, in order of execution.
-        attention (`str`, *optional*, defaults to `"lstm"`): One of `lstm`, `se`, `eca`, `srm`, `cbam`.
+        attention (`str`, *optional*, defaults to `"lstm"`): One of `lstm`, `se`, `eca`, `srm`, `cbam`, `time`.
         sharing (`str`, *optional*, defaults to `"network"`):
             `network`: one module of width `hidden_size`, and for each channel width C one pair of linear adapters,
             C to `hidden_size` and back. `level`: one module for each channel width. `block`: one for each block.
@@ -85,6 +86,7 @@ class SharedAttention(nn.Module):
             `paper`: gates are in (0, 1); an LSTM's output is the gate itself where the widths agree.
         context_size (`int`, *optional*):
             Width of a vector (a time embedding, say) from which the LSTM's first state is projected; zero if `None`.
+            `time` needs it.
 
     Raises:
         UsageError: for an unknown name, and for combinations that have no meaning.
@@ -121,6 +123,11 @@ class SharedAttention(nn.Module):
                 "path takes up where the down path left it. Use bridge 'carry' or 'reset', or sharing 'network'."
             )
 
+        if attention == "time" and context_size is None:
+            raise UsageError(
+                "attention 'time' sees the time embedding alone, so it cannot do without: set time_conditioned."
+            )
+
         self.widths = tuple(widths)
         self.keys = tuple(_module_key(sharing, position, width) for position, width in enumerate(self.widths))
         sizes = {
@@ -132,7 +139,8 @@ class SharedAttention(nn.Module):
         self.statistics = ("mean",) if self.recurrent else make.statistics
 
         by_width = sorted(set(self.widths)) if sharing == "network" else []
-        self.encoders = nn.ModuleDict({str(width): nn.Linear(width, hidden_size) for width in by_width})
+        encoded = by_width if self.statistics else []
+        self.encoders = nn.ModuleDict({str(width): nn.Linear(width, hidden_size) for width in encoded})
         self.decoders = nn.ModuleDict({str(width): nn.Linear(hidden_size, width) for width in by_width})
         if self.recurrent and sharing == "level" and init == "identity":
             self.decoders = nn.ModuleDict({key: ChannelScale(size) for key, size in sizes.items()})
@@ -140,8 +148,8 @@ class SharedAttention(nn.Module):
             {key: CBAMSpatialAttention() for key in sizes} if attention == "cbam" else {},
         )
         self.initial_states = nn.ModuleDict(
-            {key: nn.Linear(context_size, 2 * size) for key, size in sizes.items()}
-            if self.recurrent and context_size is not None
+            {key: nn.Linear(context_size, (2 if self.recurrent else 1) * size) for key, size in sizes.items()}
+            if context_size is not None and (self.recurrent or not self.statistics)
             else {}
         )
         # Per channel, the logit of the share that the state of the matching earlier level has in the joined state.
@@ -190,7 +198,8 @@ class SharedAttention(nn.Module):
         """
         key, width = self.keys[state.position], str(self.widths[state.position])
         module = self.shared[key]
-        pooled = torch.stack([_POOLS[name](branch) for name in self.statistics], dim=1)
+        sources = [_POOLS[name](branch) for name in self.statistics] or state.memory[key]
+        pooled = torch.stack(list(sources), dim=1)
         if width in self.encoders:
             pooled = self.encoders[width](pooled)
 
@@ -224,8 +233,10 @@ class SharedAttention(nn.Module):
         return self.gate_scale * torch.sigmoid(logits)
 
     def _initial_memory(self, context: Tensor | None) -> dict[str, LSTMState]:
+        parts = 2 if self.recurrent else 1
         return {
-            key: project(nn.functional.silu(context)).chunk(2, dim=-1) for key, project in self.initial_states.items()
+            key: project(nn.functional.silu(context)).chunk(parts, dim=-1)
+            for key, project in self.initial_states.items()
         }
 
 

@@ -126,7 +126,8 @@ def _advice_on_divergence(checkpoints: Path) -> Iterator[None]:
         advice = "Try a lower --learning_rate, more --lr_warmup_steps or --mixed_precision no"
         start = "from the start" if latest is None else f"from the last good checkpoint, {latest}"
         flag = "" if latest is None else " (--resume_from_checkpoint latest)"
-        raise UsageError(f"{error} {advice}, {start}{flag}.") from error
+        error.args = (f"{error} {advice}, {start}{flag}.",)
+        raise
 
 
 def _train_step(

@@ -31,7 +31,8 @@ class DIAUNet2DModel(UNet2DModel):
 
     Parameters:
         dia_attention (`str`, *optional*, defaults to `"lstm"`):
-            The attention module: `lstm` (DIA), `se`, `eca`, `srm`, `cbam`, or `none` for a plain UNet2DModel.
+            The attention module: `lstm` (DIA), `se`, `eca`, `srm`, `cbam`, or `none` for a plain UNet2DModel. `time`
+            is a control for studies: gates from the time embedding alone.
         dia_sharing (`str`, *optional*, defaults to `"network"`):
             `network`: one module for the whole network. `level`: one for each channel width. `block`: one for each
             block.

@@ -115,3 +115,22 @@ def test_a_model_configuration_becomes_the_same_unet_with_dia(tmp_path):
         build_unet(TrainingConfig(model_config_name_or_path=str(tmp_path / "none")), 3, None)
     with pytest.raises(UsageError, match="resolution 10 does not fit"):
         build_unet(TrainingConfig(resolution=10, block_out_channels=[32, 32, 32]), 3, None)
+
+
+def test_any_argument_of_unet2dmodel_can_be_given(tmp_path):
+    text = "{norm_num_groups: 4, down_block_types: [AttnDownBlock2D, DownBlock2D]}"
+    config = parse_arguments(["--unet_arguments", text, "--block_out_channels", "8", "16"])
+    unet = build_unet(config, 1, None)
+    assert unet.conv_norm_out.num_groups == 4
+    assert unet.config.down_block_types == ["AttnDownBlock2D", "DownBlock2D"]
+    save_config(config, tmp_path / "run.yaml")
+    assert parse_arguments(["--config", str(tmp_path / "run.yaml")]) == config
+    for text, words in (
+        ("[1", "unet_arguments must be a mapping"),
+        ("7", "unet_arguments must be a mapping"),
+        ("{norm_groups: 4}", "UNet2DModel has no argument 'norm_groups'.*norm_num_groups"),
+        ("{dropout: 0.1}", "may not hold 'dropout': it has a flag of its own"),
+        ("{in_channels: 3}", "may not hold 'in_channels'"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            build_unet(parse_arguments(["--unet_arguments", text]), 1, None)

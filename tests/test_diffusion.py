@@ -8,6 +8,7 @@ from torch import nn
 
 from dia_diffusion.diffusion import diffusion_loss, draw_step, held_out_loss, step_seed
 from dia_diffusion.digits import load_digits_dataset
+from dia_diffusion.images import to_unit_range
 from dia_diffusion.pixels import prepare_pixels
 
 
@@ -107,3 +108,31 @@ def test_held_out_loss_is_the_same_each_time_and_for_each_batch_size():
     # Each part of the schedule is seen equally often.
     histogram = torch.histc(steps[0].float(), bins=5, min=0, max=1000)
     assert histogram.min() >= 70
+
+
+def test_held_out_loss_with_several_draws_spreads_the_timesteps_of_each_image():
+    data = prepare_pixels(load_digits_dataset()["test"], 8)
+    images = to_unit_range(data.fetch(range(10))["images"])
+    seen = []
+
+    class Recording(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, sample, timestep, class_labels=None):
+            seen.append((sample, timestep))
+            return UNet2DOutput(sample=torch.zeros_like(sample))
+
+    scheduler = DDPMScheduler()
+    loss = held_out_loss(Recording(), scheduler, data, batch_size=4, limit=10, draws=4)
+    timesteps = torch.cat([timestep for _, timestep in seen]).view(4, 10)
+    assert sorted(timesteps.flatten().tolist()) == [12 + 25 * n for n in range(40)]
+    # The four of an image lie evenly too, each in a quarter of the schedule of its own.
+    assert all(sorted(column.tolist()) == [0, 1, 2, 3] for column in (timesteps // 250).T)
+    # The noise that was added, computed back from what the model was shown, is what the loss compares with.
+    signal = scheduler.alphas_cumprod[timesteps].view(4, 10, 1, 1, 1)
+    noisy = torch.cat([sample for sample, _ in seen]).view(4, 10, 1, 8, 8)
+    noise = (noisy - signal.sqrt() * images) / (1 - signal).sqrt()
+    assert loss == pytest.approx(noise.square().mean().item(), rel=1e-4)
+    assert not torch.allclose(noise[0], noise[1], atol=0.1)

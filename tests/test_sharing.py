@@ -47,6 +47,23 @@ def test_paper_block_attention_is_the_sigmoid_of_the_module(kind):
     torch.testing.assert_close(gate[:, :, 0, 0], torch.sigmoid(attention.shared["0"](statistics)))
 
 
+@pytest.mark.parametrize("sharing", ["network", "level", "block"])
+def test_time_gates_depend_on_the_context_alone(sharing):
+    attention = SharedAttention(WIDTHS, "time", sharing, hidden_size=6, init="paper", context_size=10)
+    context = torch.randn(3, 10)
+    gates = run(attention, branches(), context)
+    assert all(map(torch.equal, gates, run(attention, branches(), context)))
+    assert not any(map(torch.equal, gates, run(attention, branches(), context + 1)))
+    projected = attention.initial_states[attention.keys[0]](nn.functional.silu(context))
+    module = attention.shared[attention.keys[0]]
+    expected = torch.sigmoid(module.last(module.first(projected).clamp(min=0)))
+    if sharing == "network":
+        expected = torch.sigmoid(attention.decoders["8"](expected))
+    torch.testing.assert_close(gates[0][:, :, 0, 0], expected)
+    loss = sum(gate.square().sum() for gate in gates)
+    assert all(gradient is not None for gradient in torch.autograd.grad(loss, list(attention.parameters())))
+
+
 def test_cbam_gate_is_channel_times_spatial():
     attention = SharedAttention(WIDTHS, "cbam", "block", init="paper")
     x, *_ = features = branches()
@@ -62,7 +79,7 @@ def test_cbam_gate_is_channel_times_spatial():
 COMBINATIONS = [
     (kind, sharing, bridge)
     for kind, sharing, bridge in itertools.product(
-        ("lstm", "se", "eca", "srm", "cbam"), ("network", "level", "block"), BRIDGES
+        ("lstm", "se", "eca", "srm", "cbam", "time"), ("network", "level", "block"), BRIDGES
     )
     if (kind == "lstm" and sharing != "block" and (sharing, bridge) != ("level", "skip"))
     or (kind != "lstm" and bridge == "carry")
@@ -78,8 +95,8 @@ def test_identity_gates_are_exactly_one(kind, sharing, bridge):
 
 @pytest.mark.parametrize(("kind", "sharing", "bridge"), COMBINATIONS)
 def test_paper_gates_lie_between_zero_and_one_and_depend_on_the_input(kind, sharing, bridge):
-    attention = SharedAttention(WIDTHS, kind, sharing, bridge, hidden_size=6, init="paper")
-    for gate in run(attention, branches()):
+    attention = SharedAttention(WIDTHS, kind, sharing, bridge, hidden_size=6, init="paper", context_size=10)
+    for gate in run(attention, branches(), torch.randn(3, 10)):
         assert gate.min() > 0
         assert gate.max() < 1
         assert not torch.equal(gate[0], gate[1])
@@ -136,6 +153,7 @@ def test_bridges_differ_as_they_say():
         ({"sharing": "block"}, "no meaning"),
         ({"attention": "se", "bridge": "reset"}, "only 'lstm' has a state"),
         ({"sharing": "level", "bridge": "skip"}, "state of its own"),
+        ({"attention": "time"}, "cannot do without"),
         ({"hidden_size": 0}, "hidden_size must be at least 1"),
         ({"reduction": 0}, "reduction must be at least 1"),
     ],

@@ -131,7 +131,7 @@ def test_every_residual_block_is_gated():
 
 DIA_ARGUMENTS = [
     {"dia_attention": attention, "dia_sharing": sharing}
-    for attention in ("lstm", "se", "eca", "srm", "cbam")
+    for attention in ("lstm", "se", "eca", "srm", "cbam", "time")
     for sharing in ("network", "level", "block")
     if (attention, sharing) != ("lstm", "block")
 ] + [
