@@ -17,7 +17,7 @@ demo: $(READY)
 	@echo "Training curves: $(DEMO)/curves.png. Scores: $(DEMO)/metrics.json. Model card: $(DEMO)/README.md"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

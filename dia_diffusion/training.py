@@ -45,9 +45,18 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         UsageError: for a configuration that cannot work, data that cannot be read, or a loss that is not finite.
         Interrupted: after SIGTERM or Ctrl-C, when the step is finished and a checkpoint is written.
     """
+    accelerator = make_accelerator(config)
+    figures = _train(config, accelerator)
+    # The process group must outlive the distributed model: when that is the last to hold it, its threads are waited for
+    # with Python's lock held, which they may need to end.
+    accelerator.free_memory()
+    accelerator.end_training()
+    return figures
+
+
+def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     # 1. set up
     folder = Path(config.output_dir)
-    accelerator = make_accelerator(config)
     scheduler = make_noise_scheduler(config)
     with accelerator.main_process_first():
         data, held_out = load_pixels(config)
@@ -112,7 +121,6 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     # 4. leave the results
     figures = results.finish(total_steps) if accelerator.is_main_process else {}
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return figures
 
 

@@ -102,11 +102,11 @@ def test_a_folder_of_images_and_the_pipeline_that_made_them_have_the_same_scores
 
 
 def launch(processes, arguments, cache):
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "--module"]
+    command = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", str(processes), "--module"]
     return subprocess.run(
         [sys.executable, *command, "dia_diffusion.cli", "evaluate", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "DIA_CACHE": str(cache)},
+        env={**os.environ, "DIA_CACHE": str(cache)},
         capture_output=True,
         text=True,
     )
