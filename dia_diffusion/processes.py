@@ -62,7 +62,7 @@ def make_state() -> PartialState:
 
 def _check_processes(accelerator: Accelerator | PartialState) -> None:
     """Processes that do not know of each other would write over each other's files."""
-    hint = "For several processes on a CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node N ..."
+    hint = "For several processes on a CPU: accelerate launch --cpu --num_processes N ..."
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise UsageError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. {hint}")
