@@ -1,4 +1,4 @@
-"""What the attention costs: a training step and a forward pass of DIA-UNets against the plain UNet2DModel.
+"""What the attention costs: a training step and a forward pass of UNets with DIA against the plain UNet2DModel.
 
 Beside DIA also SE in each block. Ratios are of times, so 1.03 is 3% slower; the three models take turns.
 
@@ -9,7 +9,7 @@ On a GPU where there is one.
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from dia_diffusion.process import tune_process
 from measuring import alternate, read_arguments, row, save_result, spread
 
 PLAIN = "UNet2DModel"
-SIDES = {"DIA": {}, "SE in each block": {"dia_attention": "se", "dia_sharing": "block"}}
+DIA, SE = "DIA", "SE in each block"
+# Arguments of DIAUNet2DModel, or none for diffusers' own class.
+SIDES = {PLAIN: {}, DIA: {"dia_attention": "lstm"}, SE: {"dia_attention": "se", "dia_sharing": "block"}}
 
 
 def _plain_levels(levels: int) -> dict[str, Any]:
@@ -56,12 +58,14 @@ SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
-def make_models(config: dict[str, Any], device: str) -> dict[str, UNet2DModel]:
-    """The plain UNet and those with attention, with the same weights, as the trainer places them."""
-    torch.manual_seed(0)
-    plain = UNet2DModel(**config)
-    models = {PLAIN: plain} | {name: DIAUNet2DModel.from_unet(plain, **dia) for name, dia in SIDES.items()}
-    return {name: model.to(device).to(memory_format=torch.channels_last) for name, model in models.items()}
+def make_models(config: dict[str, Any], device: str, sides: Sequence[str] = SIDES) -> dict[str, UNet2DModel]:
+    """The plain UNet, and those with attention and the same weights, as the trainer places them."""
+    models = {}
+    for side in sides:
+        torch.manual_seed(0)
+        model = DIAUNet2DModel(**config, **SIDES[side]) if SIDES[side] else UNet2DModel(**config)
+        models[side] = model.to(device).to(memory_format=torch.channels_last)
+    return models
 
 
 def make_passes(
@@ -116,9 +120,9 @@ def measure(size: str, rounds: int, device: str) -> list[dict]:
             ratio = None if name == PLAIN else spread(seconds, times[PLAIN])
             value = 1e3 * statistics.median(seconds) / passes
             rows.append(row(f"{kind}, {size}, {name}", value, "ms", f"time of {PLAIN}", ratio))
-        shares = spread(times["DIA"], times["SE in each block"])
-        value = 1e3 * statistics.median(times["DIA"]) / passes
-        rows.append(row(f"{kind}, {size}, DIA", value, "ms", "time of SE in each block", shares))
+        shares = spread(times[DIA], times[SE])
+        value = 1e3 * statistics.median(times[DIA]) / passes
+        rows.append(row(f"{kind}, {size}, {DIA}", value, "ms", f"time of {SE}", shares))
     return rows
 
 

@@ -16,10 +16,11 @@ import torch
 RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
 
 
-def read_arguments(document: str, name: str, rounds: int) -> argparse.Namespace:
-    """The options of every benchmark: `rounds` and `output`."""
+def read_arguments(document: str, name: str, rounds: int | None = None) -> argparse.Namespace:
+    """The options of a benchmark: `output`, and `rounds` where it has them."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds of the alternation (default: {rounds})")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds of the alternation (default: {rounds})")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="JSON file for the result")
     return parser.parse_args()
 
@@ -82,5 +83,7 @@ def save_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
 def format_row(line: Mapping[str, Any]) -> str:
     """A line of a Markdown table: case, figure, what it is compared with, ratio."""
     ratio = line.get("ratio")
-    compared = f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})" if ratio else ""
+    compared = f"{ratio['median']:.3f}" if ratio else ""
+    if ratio and ratio["min"] < ratio["max"]:
+        compared += f" ({ratio['min']:.3f} to {ratio['max']:.3f})"
     return f"| {line['case']} | {line['value']:g} {line['unit']} | {line.get('against', '')} | {compared} |"

@@ -1,7 +1,7 @@
 """Fréchet distance against the number of model evaluations, for several samplers on one model.
 
-The distance is that of `dia evaluate`, in the features of the digits; the floor is that of the held-out images. A guided
-or a second-order sampler of another kind would evaluate the model more than once a step; these do it once.
+The distance is that of `dia evaluate`, in the features of the digits; the floor is that of the held-out images. Each of
+these samplers evaluates the model once a step.
 
     python benchmarks/sampler_quality.py [MODEL] [--num_images N] [--output RESULT.json] [--picture PICTURE.png]
 
