@@ -25,14 +25,14 @@ def read_arguments(document: str, name: str, rounds: int | None = None) -> argpa
     return parser.parse_args()
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds that each side takes in each round, after one that does not count.
+def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds that each side takes in each round, after `warm_up` rounds that do not count.
 
     Every other round goes the other way round, so that what a side leaves behind (a warm chip, a full cache) does not
     always meet the same other side.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(-1, rounds):
+    for number in range(-warm_up, rounds):
         for name in list(sides) if number % 2 else reversed(sides):
             _wait_for_device()
             start = time.perf_counter()

@@ -56,14 +56,16 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def peak_of_step(size: str, side: str, checkpointing: bool, device: str, batch: int | None = None) -> int:
+def peak_of_step(
+    size: str, side: str, checkpointing: bool, device: str, batch: int | None = None, dtype: torch.dtype | None = None
+) -> int:
     """Bytes at the peak of a model's second step."""
     config, usual_batch, _ = SIZES[size]
     with LiveBytes() as live:
         model = make_models(config, device, (side,))[side]
         if checkpointing:
             model.enable_gradient_checkpointing()
-        step = make_passes(model, model, batch or usual_batch)["step"]
+        step = make_passes(model, model, batch or usual_batch, dtype=dtype)["step"]
         step()
         live.peak = live.now
         if device == "cuda":
@@ -72,11 +74,11 @@ def peak_of_step(size: str, side: str, checkpointing: bool, device: str, batch: 
     return live.peak if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
-def measure(size: str, device: str, batch: int | None = None) -> list[dict]:
+def measure(size: str, device: str, batch: int | None = None, dtype: torch.dtype | None = None) -> list[dict]:
     """The rows of a size."""
     rows = []
     for checkpointing in (False, True):
-        peaks = {side: peak_of_step(size, side, checkpointing, device, batch) for side in (PLAIN, DIA)}
+        peaks = {side: peak_of_step(size, side, checkpointing, device, batch, dtype) for side in (PLAIN, DIA)}
         case = f"memory, {size}{', checkpointing' if checkpointing else ''}"
         rows.append(row(f"{case}, {PLAIN}", peaks[PLAIN] / MIB, "MiB"))
         ratio = spread([peaks[DIA]], [peaks[PLAIN]])

@@ -41,14 +41,17 @@ def make_pipelines(size: str, peer: str, device: str) -> tuple[DiffusionPipeline
     return pipelines
 
 
-def measure(size: str, peer: str, rounds: int, device: str, batch: int | None = None) -> list[dict]:
+def measure(
+    size: str, peer: str, rounds: int, device: str, batch: int | None = None, dtype: torch.dtype | None = None
+) -> list[dict]:
     """The rows of a size and a peer."""
     batch = batch or SIZES[size][1]
     theirs, ours = make_pipelines(size, peer, device)
 
     def sample(pipeline: DiffusionPipeline) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        pipeline(batch_size=batch, num_inference_steps=STEPS, generator=generator, output_type="np")
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            pipeline(batch_size=batch, num_inference_steps=STEPS, generator=generator, output_type="np")
 
     times = alternate({"theirs": lambda: sample(theirs), "ours": lambda: sample(ours)}, rounds)
     speeds = {name: batch / statistics.median(seconds) for name, seconds in times.items()}
