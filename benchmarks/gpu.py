@@ -85,7 +85,7 @@ def main() -> int:
     rows = measure_passes(options.rounds, "cuda", peak_rate(torch.cuda.get_device_name()))
     rows += training_throughput.measure(SIZE, options.rounds, BATCH, "bf16")
     for peer in sampling.PEERS:
-        rows += sampling.measure(SIZE, peer, options.rounds, "cuda", BATCH, torch.bfloat16)
+        rows += sampling.measure(SIZE, peer, options.rounds, BATCH, "bf16")
     rows += memory.measure(SIZE, "cuda", BATCH, torch.bfloat16)
     table = profile_step("cuda")
     save_result(options.output, rows, profile=table.splitlines())

@@ -1,16 +1,20 @@
 """What the benchmarks share: sides timed in alternation, ratios with their spread, and results as JSON."""
 
 import argparse
+import contextlib
 import datetime
+import functools
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
@@ -48,6 +52,38 @@ def _wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
+@contextlib.contextmanager
+def start_workers(script: str, sides: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Callable[[], Any]]]:
+    """A process for each side, which runs `script --side` with the arguments of that side and then `serve_rounds`.
+
+    Yields:
+        For each side what makes its process run a round, and returns the result of that.
+    """
+
+    def run_round(worker: subprocess.Popen) -> Any:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+        return json.loads(worker.stdout.readline())
+
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with contextlib.ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(
+                subprocess.Popen([sys.executable, script, "--side", *arguments], text=True, **pipes)
+            )
+            for name, arguments in sides.items()
+        }
+        yield {name: functools.partial(run_round, worker) for name, worker in workers.items()}
+
+
+def serve_rounds(run: Callable[[], Any]) -> None:
+    """Runs a round for each line that this process is sent, and answers with its result."""
+    for _ in sys.stdin:
+        result = run()
+        _wait_for_device()
+        print(json.dumps(result), flush=True)
+
+
 def spread(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
     """Median and extremes of the ratios of the rounds."""
     ratios = [above / below for above, below in zip(numerators, denominators, strict=True)]
@@ -72,7 +108,7 @@ def save_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
     result = {
         "machine": describe_machine(),
         "date": datetime.date.today().isoformat(),
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, diffusers)},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers")},
         "rows": list(rows),
     } | more
     print("\n".join(format_row(line) for line in rows))

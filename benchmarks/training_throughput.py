@@ -9,11 +9,7 @@ are of speeds, so more than 1 is faster than the plain loop. Also the share of t
 On a GPU where there is one.
 """
 
-import contextlib
-import functools
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -36,7 +32,7 @@ from dia_diffusion.pixels import prepare_pixels
 from dia_diffusion.process import tune_process
 from dia_diffusion.training import _make_loader, _train_step
 from dia_diffusion.training_state import TrainingState
-from measuring import alternate, read_arguments, row, save_result, spread
+from measuring import alternate, read_arguments, row, save_result, serve_rounds, spread, start_workers
 
 IMAGES, STEPS_A_ROUND = 512, 2
 RESOLUTION = 32
@@ -127,7 +123,7 @@ def this_trainer(
 
 
 def work(side: str, size: str, batch_size: int, precision: str) -> None:
-    """One side, in a process of its own: runs a round of steps for each line that it is sent."""
+    """One side, in a process of its own."""
     unet = SIZES[size][0]
     waiting: list[float] = []
     if side == PLAIN:
@@ -135,14 +131,14 @@ def work(side: str, size: str, batch_size: int, precision: str) -> None:
     else:
         tune_process()
         loop = this_trainer(make_images(), unet, batch_size, precision, side, waiting)
-    next(loop)
-    for _ in sys.stdin:
+
+    def run_round() -> float:
         waiting.clear()
         for _ in range(STEPS_A_ROUND):
             next(loop)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        print(json.dumps(sum(waiting)), flush=True)
+        return sum(waiting)
+
+    serve_rounds(run_round)
 
 
 def measure(size: str, rounds: int, batch_size: int | None = None, precision: str = "no") -> list[dict]:
@@ -157,18 +153,9 @@ def measure(size: str, rounds: int, batch_size: int | None = None, precision: st
     batch_size = batch_size or SIZES[size][1]
     waiting: dict[str, list[float]] = {side: [] for side in (PLAIN, *SIDES)}
 
-    def run_round(side: str, worker: subprocess.Popen) -> None:
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-        waiting[side].append(json.loads(worker.stdout.readline()))
-
-    with contextlib.ExitStack() as stack:
-        runs = {}
-        for side in waiting:
-            command = [sys.executable, __file__, "--side", side, size, str(batch_size), precision]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            worker = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
-            runs[side] = functools.partial(run_round, side, worker)
+    sides = {side: [side, size, str(batch_size), precision] for side in waiting}
+    with start_workers(__file__, sides) as rounds_of:
+        runs = {side: lambda side=side, run=run: waiting[side].append(run()) for side, run in rounds_of.items()}
         times = alternate(runs, rounds)
 
     case = f"training, {size}, batch {batch_size}"

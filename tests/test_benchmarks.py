@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,13 +105,36 @@ def test_the_rate_of_a_gpu_is_found_by_its_name_or_unknown(benchmark):
     assert gpu.peak_rate("NVIDIA GeForce GTX 1080") is None
 
 
-def test_quick_benchmarks_measure_each_side(benchmark):
-    cost, sampling = benchmark("attention_cost"), benchmark("sampling")
-    rows = cost.measure("digits", 1, "cpu")
+def test_the_cost_of_attention_has_a_row_for_each_comparison(benchmark):
+    rows = benchmark("attention_cost").measure("digits", 1, "cpu")
     assert sum("ratio" not in row for row in rows) == 2, "step and forward pass of the plain UNet"
     assert {row["against"] for row in rows if "ratio" in row} == {"time of UNet2DModel", "time of SE in each block"}
-    rows += sampling.measure("digits", "DDPM", 1, "cpu", batch=2)
     assert all(row["value"] > 0 for row in rows)
+
+
+def test_sides_of_the_sampling_benchmark_draw_the_same_images(benchmark):
+    sampling = benchmark("sampling")
+    images = {}
+    for side in (sampling.THEIRS, sampling.OURS, sampling.COMMAND):
+        pipeline = sampling.make_pipeline(side, "digits", "DDPM")
+        generator = torch.Generator().manual_seed(0)
+        images[side] = pipeline(batch_size=2, generator=generator, num_inference_steps=2, output_type="np").images
+    assert np.array_equal(images[sampling.OURS], images[sampling.THEIRS])
+    np.testing.assert_allclose(images[sampling.COMMAND], images[sampling.THEIRS], atol=1e-4)
+
+
+def test_workers_answer_each_round(benchmark, tmp_path):
+    measuring = benchmark("measuring")
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "from measuring import serve_rounds\n"
+        "answers = iter(range(10))\n"
+        "serve_rounds(lambda: [*sys.argv[1:], next(answers)])\n"
+    )
+    with measuring.start_workers(str(script), {"a": ["x"], "b": ["y"]}) as runs:
+        assert [runs["a"](), runs["b"](), runs["a"]()] == [["--side", "x", 0], ["--side", "y", 0], ["--side", "x", 1]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
