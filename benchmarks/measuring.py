@@ -100,7 +100,7 @@ def describe_machine() -> str:
     """The device that torch would take."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads of a CPU ({platform.machine()})"
+    return f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
 
 
 def save_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
