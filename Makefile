@@ -1,14 +1,16 @@
 # Two targets do everything, set-up included: `make demo` and `make test`. Both are quick when run again.
+# `make benchmark` measures speed and memory; it needs a machine that does nothing else.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/digits
+BENCHMARKS := startup attention_cost training_throughput sampling memory sampler_quality gpu
 # What accelerate would otherwise assume, with a warning for each.
 ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint benchmark clean
 
 demo: $(READY)
 	@test -f $(DEMO)/metrics.json || $(BIN)/accelerate launch $(ONE_PROCESS) train_unet.py --resume_from_checkpoint latest
@@ -22,6 +24,10 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+benchmark: demo
+	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@$(BIN)/python benchmarks/table.py
 
 # The marker is written last, so that an installation that was cut off starts again.
 $(READY): pyproject.toml constraints.txt

@@ -1,21 +1,19 @@
-"""This trainer's step against the plain loop of diffusers' training tutorial, alternating between two processes.
+"""This trainer's step against the plain loop of diffusers' training tutorial, alternating between processes.
 
-Same UNet (no DIA on either side), data, batch and precision (float32). The plain loop decodes each image anew, keeps
-the default memory format, optimizer and memory allocation, and reads the loss at each step. Also prints the share of
-this trainer's step that is spent waiting for data, and its speed with DIA on.
+Same UNet, data, batch and precision; without DIA on either side, and with DIA on this one. The plain loop decodes each
+image anew, keeps the default memory format, optimizer and memory allocation, and reads the loss at each step. Ratios
+are of speeds, so more than 1 is faster than the plain loop. Also the share of this trainer's step that waits for data.
 
-    python benchmarks/training_throughput.py [RESULT.json]
+    python benchmarks/training_throughput.py [--rounds N] [--output RESULT.json]
 
 On a GPU where there is one.
 """
 
-import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -26,49 +24,46 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
+from attention_cost import SIZES
+from dia_diffusion import DIAUNet2DModel
 from dia_diffusion.config import TrainingConfig
 from dia_diffusion.pixels import prepare_pixels
-from dia_diffusion.presets import build_unet
 from dia_diffusion.process import tune_process
 from dia_diffusion.training import _make_loader, _train_step
 from dia_diffusion.training_state import TrainingState
+from measuring import alternate, read_arguments, row, save_result, serve_rounds, spread, start_workers
 
-IMAGES, ROUNDS, STEPS_A_ROUND = 512, 9, 2
-SIZE, BATCH = 32, 16
+IMAGES, STEPS_A_ROUND = 512, 2
+RESOLUTION = 32
 PLAIN = "plain loop"
-UNET = {
-    "sample_size": SIZE,
-    "block_out_channels": (64, 128, 128),
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D",) * 3,
-    "up_block_types": ("UpBlock2D",) * 3,
-}
+# This trainer's sides, by `dia_attention`.
+SIDES = {"none": "this trainer, no DIA", "lstm": "this trainer, DIA"}
 
 
 def make_images() -> datasets.Dataset:
     """Photograph-like noise of 32x32 pixels, as PNG files in a data set."""
     random = np.random.default_rng(0)
     small = random.integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
-    images = [Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in small]
+    images = [Image.fromarray(image).resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC) for image in small]
     return datasets.Dataset.from_dict({"image": images}, datasets.Features(image=datasets.Image()))
 
 
-def plain_loop(dataset: datasets.Dataset) -> Iterator[None]:
+def plain_loop(dataset: datasets.Dataset, unet: dict[str, Any], batch_size: int, precision: str) -> Iterator[None]:
     """The loop of the tutorial, a step each time it is asked for one."""
 
     def transform(examples: dict) -> dict:
         images = []
         for image in examples["image"]:
-            image = image.convert("RGB").resize((SIZE, SIZE))
+            image = image.convert("RGB").resize((RESOLUTION, RESOLUTION))
             tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
             images.append((tensor.flip(-1) if torch.rand(()) < 0.5 else tensor) * 2 - 1)
         return {"images": images}
 
-    loader = DataLoader(dataset.with_transform(transform), batch_size=BATCH, shuffle=True, drop_last=True)
-    device = Accelerator().device
-    model = UNet2DModel(**UNET).to(device)
+    loader = DataLoader(dataset.with_transform(transform), batch_size=batch_size, shuffle=True, drop_last=True)
+    accelerator = Accelerator(mixed_precision=precision)
+    device = accelerator.device
+    model = UNet2DModel(**unet).to(device)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, 500, 10_000)
@@ -78,8 +73,9 @@ def plain_loop(dataset: datasets.Dataset) -> Iterator[None]:
             noise = torch.randn(clean.shape, device=device)
             timesteps = torch.randint(0, 1000, (len(clean),), device=device, dtype=torch.int64)
             noisy = scheduler.add_noise(clean, noise, timesteps)
-            prediction = model(noisy, timesteps, return_dict=False)[0]
-            loss = F.mse_loss(prediction, noise)
+            with accelerator.autocast():
+                prediction = model(noisy, timesteps, return_dict=False)[0]
+            loss = F.mse_loss(prediction.float(), noise)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -89,18 +85,26 @@ def plain_loop(dataset: datasets.Dataset) -> Iterator[None]:
             yield
 
 
-def this_trainer(dataset: datasets.Dataset, attention: str, waiting: list[float]) -> Iterator[None]:
+def this_trainer(
+    dataset: datasets.Dataset,
+    unet: dict[str, Any],
+    batch_size: int,
+    precision: str,
+    attention: str,
+    waiting: list[float],
+) -> Iterator[None]:
     """The step of this trainer; notes the seconds that each step waits for data."""
     config = TrainingConfig(
-        resolution=SIZE,
-        train_batch_size=BATCH,
+        resolution=RESOLUTION,
+        train_batch_size=batch_size,
         random_flip=True,
-        block_out_channels=list(UNET["block_out_channels"]),
+        mixed_precision=precision,
         dia_attention=attention,
     )
-    accelerator = Accelerator()
-    data = prepare_pixels(dataset, SIZE)
-    training = TrainingState(config, accelerator, build_unet(config, data.channels, None), 10_000)
+    accelerator = Accelerator(mixed_precision=precision)
+    data = prepare_pixels(dataset, RESOLUTION)
+    model = DIAUNet2DModel(**unet, dia_attention=attention)
+    training = TrainingState(config, accelerator, model, 10_000)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     loader = iter(_make_loader(config, data, accelerator, 0, 10_000))
 
@@ -114,67 +118,65 @@ def this_trainer(dataset: datasets.Dataset, attention: str, waiting: list[float]
     batches, step = timed(), 0
     while True:
         step += 1
-        _train_step(training, scheduler, data, batches, BATCH, step)
+        _train_step(training, scheduler, data, batches, batch_size, step)
         yield
 
 
-def work(side: str) -> None:
-    """One side, in a process of its own: times a round of steps for each line that it is sent."""
+def work(side: str, size: str, batch_size: int, precision: str) -> None:
+    """One side, in a process of its own."""
+    unet = SIZES[size][0]
     waiting: list[float] = []
     if side == PLAIN:
-        loop = plain_loop(make_images())
+        loop = plain_loop(make_images(), unet, batch_size, precision)
     else:
         tune_process()
-        loop = this_trainer(make_images(), side, waiting)
-    next(loop)
-    for _ in sys.stdin:
+        loop = this_trainer(make_images(), unet, batch_size, precision, side, waiting)
+
+    def run_round() -> float:
         waiting.clear()
-        start = time.perf_counter()
         for _ in range(STEPS_A_ROUND):
             next(loop)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        elapsed = (time.perf_counter() - start) / STEPS_A_ROUND
-        print(json.dumps({"seconds": elapsed, "waiting": sum(waiting) / STEPS_A_ROUND}), flush=True)
+        return sum(waiting)
+
+    serve_rounds(run_round)
+
+
+def measure(size: str, rounds: int, batch_size: int | None = None, precision: str = "no") -> list[dict]:
+    """The rows of a size of 32x32 pixels.
+
+    Args:
+        size (`str`): One of `attention_cost.SIZES`.
+        rounds (`int`): Rounds of the alternation.
+        batch_size (`int`, *optional*): Images in a batch, by default those of the size.
+        precision (`str`, *optional*, defaults to `"no"`): Mixed precision, as accelerate names it.
+    """
+    batch_size = batch_size or SIZES[size][1]
+    waiting: dict[str, list[float]] = {side: [] for side in (PLAIN, *SIDES)}
+
+    sides = {side: [side, size, str(batch_size), precision] for side in waiting}
+    with start_workers(__file__, sides) as rounds_of:
+        runs = {side: lambda side=side, run=run: waiting[side].append(run()) for side, run in rounds_of.items()}
+        times = alternate(runs, rounds)
+
+    case = f"training, {size}, batch {batch_size}"
+    rows = [row(f"{case}, {PLAIN}", 1e3 * statistics.median(times[PLAIN]) / STEPS_A_ROUND, "ms/step")]
+    for side, name in SIDES.items():
+        value = 1e3 * statistics.median(times[side]) / STEPS_A_ROUND
+        rows.append(
+            row(f"{case}, {name}", value, "ms/step", f"speed of the {PLAIN}", spread(times[PLAIN], times[side]))
+        )
+    # The first round does not count.
+    shares = [waited / seconds for waited, seconds in zip(waiting["none"][1:], times["none"], strict=True)]
+    return [*rows, row(f"{case}, {SIDES['none']}, waiting for data", 100 * statistics.median(shares), "% of the step")]
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--side"]:
-        work(sys.argv[2])
+        side, size, batch_size, precision = sys.argv[2:]
+        work(side, size, int(batch_size), precision)
         return 0
-    sides = (PLAIN, "none", "lstm")
-    workers = {
-        side: subprocess.Popen(
-            [sys.executable, __file__, "--side", side],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for side in sides
-    }
-    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in tqdm(range(ROUNDS), desc="Rounds"):
-        for side, worker in workers.items():
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-            rounds[side].append(json.loads(worker.stdout.readline()))
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    result = {"device": device, "milliseconds": {}, "speed relative to the plain loop": {}}
-    for side, figures in rounds.items():
-        result["milliseconds"][side] = round(1e3 * statistics.median(f["seconds"] for f in figures), 1)
-        ratios = sorted(p["seconds"] / f["seconds"] for p, f in zip(rounds[PLAIN], figures, strict=True))
-        summary = {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
-        result["speed relative to the plain loop"][side] = {key: round(value, 3) for key, value in summary.items()}
-    share = statistics.median(f["waiting"] / f["seconds"] for f in rounds["none"])
-    result["share of the step spent waiting for data"] = round(share, 5)
-    print(json.dumps(result, indent=2))
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(result, indent=2) + "\n")
+    options = read_arguments(__doc__, "training_throughput", rounds=9)
+    save_result(options.output, measure("32x32", options.rounds))
     return 0
 
 

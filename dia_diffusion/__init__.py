@@ -1,7 +1,11 @@
 """Diffusion UNets with Dense-and-Implicit Attention."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipelines import DIAUNetPipeline
+    from .unet import DIAUNet2DModel
 
 __version__ = "0.1.0"
 _EXPORTS = {"DIAUNet2DModel": "unet", "DIAUNetPipeline": "pipelines"}
@@ -13,3 +17,7 @@ def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

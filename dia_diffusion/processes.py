@@ -3,6 +3,7 @@
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -15,15 +16,18 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from .config import TrainingConfig
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    # It imports datasets, which commands that do not train may not need.
+    from .config import TrainingConfig
 
 _STEPS_BETWEEN_MEETINGS = 10
 # The other processes wait while the main one prepares images, samples or scores.
 _PATIENCE = timedelta(hours=6)
 
 
-def make_accelerator(config: TrainingConfig) -> Accelerator:
+def make_accelerator(config: "TrainingConfig") -> Accelerator:
     """The accelerator of a run.
 
     Raises:

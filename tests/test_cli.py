@@ -106,10 +106,33 @@ def test_mistakes_end_with_status_2_and_a_line_that_says_what_to_do(model, tmp_p
         assert len(errors[0]) < 400
 
 
-def test_no_traceback_reaches_the_user():
-    run = subprocess.run(
-        [sys.executable, "-m", "dia_diffusion.cli", "sample", "nowhere"], capture_output=True, text=True
-    )
+def run_and_list_imports(*arguments):
+    """A real `dia` command: its process, what it wrote to stderr, and the packages that it imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "dia_diffusion.cli", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    lines = run.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in lines if line.startswith("import time:")}
+    return run, [line for line in lines if not line.startswith("import time:")], imported
+
+
+def test_a_mistake_shows_no_traceback_and_imports_no_more_than_sampling_needs():
+    run, errors, imported = run_and_list_imports("sample", "nowhere")
     assert run.returncode == 2
-    assert "Traceback" not in run.stderr
-    assert run.stderr.splitlines()[-1].startswith("error: cannot load a pipeline from 'nowhere'")
+    assert not any("Traceback" in line for line in errors)
+    assert errors[-1].startswith("error: cannot load a pipeline from 'nowhere'")
+    assert {"torch", "diffusers"} <= imported
+    assert not imported & {"datasets", "matplotlib", "torchmetrics", "sklearn", "tensorboard"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"]])
+def test_help_waits_for_no_heavy_import(arguments):
+    run, _, imported = run_and_list_imports(*arguments)
+    assert run.returncode == 0
+    assert "usage: dia" in run.stdout
+    assert "argparse" in imported
+    assert not imported & {"torch", "scipy", "diffusers", "transformers", "datasets", "accelerate", "matplotlib"}
+
+
+def test_the_package_lists_its_classes_before_it_imports_them():
+    code = "import sys, dia_diffusion; print('DIAUNet2DModel' in dir(dia_diffusion), 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True False\n"

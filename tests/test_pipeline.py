@@ -119,11 +119,32 @@ def test_save_and_load_from_any_folder(tmp_path, monkeypatch):
     expected = pipe(batch_size=2, num_inference_steps=3, generator=generator(), output_type="np").images
     for loaded in (DIAUNetPipeline.from_pretrained("model"), load_pipeline("model")):
         assert isinstance(loaded.unet, DIAUNet2DModel)
+        # What `load_pipeline` changes is the order in memory, which moves the last bits.
+        loaded.unet.to(memory_format=torch.contiguous_format)
         images = loaded(batch_size=2, num_inference_steps=3, generator=generator(), output_type="np").images
         assert np.array_equal(images, expected)
     assert {path.suffix for path in (tmp_path / "model" / "unet").iterdir()} == {".json", ".safetensors", ".py"}
     DDIMPipeline(UNet2DModel(**TINY), DDIMScheduler()).save_pretrained("plain")
     assert torch.cat(list(sample_images(load_pipeline("plain"), 3, 2))).shape == (3, 1, 8, 8)
+
+
+def test_a_loaded_pipeline_computes_in_channels_last(tmp_path):
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path)
+    loaded = load_pipeline(str(tmp_path))
+    formats = []
+    for module in loaded.unet.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.out_channels > 1:
+            module.register_forward_hook(
+                lambda module, inputs, output: formats.append(
+                    output.is_contiguous(memory_format=torch.channels_last) and not output.is_contiguous()
+                )
+            )
+    arguments = {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}
+    images = loaded(generator=generator(), **arguments).images
+    assert len(formats) > 10
+    assert all(formats)
+    np.testing.assert_allclose(images, pipe(generator=generator(), **arguments).images, atol=1e-4)
 
 
 def test_a_pickle_in_a_pipeline_is_not_executed(tmp_path):

@@ -37,6 +37,12 @@ def dia_pipeline(seed=0):
     return DIAUNetPipeline(unet, DDIMScheduler())
 
 
+def in_default_format(pipeline):
+    """Undoes what `load_pipeline` changes for speed, which moves the last bits."""
+    pipeline.unet.to(memory_format=torch.contiguous_format)
+    return pipeline
+
+
 def test_a_folder_gives_the_same_images_where_only_diffusers_is(tmp_path, diffusers_only):
     plain = DIAUNetPipeline(UNet2DModel(**TINY).eval(), DDIMScheduler())
     pipelines = {"first": dia_pipeline(0), "second": dia_pipeline(1), "plain": plain}
@@ -95,7 +101,7 @@ def test_the_installed_code_runs_and_not_that_of_the_folder(tmp_path):
     for loaded in (DIAUNetPipeline.from_pretrained(tmp_path), load_pipeline(str(tmp_path))):
         assert type(loaded) is DIAUNetPipeline
         assert type(loaded.unet) is DIAUNet2DModel
-        assert digest(loaded) == digest(pipeline)
+        assert digest(in_default_format(loaded)) == digest(pipeline)
 
 
 def test_a_folder_without_code_loads(tmp_path):
@@ -109,7 +115,7 @@ def test_a_folder_without_code_loads(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     for loaded in (DIAUNetPipeline.from_pretrained(tmp_path), load_pipeline(str(tmp_path))):
         assert type(loaded) is DIAUNetPipeline
-        assert digest(loaded) == digest(pipeline)
+        assert digest(in_default_format(loaded)) == digest(pipeline)
 
 
 def test_a_class_of_ones_own_is_saved_as_diffusers_saves_it(tmp_path):

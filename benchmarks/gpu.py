@@ -1,0 +1,97 @@
+"""The other benchmarks on a GPU, at the size of the CIFAR-10 DDPM with bfloat16: one table.
+
+Training step and forward pass, plain, compiled, and compiled with CUDA graphs, with the share of the chip's matrix rate
+that the step reaches; then training, sampling and memory, and a profile of the step. Without a GPU it says so and ends.
+
+    python benchmarks/gpu.py [--rounds N] [--output RESULT.json]
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import memory
+import sampling
+import training_throughput
+from attention_cost import DIA, PLAIN, SIZES, make_models, make_passes
+from measuring import alternate, read_arguments, row, save_result, spread
+
+SIZE, BATCH = "CIFAR-10", 128
+# How the models are called: arguments of torch.compile, none for not at all.
+CALLS = {"eager": None, "compiled": {"mode": "default"}, "CUDA graphs": {"mode": "reduce-overhead"}}
+# Dense bfloat16 matrix rate in FLOP/s: NVIDIA's data sheets of the H100, the H200 and the A100. The first name that the
+# name of the device holds counts.
+PEAK_RATES = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def peak_rate(device_name: str) -> float | None:
+    """The matrix rate of a device, `None` if it is not known."""
+    return next((rate for name, rate in PEAK_RATES.items() if name in device_name), None)
+
+
+def count_flops(step: Callable[[], None]) -> int:
+    """Floating point operations of a step's matrix products and convolutions, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def measure_passes(rounds: int, device: str, peak: float | None, size: str = SIZE, batch: int = BATCH) -> list[dict]:
+    """The rows of step and forward pass for each way to call the models."""
+    rows = []
+    for call, arguments in CALLS.items():
+        # The compiler gives up on code that it has compiled many times, for other models too.
+        torch.compiler.reset()
+        models = make_models(SIZES[size][0], device)
+        runs, flops = {}, {}
+        for side, model in models.items():
+            flops[side] = count_flops(make_passes(model, model, batch, dtype=torch.bfloat16)["step"])
+            called = model if arguments is None else torch.compile(model, **arguments)
+            runs[side] = make_passes(model, called, batch, dtype=torch.bfloat16)
+        for kind in ("step", "forward"):
+            times = alternate({side: run[kind] for side, run in runs.items()}, rounds, warm_up=4)
+            for side, seconds in times.items():
+                median, case = statistics.median(seconds), f"{kind}, {size}, batch {batch}, {call}, {side}"
+                ratio = None if side == PLAIN else spread(seconds, times[PLAIN])
+                rows.append(row(case, 1e3 * median, "ms", f"time of {PLAIN}", ratio))
+                if kind == "step":
+                    rate = flops[side] / median
+                    share = "peak unknown" if peak is None else f"{rate / peak:.1%} of the peak"
+                    rows.append(row(f"{case}, rate", rate / 1e12, f"TFLOP/s ({share})"))
+    return rows
+
+
+def profile_step(device: str, size: str = SIZE, batch: int = BATCH) -> str:
+    """Where the time of a step with DIA goes, by operation."""
+    (model,) = make_models(SIZES[size][0], device, (DIA,)).values()
+    step = make_passes(model, model, batch, dtype=torch.bfloat16)["step"]
+    step()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        step()
+    sort_by = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=sort_by, row_limit=12, max_name_column_width=60)
+
+
+def main() -> int:
+    options = read_arguments(__doc__, "gpu", rounds=9)
+    if not torch.cuda.is_available():
+        print("There is no GPU here: nothing measured.")
+        return 0
+    rows = measure_passes(options.rounds, "cuda", peak_rate(torch.cuda.get_device_name()))
+    rows += training_throughput.measure(SIZE, options.rounds, BATCH, "bf16")
+    for peer in sampling.PEERS:
+        rows += sampling.measure(SIZE, peer, options.rounds, BATCH, "bf16")
+    rows += memory.measure(SIZE, "cuda", BATCH, torch.bfloat16)
+    table = profile_step("cuda")
+    save_result(options.output, rows, profile=table.splitlines())
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

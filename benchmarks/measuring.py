@@ -1,0 +1,125 @@
+"""What the benchmarks share: sides timed in alternation, ratios with their spread, and results as JSON."""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
+
+
+def read_arguments(document: str, name: str, rounds: int | None = None) -> argparse.Namespace:
+    """The options of a benchmark: `output`, and `rounds` where it has them."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds of the alternation (default: {rounds})")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="JSON file for the result")
+    return parser.parse_args()
+
+
+def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds that each side takes in each round, after `warm_up` rounds that do not count.
+
+    Every other round goes the other way round, so that what a side leaves behind (a warm chip, a full cache) does not
+    always meet the same other side.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(-warm_up, rounds):
+        for name in list(sides) if number % 2 else reversed(sides):
+            _wait_for_device()
+            start = time.perf_counter()
+            sides[name]()
+            _wait_for_device()
+            if number >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def start_workers(script: str, sides: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Callable[[], Any]]]:
+    """A process for each side, which runs `script --side` with the arguments of that side and then `serve_rounds`.
+
+    Yields:
+        For each side what makes its process run a round, and returns the result of that.
+    """
+
+    def run_round(worker: subprocess.Popen) -> Any:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+        return json.loads(worker.stdout.readline())
+
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with contextlib.ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(
+                subprocess.Popen([sys.executable, script, "--side", *arguments], text=True, **pipes)
+            )
+            for name, arguments in sides.items()
+        }
+        yield {name: functools.partial(run_round, worker) for name, worker in workers.items()}
+
+
+def serve_rounds(run: Callable[[], Any]) -> None:
+    """Runs a round for each line that this process is sent, and answers with its result."""
+    for _ in sys.stdin:
+        result = run()
+        _wait_for_device()
+        print(json.dumps(result), flush=True)
+
+
+def spread(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Median and extremes of the ratios of the rounds."""
+    ratios = [above / below for above, below in zip(numerators, denominators, strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def row(case: str, value: float, unit: str, against: str = "", ratio: Mapping[str, float] | None = None) -> dict:
+    """A line of a result: what was measured, and its ratio to what it was measured against."""
+    compared = {} if ratio is None else {"against": against, "ratio": {k: round(v, 3) for k, v in ratio.items()}}
+    return {"case": case, "value": float(f"{value:.4g}"), "unit": unit} | compared
+
+
+def describe_machine() -> str:
+    """The device that torch would take."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
+
+
+def save_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
+    """Prints a result and writes it as JSON."""
+    result = {
+        "machine": describe_machine(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers")},
+        "rows": list(rows),
+    } | more
+    print("\n".join(format_row(line) for line in rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def format_row(line: Mapping[str, Any]) -> str:
+    """A line of a Markdown table: case, figure, what it is compared with, ratio."""
+    ratio = line.get("ratio")
+    compared = f"{ratio['median']:.3f}" if ratio else ""
+    if ratio and ratio["min"] < ratio["max"]:
+        compared += f" ({ratio['min']:.3f} to {ratio['max']:.3f})"
+    return f"| {line['case']} | {line['value']:g} {line['unit']} | {line.get('against', '')} | {compared} |"

@@ -1,0 +1,145 @@
+"""What the figures of the benchmarks rest on, and that those that are quick run."""
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of the benchmarks."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def test_sides_take_turns_and_each_time_is_that_of_its_side(benchmark, monkeypatch):
+    measuring = benchmark("measuring")
+    clock, turns = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def side(name, seconds):
+        def run():
+            turns.append(name)
+            clock[0] += seconds * len(turns)
+
+        return run
+
+    times = measuring.alternate({"a": side("a", 1), "b": side("b", 10)}, rounds=2)
+    assert turns == ["a", "b", "b", "a", "a", "b"]
+    assert times == {"a": [4, 5], "b": [30, 60]}
+    # 30 / 4 and 60 / 5.
+    assert measuring.spread(times["b"], times["a"]) == {"median": 9.75, "min": 7.5, "max": 12}
+
+
+def test_the_table_has_a_line_for_each_row_of_each_result(benchmark, tmp_path, capsys):
+    measuring, table = benchmark("measuring"), benchmark("table")
+    ratio = {"median": 1.02345, "min": 1.0, "max": 1.25}
+    measuring.save_result(tmp_path / "speed.json", [measuring.row("step", 12.3456, "ms", "time of plain", ratio)])
+    measuring.save_result(tmp_path / "size.json", [measuring.row("plain", 7, "MiB")])
+    assert json.loads((tmp_path / "speed.json").read_text())["rows"][0]["ratio"] == {"median": 1.023} | {
+        "min": 1.0,
+        "max": 1.25,
+    }
+    capsys.readouterr()
+    lines = table.make_table(tmp_path).splitlines()
+    assert [line.split(" (")[0] for line in lines if line.startswith("**")] == ["**size**", "**speed**"]
+    assert "| plain | 7 MiB |  |  |" in lines
+    assert "| step | 12.35 ms | time of plain | 1.023 (1.000 to 1.250) |" in lines
+
+
+def test_live_bytes_are_those_of_the_tensors_that_live(benchmark):
+    with benchmark("memory").LiveBytes() as live:
+        kept = torch.zeros(1000)  # 4000 bytes
+        view = kept[:10]
+        kept.add_(1)
+        assert live.now == 4000
+        del kept
+        assert live.now == 4000, "a view keeps the storage"
+        passing = torch.ones(250, dtype=torch.double)  # 2000 bytes
+        assert live.now == 6000
+        del passing, view
+        assert (live.now, live.peak) == (0, 6000)
+        weight = torch.ones(100, requires_grad=True)
+        saved = (weight * 2).sigmoid()  # keeps its output for the backward pass, not its input
+        assert live.now == 800
+        saved.sum().backward()
+        assert live.now == 1200
+
+
+def test_checkpointing_needs_less_memory(benchmark):
+    memory = benchmark("memory")
+    peaks = [memory.peak_of_step("digits", "DIA", checkpointing, "cpu") for checkpointing in (False, True)]
+    assert peaks[1] < 0.9 * peaks[0]
+
+
+def test_models_that_are_compared_start_from_the_same_weights(benchmark):
+    cost = benchmark("attention_cost")
+    models = cost.make_models(cost.SIZES["digits"][0], "cpu")
+    plain = models[cost.PLAIN].state_dict()
+    assert len(models) == 3
+    for model in models.values():
+        weights = model.state_dict()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in plain.items())
+
+
+def test_flops_of_a_step_are_three_times_those_of_a_forward_pass(benchmark):
+    gpu = benchmark("gpu")
+    (model,) = gpu.make_models(gpu.SIZES["digits"][0], "cpu", (gpu.PLAIN,)).values()
+    passes = gpu.make_passes(model, model, batch=2)
+    # The backward pass has two products for each of the forward pass, and none for the gradient of the images.
+    assert 2.7 < gpu.count_flops(passes["step"]) / gpu.count_flops(passes["forward"]) < 3.0
+
+
+def test_the_rate_of_a_gpu_is_found_by_its_name_or_unknown(benchmark):
+    gpu = benchmark("gpu")
+    assert gpu.peak_rate("NVIDIA H100 80GB HBM3") == 989e12
+    assert gpu.peak_rate("NVIDIA H100 PCIe") == 756e12
+    assert gpu.peak_rate("NVIDIA GeForce GTX 1080") is None
+
+
+def test_the_cost_of_attention_has_a_row_for_each_comparison(benchmark):
+    rows = benchmark("attention_cost").measure("digits", 1, "cpu")
+    assert sum("ratio" not in row for row in rows) == 2, "step and forward pass of the plain UNet"
+    assert {row["against"] for row in rows if "ratio" in row} == {"time of UNet2DModel", "time of SE in each block"}
+    assert all(row["value"] > 0 for row in rows)
+
+
+def test_sides_of_the_sampling_benchmark_draw_the_same_images(benchmark):
+    sampling = benchmark("sampling")
+    images = {}
+    for side in (sampling.THEIRS, sampling.OURS, sampling.COMMAND):
+        pipeline = sampling.make_pipeline(side, "digits", "DDPM")
+        generator = torch.Generator().manual_seed(0)
+        images[side] = pipeline(batch_size=2, generator=generator, num_inference_steps=2, output_type="np").images
+    assert np.array_equal(images[sampling.OURS], images[sampling.THEIRS])
+    np.testing.assert_allclose(images[sampling.COMMAND], images[sampling.THEIRS], atol=1e-4)
+
+
+def test_workers_answer_each_round(benchmark, tmp_path):
+    measuring = benchmark("measuring")
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "from measuring import serve_rounds\n"
+        "answers = iter(range(10))\n"
+        "serve_rounds(lambda: [*sys.argv[1:], next(answers)])\n"
+    )
+    with measuring.start_workers(str(script), {"a": ["x"], "b": ["y"]}) as runs:
+        assert [runs["a"](), runs["b"](), runs["a"]()] == [["--side", "x", 0], ["--side", "y", 0], ["--side", "x", 1]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_the_gpu_benchmark_ends_well_without_a_gpu(benchmark, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "gpu.json")])
+    assert benchmark("gpu").main() == 0
+    assert "no GPU" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
