@@ -129,7 +129,7 @@ class FolderImages:
             raise UsageError(f"scores need at least 2 generated images, but there are {len(pixels)}.")
         self.numbered = pixels.numbered
         self.num_images = len(pixels)
-        self.origin = {"digest": pixels.digest()}
+        self.origin = {"digest": pixels.digest(with_classes=False)}
         self.settings: dict[str, Any] = {}
 
     def __len__(self) -> int:
