@@ -39,6 +39,7 @@ def _run(function: Callable, argument: object) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -194,6 +195,8 @@ def _analyze(options: argparse.Namespace) -> None:
         raise UsageError(f"'{options.model}' has no attention maps: it was trained without DIA (dia_attention).")
     train, held_out = load_images(options.dataset)
     images = train if held_out is None else held_out
+    if not isinstance(unet.config.sample_size, int):
+        raise UsageError(f"only models of square images can be analyzed, not of {unet.config.sample_size}.")
     with_labels = unet.config.num_class_embeds is not None
     pixels = prepare_pixels(images, unet.config.sample_size, unet.config.in_channels, with_labels=with_labels)
     scheduler = make_scheduler("ddpm", pipeline.scheduler.config)

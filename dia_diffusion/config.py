@@ -148,6 +148,8 @@ class TrainingConfig:
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        if self.seed < 0:
+            raise UsageError(f"seed must be at least 0, but is {self.seed}.")
         if self.eval_steps is not None and self.score_features is None:
             raise UsageError("eval_steps needs score_features: the features in which distances are measured.")
         if self.dia_attention == "srm" and self.train_batch_size == 1:

@@ -91,8 +91,11 @@ def evaluate(
     held = make_reference(held_out, extractor, True, "is" in metrics, state) if held_out is not None else None
     seconds = {"sampling": 0.0, "features": 0.0, "reference": time.perf_counter() - before}
 
-    moments, features, logits = Moments(extractor.num_features, GROUPS), [], []
+    main = state is None or state.is_main_process
+    moments, features, logits = Moments(extractor.num_features, GROUPS if main else 0), [], []
     for batch in itertools.chain([first], batches):
+        if not main:
+            continue  # Its share of the images is extracted; the scores are not its work.
         moments.update(batch.features)
         if features_wanted:
             features.append(batch.features)
@@ -100,7 +103,7 @@ def evaluate(
             logits.append(batch.logits)
         for name, duration in zip(("sampling", "features"), batch.seconds, strict=True):
             seconds[name] += duration / (state.num_processes if state is not None else 1)
-    if state is not None and not state.is_main_process:
+    if not main:
         return None
 
     sample = Sample(moments, torch.cat(features) if features else None, torch.cat(logits) if logits else None)
@@ -118,7 +121,7 @@ def evaluate(
         "versions": _versions(),
         "seconds": {name: round(duration, 3) for name, duration in seconds.items()},
         "bytes_kept": sum(tensor.nbytes for tensor in kept if tensor is not None),
-        "warnings": _warnings(len(moments), extractor),
+        "warnings": _warnings((len(moments), reference.gaussian.count), extractor) if "fid" in metrics else [],
     }
 
 
@@ -126,6 +129,8 @@ def check_metrics(
     metrics: Sequence[str], extractor: FeatureExtractor, reference: PixelDataset | Reference | None = None
 ) -> None:
     """Refuses metrics that are unknown, or that these features or this reference do not allow."""
+    if not metrics:
+        raise UsageError(f"name at least one metric of: {', '.join(METRICS)}.")
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UsageError(f"there is no metric named '{unknown[0]}'; choose from: {', '.join(METRICS)}.")
@@ -184,10 +189,11 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}
 
 
-def _warnings(num_images: int, extractor: FeatureExtractor) -> list[str]:
-    if num_images > extractor.num_features:
-        return []
+def _warnings(counts: Sequence[int | None], extractor: FeatureExtractor) -> list[str]:
+    """Of the numbers of generated and of real images, as far as they are known."""
     return [
-        f"{num_images} images are too few for the covariance of {extractor.num_features} features: most of the Frechet "
-        "distance is then bias, and it can be compared with scores of as many images only."
+        f"{count} {kind}images are too few for the covariance of {extractor.num_features} features: most of the "
+        "Fréchet distance is then bias, and it can be compared with scores of as many images only."
+        for count, kind in zip(counts, ("", "reference "), strict=True)
+        if count is not None and count <= extractor.num_features
     ]

@@ -54,9 +54,8 @@ class FeatureExtractor(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes two sets of features comparable, ready for JSON."""
+        """What makes two sets of features comparable, ready for JSON; a model is known by its weights, not by its name."""
         return {
-            "name": self.name,
             "num_features": self.num_features,
             "channels": self.channels,
             "value_range": list(self.value_range),

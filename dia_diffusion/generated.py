@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,14 @@ class PipelineImages:
         return {"pipeline": type(self.pipeline).__name__, "weights": weights_checksum(weights), "seed": self.seed}
 
     def numbered(self, numbers: range) -> Tensor:
-        """These images, uint8 of shape `(B, C, H, W)` on the CPU."""
+        """These images, uint8 of shape `(B, C, R, R)` on the CPU: the middle of those that are not square, as
+        `PixelDataset` cuts real ones."""
+        images = self._whole(numbers)
+        size = min(images.shape[2:])
+        top, left = (round(0.5 * (side - size)) for side in images.shape[2:])
+        return images[:, :, top : top + size, left : left + size]
+
+    def _whole(self, numbers: range) -> Tensor:
         paths = [self.folder / f"{number:06d}.png" for number in numbers] if self.folder is not None else []
         if paths and all(path.is_file() for path in paths):
             try:
@@ -90,7 +99,8 @@ class PipelineImages:
                 pass  # A broken file is written anew.
         images = sample_batch(self.pipeline, numbers, self.steps, self.seed, guidance_scale=self.guidance_scale)
         for path, image in zip(paths, images, strict=False):
-            _write(image, path)
+            picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
+            _write(path, partial(picture.save, format="PNG"))
         return images
 
     def _claim(self, folder: Path) -> None:
@@ -98,14 +108,13 @@ class PipelineImages:
         mine = {"sampling": self.settings, "origin": self.origin}
         record = folder / _RECORD
         if record.is_file():
-            theirs = json.loads(record.read_text())
-            if theirs != mine:
+            if _load(record) != mine:
                 raise UsageError(f"'{folder}' holds images of another model or other settings; choose another.")
             return
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"'{folder}' is not empty and has no {_RECORD} of earlier scoring; choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(mine, indent=2) + "\n")
+        _write(record, lambda file: file.write_text(json.dumps(mine, indent=2) + "\n"))
 
 
 class FolderImages:
@@ -120,7 +129,7 @@ class FolderImages:
             raise UsageError(f"scores need at least 2 generated images, but there are {len(pixels)}.")
         self.numbered = pixels.numbered
         self.num_images = len(pixels)
-        self.origin = {"digest": pixels.digest()}
+        self.origin = {"digest": pixels.digest(with_classes=False)}
         self.settings: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -133,8 +142,18 @@ def _read(path: Path) -> Tensor:
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
-def _write(image: Tensor, path: Path) -> None:
-    """Under another name first: a killed run leaves no half-written image that looks finished."""
+def _load(record: Path) -> Any:
+    try:
+        return json.loads(record.read_text())
+    except ValueError:
+        return None  # A broken record is nobody's.
+
+
+def _write(path: Path, save: Callable[[Path], object]) -> None:
+    """Under another name first: a killed run, or a full disk, leaves no half-written file that looks finished."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary, format="PNG")
-    temporary.replace(path)
+    try:
+        save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -16,9 +16,11 @@ _SEED = 0
 _DISTANCES_IN_MEMORY = 2**24
 
 
-def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float]:
+def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float | None]:
     """KID of two sets of features `(N, F)`: mean and standard deviation, over 100 random subsets of at most 1,000, of
-    the unbiased squared MMD with the kernel `(xy / F + 1)^3` (Bińkowski et al. 2018, arXiv 1801.01401)."""
+    the unbiased squared MMD with the kernel `(xy / F + 1)^3` (Bińkowski et al. 2018, arXiv 1801.01401).
+
+    Sets of the same size, at most 1,000, have one subset only, and with that no standard deviation."""
     subset_size = min(_LARGEST_KID_SUBSET, len(real), len(generated))
     with _without_warning():
         # A score is computed by one process, so torchmetrics must not wait for the others.
@@ -27,7 +29,7 @@ def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float]:
     kid.update(real.double(), real=True)
     kid.update(generated.double(), real=False)
     mean, std = _with_fixed_seed(kid)
-    return mean.item(), std.item()
+    return mean.item(), None if len(real) == len(generated) == subset_size else std.item()
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:

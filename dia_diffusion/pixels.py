@@ -54,9 +54,14 @@ class PixelDataset:
         """Changes with the images, their place and the preprocessing: the name of the prepared rows in the cache."""
         return self.rows._fingerprint
 
-    def digest(self) -> str:
-        """Of the number of images and of up to a thousand of them: the same wherever the data lies."""
-        digest = hashlib.sha256(str((len(self), self.channels, self.resolution, self.num_classes)).encode())
+    def digest(self, with_classes: bool = True) -> str:
+        """Of the number of images and of up to a thousand of them: the same wherever the data lies.
+
+        Args:
+            with_classes (`bool`, *optional*, defaults to `True`): Whether the number of classes counts as well.
+        """
+        num_classes = self.num_classes if with_classes else None
+        digest = hashlib.sha256(str((len(self), self.channels, self.resolution, num_classes)).encode())
         for index in range(0, len(self), -(-len(self) // 1000)):
             digest.update(self.fetch([index])["images"].numpy().tobytes())
         return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Many images from a pipeline, each a function of the seed and its number alone."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -78,10 +80,7 @@ def load_pipeline(
         known = DIAUNetPipeline if name == DIAUNetPipeline.__name__ else DiffusionPipeline
         pipeline = known.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
-        if Path(name_or_path).is_dir() and not (Path(name_or_path) / DiffusionPipeline.config_name).is_file():
-            reason = f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there"
-        else:
-            reason = str(error).splitlines()[0]
+        reason = _why_not_loaded(name_or_path, error)
         raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}.") from error
     if isinstance(getattr(pipeline, "unet", None), nn.Module):
         # Convolutions are faster in this format, and hand it on to their output.
@@ -94,8 +93,22 @@ def load_pipeline(
         raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def _why_not_loaded(name_or_path: str, error: Exception) -> str:
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
+        return f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there"
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        if not folder.exists():
+            return "there is no such folder"
+    return str(error).splitlines()[0].rstrip(".")
+
+
 def image_generators(seed: int, numbers: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
     """One generator for each image number. Images of one run never share a generator; other seeds give others."""
+    if seed < 0:
+        raise UsageError(f"seed must be at least 0, but is {seed}.")
     # torch seeds its generator on the CPU with 32 bits.
     start = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return [torch.Generator(device).manual_seed((start + number) % 2**32) for number in numbers]
@@ -123,8 +136,10 @@ def sample_batch(
         `Tensor`: uint8 of shape `(B, C, H, W)` on the CPU.
 
     Raises:
-        UsageError: for labels or guidance where the pipeline has no classes.
+        UsageError: for labels or guidance where the pipeline has no classes, and for pipelines that need more than a
+            number of images.
     """
+    _check_unconditional(pipeline)
     if steps < 1:
         raise UsageError(f"steps must be at least 1, but is {steps}.")
     classes = getattr(pipeline, "null_class", None)
@@ -144,6 +159,17 @@ def sample_batch(
         **arguments,
     ).images
     return torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
+
+
+def _check_unconditional(pipeline: DiffusionPipeline) -> None:
+    name, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    if "batch_size" not in accepted:
+        raise UsageError(f"{name} is not an unconditional pipeline: it cannot be asked for a number of images alone.")
+    conditional = getattr(getattr(pipeline, "unet", None), "class_embedding", None) is not None
+    if conditional and "class_labels" not in accepted:
+        raise UsageError(
+            f"the UNet needs class labels, which {name} does not give; DIAUNetPipeline(unet, scheduler) does."
+        )
 
 
 def sample_images(

@@ -42,6 +42,8 @@ def score(options: argparse.Namespace) -> None:
         if path is not None:
             # Not at the end of a long run.
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise UsageError(f"'{path}' is a folder; name the file to write.")
 
     if options.save_images is not None and _is_folder_of_images(options.what):
         raise UsageError("save_images belongs to a pipeline; these images lie in a folder already.")
@@ -65,9 +67,11 @@ def score(options: argparse.Namespace) -> None:
     if pixels is not None:
         generated = FolderImages(pixels)
     else:
-        generated = PipelineImages(
-            pipeline, options.num_images, options.steps, options.seed, options.guidance_scale, options.save_images
-        )
+        # The first process claims the folder, the others find it claimed.
+        with state.main_process_first():
+            generated = PipelineImages(
+                pipeline, options.num_images, options.steps, options.seed, options.guidance_scale, options.save_images
+            )
     scores = evaluate(generated, reference, extractor, metrics, held_out, options.batch_size, state)
     if scores is not None:
         _write(options, scores, generated, reference, extractor)

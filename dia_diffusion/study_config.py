@@ -100,15 +100,21 @@ class Study:
                 raise UsageError(
                     f"variant '{name}': its name may have letters, digits and . + - _ only (quote a number)."
                 )
-        if not isinstance(self.seeds, list) or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+        for name, options in {"common": self.common, **self.variants}.items():
+            if not isinstance(options, dict | None):
+                raise UsageError(f"'{name}' must list options, each with its value, but is {options}.")
+        if not isinstance(self.seeds, list) or not self.seeds or not all(_is_at_least(0, seed) for seed in self.seeds):
+            raise UsageError(f"seeds must be a list of numbers from 0, for example [0, 1, 2], but is {self.seeds}.")
+        if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"seeds must be a list of different numbers, for example [0, 1, 2], but is {self.seeds}.")
         for name, least in (("loss_draws", 1), ("num_images", 0), ("timing_rounds", 0)):
-            if getattr(self, name) < least:
+            if not _is_at_least(least, getattr(self, name)):
                 raise UsageError(f"{name} must be at least {least}, but is {getattr(self, name)}.")
-        configs = {variant: self.config(variant, self.seeds[0], Path()) for variant in self.variants}
-        steps = {variant: config.max_train_steps for variant, config in configs.items()}
-        if None in steps.values() or len(set(steps.values())) > 1:
-            raise UsageError("a study compares at equal steps: set max_train_steps in 'common', the same for all.")
+        in_variants = any("max_train_steps" in (options or {}) for options in self.variants.values())
+        if in_variants or not (self.common or {}).get("max_train_steps"):
+            raise UsageError("a study compares at equal steps: set max_train_steps in 'common', and in no variant.")
+        for variant in self.variants:
+            self.config(variant, self.seeds[0], Path())
 
     def description(self) -> dict[str, Any]:
         """The study as its YAML file has it."""
@@ -117,7 +123,7 @@ class Study:
     def config(self, variant: str, seed: int, folder: Path) -> TrainingConfig:
         """The training run of a variant from a seed, in a folder of the study."""
         options = {"unet_arguments": {}, **_DEFAULTS}
-        for given in (self.common, self.variants[variant] or {}):
+        for given in (self.common or {}, self.variants[variant] or {}):
             for name, value in given.items():
                 if name in _RESERVED:
                     raise UsageError(f"'{name}' cannot be set for the runs of a study: {_RESERVED[name]}.")
@@ -148,6 +154,10 @@ class Study:
         for run in runs:
             _check_unchanged(run)
         return runs
+
+
+def _is_at_least(least: int, value: object) -> bool:
+    return isinstance(value, int) and value >= least
 
 
 _TRAINING_OPTIONS = {item.name for item in fields(TrainingConfig)}

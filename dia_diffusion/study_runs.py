@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from .diffusion import diffusion_loss, draw_step, held_out_loss
 from .errors import NotFiniteError, UsageError
@@ -107,6 +108,8 @@ def make_step(run: StudyRun) -> Callable[[], None]:
     """A training step of a run on a batch that stays the same: what there is to time of it."""
     config = run.config
     data, _ = load_pixels(config)
+    # Another variant, of another precision perhaps, may have been made in this process.
+    AcceleratorState._reset_state()
     accelerator = make_accelerator(config)
     training = TrainingState(config, accelerator, build_unet(config, data.channels, data.num_classes), 10_000)
     scheduler = make_noise_scheduler(config)

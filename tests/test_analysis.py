@@ -199,3 +199,7 @@ def test_analyze_leaves_figures_and_pictures(tmp_path, capsys):
     DIAUNetPipeline(plain, DDPMScheduler()).save_pretrained(tmp_path / "plain")
     assert main(["analyze", str(tmp_path / "plain")]) == 2
     assert "has no attention maps" in capsys.readouterr().err
+    wide = DIAUNet2DModel(**{**SMALL, "sample_size": (8, 16)})
+    DIAUNetPipeline(wide, DDPMScheduler()).save_pretrained(tmp_path / "wide")
+    assert main(["analyze", str(tmp_path / "wide")]) == 2
+    assert "only models of square images" in capsys.readouterr().err

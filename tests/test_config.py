@@ -77,6 +77,8 @@ def test_errors_say_what_to_do(tmp_path):
         parse_arguments(["--learning_rat", "1"])
     with pytest.raises(UsageError, match="cannot read the configuration"):
         parse_arguments(["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(UsageError, match="seed must be at least 0, but is -1"):
+        parse_arguments(["--seed", "-1"])
     with pytest.raises(UsageError, match="train_batch_size must be at least 1, but is 0"):
         parse_arguments(["--train_batch_size", "0"])
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"mixed_precision": "fp8"}))

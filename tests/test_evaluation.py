@@ -188,6 +188,11 @@ def test_settings_hash_tells_what_can_be_compared(digits, extractor, pipeline):
 def test_few_images_are_warned_of(scores_of, test, floor):
     assert "20 images are too few" in scores_of(test["images"][:20], ["fid"])["warnings"][0]
     assert floor["warnings"] == []
+    pixels = get_extractor("pixels", 8, 3)
+    few = prepare_pixels(load_digits_dataset()["test"].select(range(100)), 8)
+    (warning,) = evaluate(TensorImages(test["images"]), few, pixels, ["fid"])["warnings"]
+    assert "100 reference images are too few" in warning
+    assert evaluate(TensorImages(test["images"]), few, pixels, ["recall"])["warnings"] == []
 
 
 def blurred(images):

@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
+from dia_diffusion.data import load_dataset_splits
 from dia_diffusion.errors import UsageError
 from dia_diffusion.generated import PipelineImages
 from dia_diffusion.images import image_to_pixels
+from dia_diffusion.pixels import prepare_at_own_size
+from dia_diffusion.sampling import sample_batch
 
 
 class Counting(DIAUNetPipeline):
@@ -62,6 +65,40 @@ def test_missing_and_broken_images_are_made_again(pipeline, tmp_path, damage):
     assert torch.equal(images.numbered(range(3)), expected[:3])
     assert pipeline.made == 12
     assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_of_images_that_are_not_square_the_middle_is_scored(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=(8, 16),
+        block_out_channels=(32,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=8,
+    )
+    pipeline = DDPMPipeline(unet, DDPMScheduler())
+    images = PipelineImages(pipeline, 3, 2, folder=tmp_path / "images")
+    assert torch.equal(images.numbered(range(3)), sample_batch(pipeline, range(3), 2)[..., 4:12])
+    # As it is where the same images are read from their files.
+    files = prepare_at_own_size(load_dataset_splits(train_data_dir=str(tmp_path / "images"))[0])
+    assert torch.equal(files.numbered(range(3)), images.numbered(range(3)))
+
+
+def test_a_full_disk_leaves_nothing_half_written(pipeline, tmp_path, monkeypatch):
+    images = PipelineImages(pipeline, 2, 2, folder=tmp_path)
+
+    def fill(image, path, format):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", fill)
+        with pytest.raises(OSError, match="No space left"):
+            images.numbered(range(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+    (tmp_path / "settings.json").write_text("")
+    with pytest.raises(UsageError, match="choose another"):
+        PipelineImages(pipeline, 2, 2, folder=tmp_path)
 
 
 @pytest.mark.parametrize("change", ["seed", "steps", "scheduler", "weights"])

@@ -20,7 +20,7 @@ from dia_diffusion.errors import UsageError
 from dia_diffusion.study import run_study
 from dia_diffusion.study_config import load_study
 from dia_diffusion.study_report import compare, format_table, summarise
-from dia_diffusion.study_runs import complete, count_spikes, read_result
+from dia_diffusion.study_runs import complete, count_spikes, read_result, read_timing, time_step
 from training_runs import fresh_state
 
 COMMON = {
@@ -207,6 +207,14 @@ def test_a_model_is_scored_again_when_other_scores_are_asked_for(tmp_path):
     assert (only_run(3).folder / "metrics.jsonl").read_text() == log
 
 
+def test_variants_of_another_precision_are_timed(tmp_path):
+    path = write_study(tmp_path / "study.yaml", {"plain": {}, "half": {"mixed_precision": "bf16"}}, seeds=[0])
+    plain, half = runs_of(path, tmp_path)[1]
+    half.folder.mkdir(parents=True)
+    time_step(half, plain, rounds=1)
+    assert read_timing(half) > 0
+
+
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd):
     variants = {"odd": {"norm_num_groups": 7}, **VARIANTS}
     path = write_study(tmp_path / "study.yaml", variants, {"max_train_steps": 2}, seeds=[0])
@@ -224,6 +232,14 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd):
         ({"variants": {"plain": {"seed": 3}}}, "'seed' cannot be set for the runs of a study: list 'seeds'"),
         ({"variants": {"plain": {}, "../up": {}}}, r"variant '../up': its name may have"),
         ({"variants": {"plain": {}, "long": {"max_train_steps": 9}}}, "a study compares at equal steps"),
+        (
+            {"variants": {"plain": {"max_train_steps": 24}}, "common": {"max_train_steps": None}},
+            "in 'common', and in no",
+        ),
+        ({"variants": {"plain": {}, "other": 5}}, "'other' must list options, each with its value, but is 5"),
+        ({"seeds": [-1]}, "seeds must be a list of numbers from 0"),
+        ({"seeds": ["one"]}, "seeds must be a list of numbers from 0"),
+        ({"num_images": "many"}, "num_images must be at least 0, but is many"),
         ({"loss_draws": 0}, "loss_draws must be at least 1, but is 0"),
         ({"sedes": [1]}, "must have the keys baseline, seeds, variants"),
     ],
