@@ -54,7 +54,7 @@ class FeatureExtractor(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes two sets of features comparable, ready for JSON; a model is known by its weights, not by its name."""
+        """What makes two sets of features comparable, ready for JSON. A model is known by its weights, not its name."""
         return {
             "num_features": self.num_features,
             "channels": self.channels,
