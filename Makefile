@@ -19,7 +19,7 @@ demo: $(READY)
 	@echo "Training curves: $(DEMO)/curves.png. Scores: $(DEMO)/metrics.json. Model card: $(DEMO)/README.md"
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
