@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .venv-peers
 DEMO := runs/digits
-BENCHMARKS := startup attention_cost training_throughput sampling memory sampler_quality gpu
+BENCHMARKS := startup attention_cost training_throughput peer_training sampling memory sampler_quality gpu
 # What accelerate would otherwise assume, with a warning for each.
 ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark peers clean
 
 demo: $(READY)
 	@test -f $(DEMO)/metrics.json || $(BIN)/accelerate launch $(ONE_PROCESS) train_unet.py --resume_from_checkpoint latest
@@ -29,6 +30,11 @@ benchmark: demo
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	@$(BIN)/python benchmarks/table.py
 
+# An environment of its own for the trainer that ours is compared with: torchvision needs a CUDA build of torch (4 GiB).
+peers:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+
 # The marker is written last, so that an installation that was cut off starts again.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +42,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) runs build dist *.egg-info

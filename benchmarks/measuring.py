@@ -53,8 +53,12 @@ def _wait_for_device() -> None:
 
 
 @contextlib.contextmanager
-def start_workers(script: str, sides: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Callable[[], Any]]]:
+def start_workers(
+    script: str, sides: Mapping[str, Sequence[str]], interpreters: Mapping[str, Path] | None = None
+) -> Iterator[dict[str, Callable[[], Any]]]:
     """A process for each side, which runs `script --side` with the arguments of that side and then `serve_rounds`.
+
+    `interpreters` names the Python of sides that have an environment of their own.
 
     Yields:
         For each side what makes its process run a round, and returns the result of that.
@@ -69,7 +73,9 @@ def start_workers(script: str, sides: Mapping[str, Sequence[str]]) -> Iterator[d
     with contextlib.ExitStack() as stack:
         workers = {
             name: stack.enter_context(
-                subprocess.Popen([sys.executable, script, "--side", *arguments], text=True, **pipes)
+                subprocess.Popen(
+                    [(interpreters or {}).get(name, sys.executable), script, "--side", *arguments], text=True, **pipes
+                )
             )
             for name, arguments in sides.items()
         }

@@ -92,14 +92,17 @@ def this_trainer(
     precision: str,
     attention: str,
     waiting: list[float],
+    **options: Any,
 ) -> Iterator[None]:
-    """The step of this trainer; notes the seconds that each step waits for data."""
+    """The step of this trainer, with further `options` of TrainingConfig; notes the seconds that each step waits for
+    data."""
     config = TrainingConfig(
         resolution=RESOLUTION,
         train_batch_size=batch_size,
         random_flip=True,
         mixed_precision=precision,
         dia_attention=attention,
+        **options,
     )
     accelerator = Accelerator(mixed_precision=precision)
     data = prepare_pixels(dataset, RESOLUTION)

@@ -143,3 +143,27 @@ def test_the_gpu_benchmark_ends_well_without_a_gpu(benchmark, tmp_path, monkeypa
     assert benchmark("gpu").main() == 0
     assert "no GPU" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_workers_may_have_an_interpreter_of_their_own(benchmark, tmp_path):
+    measuring = benchmark("measuring")
+    script, other = tmp_path / "worker.py", tmp_path / "python"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "from measuring import serve_rounds\n"
+        "serve_rounds(lambda: os.environ.get('INTERPRETER'))\n"
+    )
+    other.write_text(f'#!/bin/sh\nINTERPRETER=other exec "{sys.executable}" "$@"\n')
+    other.chmod(0o755)
+    with measuring.start_workers(str(script), {"a": [], "b": []}, interpreters={"b": other}) as runs:
+        assert (runs["a"](), runs["b"]()) == (None, "other")
+
+
+def test_the_peer_benchmark_ends_well_where_the_peer_is_not_installed(benchmark, tmp_path, monkeypatch, capsys):
+    peer = benchmark("peer_training")
+    monkeypatch.setattr(peer, "PYTHON", tmp_path / "none")
+    monkeypatch.setattr(sys, "argv", ["peer_training.py", "--output", str(tmp_path / "peer.json")])
+    assert peer.main() == 0
+    assert "make peers" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
