@@ -200,14 +200,14 @@ class SharedAttention(nn.Module):
         key, width = self.keys[state.position], str(self.widths[state.position])
         module = self.shared[key]
         sources = [_POOLS[name](branch) for name in self.statistics] or state.memory[key]
-        pooled = torch.stack(list(sources), dim=1)
+        # The cell takes its one statistic as it is.
+        pooled = sources[0] if self.recurrent else torch.stack(list(sources), dim=1)
         if width in self.encoders:
             pooled = self.encoders[width](pooled)
 
         # Not in `enter_level`: hooks that fetch offloaded weights know of `forward` only.
         memory = state.memory if state.left is None else self._join(state.memory, state.left)
         if self.recurrent:
-            pooled = pooled[:, 0]
             attended, cell = module(pooled, memory.get(key) or (torch.zeros_like(pooled),) * 2)
             memory = {**memory, key: (attended, cell)}
         else:
