@@ -16,6 +16,7 @@ from .analysis import (
     describe_pairs,
     place_blocks,
 )
+from .files import replace_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ def report(maps: dict[str, np.ndarray], timesteps: Sequence[int], folder: Path) 
         "cka": {view: describe_pairs(blocks, similarity) for view, similarity in cka.items()},
         "blocks": described,
     }
-    (folder / "analysis.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    replace_text(folder / "analysis.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
     save_matrices(blocks, correlation, "Pearson correlation, mean over channels", (-1, 1), folder / "correlation.png")
     save_matrices(blocks, cka, "linear CKA", (0, 1), folder / "cka.png")
     save_channels(blocks, correlation, folder / "channels.png")

@@ -1,9 +1,6 @@
 """Generated images by number: from a pipeline as they are asked for, or from files."""
 
 import json
-import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 
 from .checksum import weights_checksum
 from .errors import UsageError
+from .files import replace_file, replace_text
 from .images import UNREADABLE
 from .pixels import PixelDataset
 from .sampling import sample_batch
@@ -100,7 +98,7 @@ class PipelineImages:
         images = sample_batch(self.pipeline, numbers, self.steps, self.seed, guidance_scale=self.guidance_scale)
         for path, image in zip(paths, images, strict=False):
             picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
-            _write(path, partial(picture.save, format="PNG"))
+            replace_file(path, picture.save)
         return images
 
     def _claim(self, folder: Path) -> None:
@@ -114,7 +112,7 @@ class PipelineImages:
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"'{folder}' is not empty and has no {_RECORD} of earlier scoring; choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        _write(record, lambda file: file.write_text(json.dumps(mine, indent=2) + "\n"))
+        replace_text(record, json.dumps(mine, indent=2) + "\n")
 
 
 class FolderImages:
@@ -128,12 +126,12 @@ class FolderImages:
         if len(pixels) < 2:
             raise UsageError(f"scores need at least 2 generated images, but there are {len(pixels)}.")
         self.numbered = pixels.numbered
-        self.num_images = len(pixels)
+        self._count = len(pixels)
         self.origin = {"digest": pixels.digest(with_classes=False)}
         self.settings: dict[str, Any] = {}
 
     def __len__(self) -> int:
-        return self.num_images
+        return self._count
 
 
 def _read(path: Path) -> Tensor:
@@ -147,13 +145,3 @@ def _load(record: Path) -> Any:
         return json.loads(record.read_text())
     except ValueError:
         return None  # A broken record is nobody's.
-
-
-def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """Under another name first: a killed run, or a full disk, leaves no half-written file that looks finished."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

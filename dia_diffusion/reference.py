@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from .cache import cache_dir
 from .errors import UsageError
 from .extraction import extract
 from .features import FeatureExtractor
+from .files import replace_file
 from .frechet import Gaussian, Moments
 from .pixels import PixelDataset
 
@@ -111,17 +111,10 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Under another name first, so that no half-written file is ever found. A cache that cannot be written costs time
-    only, and must not end the run."""
+    """A cache that cannot be written costs time only, and must not end the run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-        try:
-            safetensors.torch.save_file(tensors, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, lambda place: safetensors.torch.save_file(tensors, place))
     except (OSError, SafetensorError) as error:
         print(f"The statistics of the reference are not kept for the next time: {error}")
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from .extraction import Images
 from .features import FeatureExtractor
+from .files import replace_text
 from .pixels import PixelDataset
 from .plots import image_grid
 
@@ -130,7 +131,7 @@ def write_report(
         f"<pre>{html.escape(json.dumps(details, indent=2))}</pre>",
     ]
     page = f"<!doctype html>\n<meta charset='utf-8'>\n<title>Scores</title>\n<style>{_STYLE}</style>\n"
-    path.write_text(page + "\n".join(parts) + "\n", encoding="utf-8")
+    replace_text(path, page + "\n".join(parts) + "\n")
 
 
 def _table(scores: dict[str, Any]) -> str:

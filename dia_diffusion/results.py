@@ -20,6 +20,7 @@ from .diffusion import held_out_loss
 from .errors import UsageError
 from .evaluation import DEFAULT_METRICS, evaluate
 from .extractors import get_extractor
+from .files import replace_text
 from .generated import PipelineImages
 from .model_card import write_model_card
 from .pipelines import DIAUNetPipeline
@@ -146,7 +147,7 @@ class RunResults:
                 # Without its record a half-written pipeline counts as none.
                 record.unlink(missing_ok=True)
                 pipeline.save_pretrained(best)
-                record.write_text(json.dumps({"step": step, "fid": scores["fid"]}))
+                replace_text(record, json.dumps({"step": step, "fid": scores["fid"]}))
         return scores["fid"]
 
     def finish(self, step: int) -> dict[str, Any]:
@@ -163,7 +164,7 @@ class RunResults:
             save_curves(metrics, folder / "curves.png")
             if config.score_features is not None:
                 figures |= self._score(pipeline, config.score_num_images, DEFAULT_METRICS, self.held_out)
-            (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+            replace_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
             command = shlex.join(["accelerate", "launch", *sys.argv])
             if config.hub_token is not None:
                 command = command.replace(config.hub_token, "TOKEN")

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .errors import NotFiniteError
+from .files import replace_text
 from .plots import read_metrics
 
 
@@ -54,10 +55,7 @@ class RunLog:
         if accelerator.is_main_process:
             # What an interrupted run logged after the checkpoint will be logged again.
             kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
-            # Beside it and then in its place, so that a kill cannot lose the lines.
-            fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            fresh.replace(path)
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
         """Notes the figures of step number `step` (counted from 1), without waiting for the device."""

@@ -15,6 +15,7 @@ from .errors import UsageError
 from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
 from .extractors import FEATURES, get_extractor
 from .features import FeatureExtractor
+from .files import replace_text
 from .generated import FolderImages, PipelineImages
 from .pixels import PixelDataset, prepare_at_own_size, prepare_pixels
 from .processes import make_state
@@ -125,7 +126,7 @@ def _write(
     for warning in scores["warnings"]:
         print(f"warning: {warning}")
     if options.output is not None:
-        options.output.write_text(json.dumps(scores, indent=2) + "\n")
+        replace_text(options.output, json.dumps(scores, indent=2) + "\n")
     if options.report is not None:
         images = reference if isinstance(reference, PixelDataset) else None
         write_report(options.report, scores, generated, images, extractor)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from .files import replace_text
 from .study_config import Study, StudyRun
 from .study_runs import SPIKES, read_result, read_timing
 
@@ -85,8 +86,8 @@ def _interval(values: Sequence[float]) -> list[float] | None:
 
 def write_report(summary: dict[str, Any], folder: Path) -> None:
     """Writes `study.json` and `study.md`."""
-    (folder / "study.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "study.md").write_text(format_table(summary))
+    replace_text(folder / "study.json", json.dumps(summary, indent=2) + "\n")
+    replace_text(folder / "study.md", format_table(summary))
 
 
 def format_table(summary: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from .diffusion import diffusion_loss, draw_step, held_out_loss
 from .errors import NotFiniteError, UsageError
 from .evaluation import evaluate
 from .extractors import get_extractor
+from .files import replace_text
 from .generated import PipelineImages
 from .images import to_unit_range
 from .pipelines import DIAUNetPipeline
@@ -158,7 +159,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    replace_text(path, json.dumps(content, indent=2) + "\n")
