@@ -83,8 +83,10 @@ class SharedAttention(nn.Module):
         hidden_size (`int`, *optional*, defaults to 64): Width of the module with `sharing="network"`.
         reduction (`int`, *optional*, defaults to 4): Reduction ratio of bottlenecks.
         init (`str`, *optional*, defaults to `"identity"`):
-            `identity`: gates are `2 * sigmoid(.)` of a last layer that starts at zero, so exactly 1 at first.
+            `identity`: gates are `2 * sigmoid(s * .)` of a last layer that starts at zero, so exactly 1 at first.
             `paper`: gates are in (0, 1); an LSTM's output is the gate itself where the widths agree.
+        gate_slope (`float`, *optional*, defaults to 4.0):
+            The slope s of these gates: how fast they leave 1 in training (docs/study.md). `paper` has none.
         context_size (`int`, *optional*):
             Width of a vector (a time embedding, say) from which the LSTM's first state is projected; zero if `None`.
             `time` needs it.
@@ -102,15 +104,18 @@ class SharedAttention(nn.Module):
         hidden_size: int = 64,
         reduction: int = 4,
         init: str = "identity",
+        gate_slope: float = 4.0,
         context_size: int | None = None,
     ):
         super().__init__()
         _check_choices(attention=(attention, ATTENTIONS), sharing=(sharing, SHARINGS))
         _check_choices(bridge=(bridge, BRIDGES), init=(init, INITS))
         _check_sizes(hidden_size=hidden_size, reduction=reduction)
+        if not gate_slope > 0:
+            raise UsageError(f"gate_slope must be above 0, but is {gate_slope}.")
         self.recurrent = attention == "lstm"
         self.bridge = bridge
-        self.gate_scale = 2.0 if init == "identity" else 1.0
+        self.gate_scale, self.gate_slope = (2.0, gate_slope) if init == "identity" else (1.0, 1.0)
         if self.recurrent and sharing == "block":
             raise UsageError(
                 "attention 'lstm' with sharing 'block' has no meaning: the LSTM's state passes between blocks that "
@@ -231,7 +236,7 @@ class SharedAttention(nn.Module):
         }
 
     def _gate(self, logits: Tensor) -> Tensor:
-        return self.gate_scale * torch.sigmoid(logits)
+        return self.gate_scale * torch.sigmoid(self.gate_slope * logits)
 
     def _initial_memory(self, context: Tensor | None) -> dict[str, LSTMState]:
         parts = 2 if self.recurrent else 1
