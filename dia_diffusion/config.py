@@ -69,7 +69,7 @@ class TrainingConfig:
     dia_bridge: str = _option("carry", "How the LSTM's state enters a level: carry, skip, reset.")
     dia_hidden_size: int = _option(64, "Width of the module that the whole network shares.")
     dia_reduction: int = _option(4, "Reduction ratio of bottlenecks.")
-    dia_gate_slope: float = _option(4.0, "How fast the gates leave 1 in training, with --dia_init identity.")
+    dia_gate_slope: float = _option(1.0, "How fast the gates leave 1 in training, with --dia_init identity.")
     dia_time_conditioned: bool = _option(True, "Start the LSTM's state from the time embedding.")
     dia_init: str = _option("identity", "identity: gates start at 1. paper: gates in (0, 1).")
 

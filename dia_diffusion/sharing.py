@@ -85,7 +85,7 @@ class SharedAttention(nn.Module):
         init (`str`, *optional*, defaults to `"identity"`):
             `identity`: gates are `2 * sigmoid(s * .)` of a last layer that starts at zero, so exactly 1 at first.
             `paper`: gates are in (0, 1); an LSTM's output is the gate itself where the widths agree.
-        gate_slope (`float`, *optional*, defaults to 4.0):
+        gate_slope (`float`, *optional*, defaults to 1.0):
             The slope s of these gates: how fast they leave 1 in training (docs/study.md). `paper` has none.
         context_size (`int`, *optional*):
             Width of a vector (a time embedding, say) from which the LSTM's first state is projected; zero if `None`.
@@ -104,7 +104,7 @@ class SharedAttention(nn.Module):
         hidden_size: int = 64,
         reduction: int = 4,
         init: str = "identity",
-        gate_slope: float = 4.0,
+        gate_slope: float = 1.0,
         context_size: int | None = None,
     ):
         super().__init__()
@@ -236,7 +236,9 @@ class SharedAttention(nn.Module):
         }
 
     def _gate(self, logits: Tensor) -> Tensor:
-        return self.gate_scale * torch.sigmoid(self.gate_slope * logits)
+        if self.gate_slope != 1:
+            logits = self.gate_slope * logits
+        return self.gate_scale * torch.sigmoid(logits)
 
     def _initial_memory(self, context: Tensor | None) -> dict[str, LSTMState]:
         parts = 2 if self.recurrent else 1

@@ -46,7 +46,7 @@ class DIAUNet2DModel(UNet2DModel):
         dia_init (`str`, *optional*, defaults to `"identity"`):
             `identity`: a fresh model computes exactly what the UNet2DModel with the same weights computes. `paper`:
             gates in (0, 1).
-        dia_gate_slope (`float`, *optional*, defaults to 4.0):
+        dia_gate_slope (`float`, *optional*, defaults to 1.0):
             Slope s of the gates `2 * sigmoid(s * x)` that `identity` has: how fast they leave 1 in training.
 
     Raises:
@@ -91,7 +91,7 @@ class DIAUNet2DModel(UNet2DModel):
         dia_reduction: int = 4,
         dia_time_conditioned: bool = True,
         dia_init: str = "identity",
-        dia_gate_slope: float = 4.0,
+        dia_gate_slope: float = 1.0,
     ):
         check_block_types(down_block_types, up_block_types, in_channels)
         super().__init__(
@@ -140,13 +140,6 @@ class DIAUNet2DModel(UNet2DModel):
             gate_slope=dia_gate_slope,
             context_size=self.time_embedding.linear_2.out_features if dia_time_conditioned else None,
         )
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]:
-        # Models that were saved before their gates had a slope.
-        if config_dict.get("_class_name") == cls.__name__:
-            config_dict = {"dia_gate_slope": 1.0} | config_dict
-        return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod
     def from_unet(cls, unet: UNet2DModel, **dia_arguments: Any) -> "DIAUNet2DModel":

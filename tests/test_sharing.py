@@ -47,6 +47,17 @@ def test_paper_block_attention_is_the_sigmoid_of_the_module(kind):
     torch.testing.assert_close(gate[:, :, 0, 0], torch.sigmoid(attention.shared["0"](statistics)))
 
 
+@pytest.mark.parametrize("slope", [1.0, 4.0])
+def test_identity_gates_are_twice_the_sigmoid_of_the_slope_times_the_module(slope):
+    attention = SharedAttention(WIDTHS, "se", "block", gate_slope=slope)
+    nn.init.normal_(attention.shared["0"].last.weight)
+    x, *rest = branches()
+    (gate, *others) = run(attention, [x, *rest])
+    logits = slope * attention.shared["0"](x.mean((2, 3))[:, None])
+    torch.testing.assert_close(gate[:, :, 0, 0], 2 / (1 + (-logits).exp()))
+    assert all((other == 1).all() for other in others)
+
+
 @pytest.mark.parametrize("sharing", ["network", "level", "block"])
 def test_time_gates_depend_on_the_context_alone(sharing):
     attention = SharedAttention(WIDTHS, "time", sharing, hidden_size=6, init="paper", context_size=10)
@@ -155,6 +166,7 @@ def test_bridges_differ_as_they_say():
         ({"sharing": "level", "bridge": "skip"}, "state of its own"),
         ({"attention": "time"}, "cannot do without"),
         ({"hidden_size": 0}, "hidden_size must be at least 1"),
+        ({"gate_slope": 0}, "gate_slope must be above 0"),
         ({"reduction": 0}, "reduction must be at least 1"),
     ],
 )

@@ -139,6 +139,7 @@ DIA_ARGUMENTS = [
     {"dia_bridge": "reset"},
     {"dia_bridge": "reset", "dia_sharing": "level"},
     {"dia_time_conditioned": False},
+    {"dia_gate_slope": 4.0},
     {"dia_init": "paper", "dia_hidden_size": 16, "dia_reduction": 2},
 ]
 
