@@ -167,5 +167,8 @@ def save_figure(summary: dict[str, Any], path: Path) -> None:
         axis.axvline(0, color="black", linewidth=1)
         axis.set(xlabel=f"{SCORES[score]}, difference to {baseline}", yticks=range(len(names)), yticklabels=names)
         axis.set_ylim(len(names) - 0.5, -0.5)
+        # Differences are small numbers with many digits, which would run into each other.
+        axis.ticklabel_format(axis="x", scilimits=(-2, 3), useMathText=True)
+        axis.locator_params(axis="x", nbins=6)
         axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
