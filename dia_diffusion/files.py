@@ -11,8 +11,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: names the file.
     """
-    # Other processes may be writing the same file. Some formats are known by the ending of the name.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # Other processes may be writing the same file, and what a kill leaves must not pass for one of its kind.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         temporary.replace(path)

@@ -1,6 +1,7 @@
 """Generated images by number: from a pipeline as they are asked for, or from files."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class PipelineImages:
         images = sample_batch(self.pipeline, numbers, self.steps, self.seed, guidance_scale=self.guidance_scale)
         for path, image in zip(paths, images, strict=False):
             picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
-            replace_file(path, picture.save)
+            replace_file(path, partial(picture.save, format="PNG"))
         return images
 
     def _claim(self, folder: Path) -> None:
