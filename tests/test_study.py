@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -17,11 +18,14 @@ from scipy import stats
 from dia_diffusion import DIAUNetPipeline, training
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
+from dia_diffusion.presets import build_unet
 from dia_diffusion.study import run_study
 from dia_diffusion.study_config import load_study
 from dia_diffusion.study_report import compare, format_table, summarise
 from dia_diffusion.study_runs import complete, count_spikes, read_result, read_timing, time_step
 from training_runs import fresh_state
+
+STUDIES = Path(__file__).parent.parent / "studies"
 
 COMMON = {
     "dataset_name": "digits",
@@ -270,3 +274,10 @@ def test_runs_of_another_description_are_not_mixed_in(undisturbed, tmp_path):
     path = write_study(tmp_path / "study.yaml", common={"learning_rate": 2e-3})
     with pytest.raises(UsageError, match=r"trained with other options: learning_rate is 0.002, was 0.001"):
         run_study(path, folder)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_that_come_with_the_project_can_be_built(path):
+    study = load_study(path)
+    for variant in study.variants:
+        build_unet(study.config(variant, study.seeds[0], Path("study")), channels=1, num_classes=None)
