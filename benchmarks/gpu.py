@@ -8,17 +8,15 @@ that the step reaches; then training, sampling and memory, and a profile of the 
 
 import statistics
 import sys
-from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import memory
 import sampling
 import training_throughput
 from attention_cost import DIA, PLAIN, SIZES, make_models, make_passes
-from measuring import alternate, read_arguments, row, save_result, spread
+from measuring import alternate, count_flops, read_arguments, row, save_result, spread
 
 SIZE, BATCH = "CIFAR-10", 128
 # How the models are called: arguments of torch.compile, none for not at all.
@@ -31,13 +29,6 @@ PEAK_RATES = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e1
 def peak_rate(device_name: str) -> float | None:
     """The matrix rate of a device, `None` if it is not known."""
     return next((rate for name, rate in PEAK_RATES.items() if name in device_name), None)
-
-
-def count_flops(step: Callable[[], None]) -> int:
-    """Floating point operations of a step's matrix products and convolutions, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
 
 
 def measure_passes(rounds: int, device: str, peak: float | None, size: str = SIZE, batch: int = BATCH) -> list[dict]:

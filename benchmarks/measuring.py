@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
 
@@ -94,6 +95,13 @@ def spread(numerators: Sequence[float], denominators: Sequence[float]) -> dict[s
     """Median and extremes of the ratios of the rounds."""
     ratios = [above / below for above, below in zip(numerators, denominators, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def count_flops(step: Callable[[], Any]) -> int:
+    """Floating point operations of a step's matrix products and convolutions, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def row(case: str, value: float, unit: str, against: str = "", ratio: Mapping[str, float] | None = None) -> dict:

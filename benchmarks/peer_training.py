@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from measuring import alternate, read_arguments, row, save_result, serve_rounds, spread, start_workers
+from measuring import alternate, count_flops, read_arguments, row, save_result, serve_rounds, spread, start_workers
 
 PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 OURS, PEER = "this trainer, DIA", "denoising-diffusion-pytorch"
@@ -30,9 +29,9 @@ SIZE, STEPS_A_ROUND = "32x32", 2
 
 def size_of(unet: nn.Module) -> list[int]:
     """Parameters of a UNet, and floating point operations of its forward pass for an image."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(torch.zeros(1, 3, 32, 32), torch.zeros(1))
-    return [sum(parameter.numel() for parameter in unet.parameters()), counter.get_total_flops()]
+    with torch.no_grad():
+        flops = count_flops(lambda: unet(torch.zeros(1, 3, 32, 32), torch.zeros(1)))
+    return [sum(parameter.numel() for parameter in unet.parameters()), flops]
 
 
 def make_our_round() -> Callable[[], list[int]]:

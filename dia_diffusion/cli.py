@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--dataset",
         default="digits",
-        help="what to compare with: digits, a Hub id, a folder of images, or statistics (.npz with mu and sigma)",
+        help="what to compare with: digits, mnist5k, a Hub id, a folder of images, or statistics (.npz)",
     )
     evaluate.add_argument("--dataset_config_name", help="configuration of a data set that has several")
     evaluate.add_argument("--image_column", help="column of the images, where it cannot be guessed")
@@ -112,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     analyze.set_defaults(function=_analyze)
     analyze.add_argument("model", help="folder or Hub id of a pipeline")
-    analyze.add_argument("--dataset", default="digits", help="images to look at: digits, a Hub id or a folder")
+    analyze.add_argument("--dataset", default="digits", help="images to look at: digits, mnist5k, a Hub id or a folder")
     analyze.add_argument("--num_images", type=int, default=512, help="how many, held-out if there are (default: 512)")
     analyze.add_argument("--num_timesteps", type=int, default=10, help="spread over the schedule (default: 10)")
     analyze.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")

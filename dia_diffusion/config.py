@@ -28,7 +28,9 @@ class TrainingConfig:
     """A training run."""
 
     # Data
-    dataset_name: str | None = _option(None, "digits, a data set on the Hub, or a folder that datasets can load.")
+    dataset_name: str | None = _option(
+        None, "digits, mnist5k, a data set on the Hub, or a folder that datasets can load."
+    )
     dataset_config_name: str | None = _option(None, "Configuration of a data set that has several.")
     train_data_dir: str | None = _option(None, "A folder of images, instead of --dataset_name.")
     cache_dir: str | None = _option(None, "Where data sets and prepared images are kept.")
