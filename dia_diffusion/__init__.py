@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .pipelines import DIAUNetPipeline
-    from .unet import DIAUNet2DModel
+    from .models import DIAUNet2DModel
 
 __version__ = "0.1.0"
-_EXPORTS = {"DIAUNet2DModel": "unet", "DIAUNetPipeline": "pipelines"}
+_EXPORTS = {"DIAUNet2DModel": "models", "DIAUNetPipeline": "pipelines"}
 __all__ = ["DIAUNet2DModel", "DIAUNetPipeline", "__version__"]
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .diffusion import step_seed
 from .images import to_unit_range
 from .pixels import PixelDataset
-from .unet import DIAUNet2DModel
+from .models import DIAUNet2DModel
 
 # A gate that varies less than this is constant but for rounding, and correlates with nothing.
 _CONSTANT = 1e-6

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 
 from .config import TrainingConfig
 from .errors import UsageError
-from .unet import DIAUNet2DModel
+from .models import DIAUNet2DModel
 
 
 def default_architecture(resolution: int) -> dict[str, Any]:

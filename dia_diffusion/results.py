@@ -28,7 +28,7 @@ from .pixels import PixelDataset
 from .plots import image_grid, read_metrics, save_curves
 from .sampling import DEFAULT_SCHEDULER, make_scheduler, sample_images
 from .training_state import TrainingState
-from .unet import DIAUNet2DModel
+from .models import DIAUNet2DModel
 
 CHECKPOINTS = "checkpoints"
 METRICS_LOG = "metrics.jsonl"

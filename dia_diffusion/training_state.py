@@ -13,7 +13,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .config import TrainingConfig
 from .errors import NotFiniteError, UsageError
-from .unet import DIAUNet2DModel
+from .models import DIAUNet2DModel
 
 
 class TrainingState:

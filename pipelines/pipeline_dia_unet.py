@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dia_diffusion.errors import UsageError
-from dia_diffusion.self_contained import SelfContained
+from dia_diffusion.pipelines.self_contained import SelfContained
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dia_diffusion.attention import CBAMAttention, DIALSTMCell, ECAAttention, SEAttention, SRMAttention
+from dia_diffusion.attention.modules import CBAMAttention, DIALSTMCell, ECAAttention, SEAttention, SRMAttention
 
 
 def test_cell_agrees_with_the_formulas_and_their_gradients():

@@ -46,7 +46,7 @@ def test_a_pushed_pipeline_loads_by_its_id_with_dia_diffusion_and_without(hub, t
     expected = digest(DIAUNetPipeline.from_pretrained(REFERENCE))
     found = json.loads(run_python(PUSH_AND_LOAD, REFERENCE, **hub.client_environment(tmp_path / "mine")))
     assert found["digest"] == expected
-    assert found["modules"] == ["dia_diffusion.pipelines.pipeline_dia_unet", "dia_diffusion.unet"]
+    assert found["modules"] == ["dia_diffusion.pipelines.pipeline_dia_unet", "dia_diffusion.models.unet"]
     files = hub.repositories["friend/pushed"]
     assert {"model_index.json", "pipeline_dia_unet.py", "unet/dia_unet.py", "README.md"} <= files.keys()
 

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.sampling import load_pipeline
-from dia_diffusion.self_contained import single_file_source
+from dia_diffusion.pipelines.self_contained import single_file_source
 from environments import REFERENCE, digest, run_python
 
 # Residual blocks as downsamplers take a path of their own through the code.
@@ -111,7 +111,7 @@ def test_a_folder_without_code_loads(tmp_path):
     (tmp_path / "pipeline_dia_unet.py").unlink()
     (tmp_path / "unet" / "dia_unet.py").unlink()
     index = json.loads((tmp_path / "model_index.json").read_text())
-    index |= {"_class_name": "DIAUNetPipeline", "unet": ["dia_diffusion.unet", "DIAUNet2DModel"]}
+    index |= {"_class_name": "DIAUNetPipeline", "unet": ["dia_diffusion.models.unet", "DIAUNet2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     for loaded in (DIAUNetPipeline.from_pretrained(tmp_path), load_pipeline(str(tmp_path))):
         assert type(loaded) is DIAUNetPipeline
@@ -128,7 +128,7 @@ def test_a_class_of_ones_own_is_saved_as_diffusers_saves_it(tmp_path):
     assert type(Mine.from_pretrained(tmp_path)) is Mine
 
 
-@pytest.mark.parametrize("name", ["dia_diffusion.unet", "dia_diffusion.pipelines.pipeline_dia_unet"])
+@pytest.mark.parametrize("name", ["dia_diffusion.models.unet", "dia_diffusion.pipelines.pipeline_dia_unet"])
 def test_the_code_is_one_readable_file(name):
     module = importlib.import_module(name)
     source = single_file_source(module)

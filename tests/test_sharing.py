@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sharing import BRIDGES, SharedAttention
+from dia_diffusion.attention.sharing import BRIDGES, SharedAttention
 
 WIDTHS = (8, 8, 16, 16, 8)
 

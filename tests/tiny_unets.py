@@ -6,9 +6,9 @@ from contextlib import suppress
 import torch
 
 from dia_diffusion import DIAUNet2DModel
-from dia_diffusion.attention import ATTENTIONS
+from dia_diffusion.attention.modules import ATTENTIONS
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sharing import BRIDGES, INITS, SHARINGS
+from dia_diffusion.attention.sharing import BRIDGES, INITS, SHARINGS
 
 TINY = {
     "sample_size": 8,

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import ATTENTIONS, CBAMSpatialAttention, LSTMState
-from .errors import UsageError
+from .modules import ATTENTIONS, CBAMSpatialAttention, LSTMState
+from ..errors import UsageError
 
 SHARINGS = ("network", "level", "block")
 BRIDGES = ("carry", "skip", "reset")

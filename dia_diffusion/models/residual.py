@@ -4,7 +4,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import Tensor
 
-from .sharing import AttentionState, SharedAttention
+from ..attention.sharing import AttentionState, SharedAttention
 
 
 class GatedResnet:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 # Module of a class in this package, and the name of the file that holds its code in a saved pipeline.
-_FILES = {"dia_diffusion.unet": "dia_unet", "dia_diffusion.pipelines.pipeline_dia_unet": "pipeline_dia_unet"}
+_FILES = {"dia_diffusion.models.unet": "dia_unet", "dia_diffusion.pipelines.pipeline_dia_unet": "pipeline_dia_unet"}
 
 _HEADER = '''"""Code that diffusers runs to load this pipeline, if it is asked to with `trust_remote_code=True`.
 

@@ -14,8 +14,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from .blocks import check_block_types, gate_residual_blocks
-from .errors import UsageError
-from .sharing import AttentionState, SharedAttention
+from ..errors import UsageError
+from ..attention.sharing import AttentionState, SharedAttention
 
 _DIA_PREFIX = "dia."
 

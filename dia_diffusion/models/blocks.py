@@ -12,9 +12,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets import unet_2d_blocks as blocks
 from torch import Tensor, nn
 
-from .errors import UsageError
+from ..errors import UsageError
 from .residual import DIAResnetBlock2D, DIAResnetBlockCondNorm2D, GatedResnet
-from .sharing import AttentionState, SharedAttention
+from ..attention.sharing import AttentionState, SharedAttention
 
 
 class _GatedBlock:
