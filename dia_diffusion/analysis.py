@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from .diffusion import step_seed
 from .images import to_unit_range
-from .pixels import PixelDataset
 from .models import DIAUNet2DModel
+from .pixels import PixelDataset
 
 # A gate that varies less than this is constant but for rounding, and correlates with nothing.
 _CONSTANT = 1e-6

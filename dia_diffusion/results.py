@@ -23,12 +23,12 @@ from .extractors import get_extractor
 from .files import replace_text
 from .generated import PipelineImages
 from .model_card import write_model_card
+from .models import DIAUNet2DModel
 from .pipelines import DIAUNetPipeline
 from .pixels import PixelDataset
 from .plots import image_grid, read_metrics, save_curves
 from .sampling import DEFAULT_SCHEDULER, make_scheduler, sample_images
 from .training_state import TrainingState
-from .models import DIAUNet2DModel
 
 CHECKPOINTS = "checkpoints"
 METRICS_LOG = "metrics.jsonl"

@@ -7,7 +7,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from dia_diffusion import DIAUNet2DModel
-from dia_diffusion.models.blocks import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES
+from dia_diffusion.models.unet import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES
 from tiny_unets import PLAIN, TINY, batch, combinations, gradients, make
 
 PAIRS = [(down, up) for down in DOWN_BLOCK_TYPES for up in UP_BLOCK_TYPES if down.startswith("K") == up.startswith("K")]

@@ -160,7 +160,7 @@ def test_channels_last_goes_through_every_block(attention):
 
     def look(name):
         def hook(module, arguments, output):
-            formats[name] = output[0].is_contiguous(memory_format=torch.channels_last)
+            formats[name] = output.is_contiguous(memory_format=torch.channels_last)
 
         return hook
 

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from dia_diffusion.errors import UsageError
-from dia_diffusion.attention.sharing import BRIDGES, SharedAttention
+from dia_diffusion.attention.sharing import BRIDGES, AttentionState, SharedAttention
 
 WIDTHS = (8, 8, 16, 16, 8)
 
 
 def run(attention: SharedAttention, branches: list[torch.Tensor], context=None):
-    state = attention.initial_state(context)
+    state = AttentionState(context=context)
     gates = []
     for branch in branches:
         gate, state = attention(branch, state)
@@ -139,19 +139,59 @@ def test_state_carries_from_block_to_block_and_starts_from_the_context():
 
 
 def test_bridges_differ_as_they_say():
-    context = torch.randn(2, 10)
-    features = torch.randn(2, 8, 4, 4)
-
+    """Two blocks on the way down, on one level each, then one on the way up, beside the first."""
+    context, features = torch.randn(2, 10), torch.randn(3, 2, 8, 4, 4)
     for bridge in BRIDGES:
-        attention = SharedAttention((8, 8, 8), bridge=bridge, hidden_size=6, context_size=10)
-        start = attention.initial_state(context)
-        _, left = attention(features, start)
-        _, now = attention(features + 1, left)
-        _, entered = attention(features, attention.enter_level(now, context, left))
-        mean = tuple((a + b) / 2 for a, b in zip(left.memory["network"], now.memory["network"], strict=True))
-        memory = {"carry": now.memory, "reset": start.memory, "skip": {"network": mean}}[bridge]
-        _, expected = attention(features, now._replace(memory=memory))
-        torch.testing.assert_close(entered, expected)
+        attention = SharedAttention(
+            (8, 8, 8),
+            bridge=bridge,
+            hidden_size=6,
+            init="paper",
+            context_size=10,
+            levels=("down 0", "down 1", "up 0"),
+            joins={"up 0": "down 0"},
+        )
+        if bridge == "skip":
+            nn.init.normal_(attention.skip_logits)
+        gates = run(attention, features, context)
+
+        # The same by hand, from the cell alone.
+        start = attention.initial_states["network"](nn.functional.silu(context)).chunk(2, dim=1)
+        cell = attention.shared["network"]
+        pooled = [attention.encoders["8"](x.mean((2, 3))) for x in features]
+        first = cell(pooled[0], start)
+        second = cell(pooled[1], start if bridge == "reset" else first)
+        before_third = {"carry": second, "reset": start}.get(bridge)
+        if bridge == "skip":
+            shares = torch.sigmoid(attention.skip_logits)
+            before_third = tuple((1 - s) * now + s * then for s, now, then in zip(shares, second, first, strict=True))
+        third = cell(pooled[2], before_third)
+        for gate, (hidden, _) in zip(gates, (first, second, third), strict=True):
+            torch.testing.assert_close(gate[:, :, 0, 0], torch.sigmoid(attention.decoders["8"](hidden)))
+
+
+def test_the_position_is_the_blocks_own():
+    """A block that is left out, or run twice, does not move the others to modules that are not theirs."""
+    attention = SharedAttention((8, 8, 16), "se", "block", init="paper")
+    small, large = torch.randn(2, 8, 4, 4), torch.randn(2, 16, 4, 4)
+    expected, _ = attention(large, AttentionState(position=2))
+    for positions in ((0, 2), (0, 1, 1, 2), (2,)):
+        state = AttentionState()
+        for position in positions:
+            gate, state = attention(large if position == 2 else small, state._replace(position=position))
+        torch.testing.assert_close(gate, expected)
+
+
+def test_tokens_are_pooled_as_pixels_are():
+    """Branches of shape (B, N, C) get the gates of the same values as (B, C, H, W)."""
+    for kind in ("lstm", "se", "eca", "srm"):
+        pixels = SharedAttention((8, 8), kind, init="paper", hidden_size=6).eval()
+        tokens = SharedAttention((8, 8), kind, init="paper", hidden_size=6, channel_dim=-1).eval()
+        tokens.load_state_dict(pixels.state_dict())
+        features = torch.randn(2, 3, 8, 4, 5)
+        by_pixels, by_tokens = run(pixels, features), run(tokens, features.flatten(3).transpose(2, 3))
+        for gate, other in zip(by_pixels, by_tokens, strict=True):
+            torch.testing.assert_close(gate[:, :, 0, 0], other[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -168,8 +208,24 @@ def test_bridges_differ_as_they_say():
         ({"hidden_size": 0}, "hidden_size must be at least 1"),
         ({"gate_slope": 0}, "gate_slope must be above 0"),
         ({"reduction": 0}, "reduction must be at least 1"),
+        ({"attention": "cbam", "channel_dim": -1}, "tokens"),
     ],
 )
 def test_errors_say_what_to_choose(arguments, words):
     with pytest.raises(UsageError, match=words):
         SharedAttention(WIDTHS, **arguments)
+
+
+def test_a_context_that_is_missing_is_said():
+    with pytest.raises(UsageError, match="starts from a context"):
+        run(SharedAttention(WIDTHS, context_size=10), branches())
+
+
+def test_two_blocks_of_half_precision_do_not_overflow():
+    """The sum over 128 x 128 pixels of mean 4 is more than half precision holds, their mean is not."""
+    for kind in ("lstm", "se", "srm"):
+        attention = SharedAttention((8, 8), kind, init="paper", hidden_size=6).half().eval()
+        branch = torch.full((1, 8, 128, 128), 4.0, dtype=torch.float16)
+        for gate in run(attention, [branch, branch]):
+            assert gate.dtype == torch.float16
+            assert gate.isfinite().all()

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DModel
 
 from dia_diffusion import DIAUNet2DModel
-from dia_diffusion.models.blocks import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES
+from dia_diffusion.models.unet import DOWN_BLOCK_TYPES, UP_BLOCK_TYPES
 from dia_diffusion.errors import UsageError
 
 SMALL = {

@@ -1,4 +1,4 @@
-"""Channel attention modules, on statistics pooled from features `(B, C, H, W)`; `sharing.py` puts them to work.
+"""Channel attention modules, on statistics pooled from a residual branch; `sharing.py` puts them to work.
 
 Notation: B batch, C channels, S pooled statistics.
 
@@ -7,11 +7,29 @@ SRM (Lee et al., ICCV 2019), CBAM (Woo et al., ECCV 2018).
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 LSTMState = tuple[Tensor, Tensor]
+
+
+class CellMatrices(NamedTuple):
+    """The layers of a `DIALSTMCell` as one affine map before its ReLU and one behind it.
+
+    Attributes:
+        hidden (`Tensor` of shape `(P + C, 2 * C/r)`), hidden_offset (`Tensor` of shape `(2 * C/r,)`):
+            From pooled features of width P and the state h to what the ReLU takes, of both bottlenecks.
+        gates (`Tensor` of shape `(2 * C/r, 4 * C)`), gates_offset (`Tensor` of shape `(4 * C,)`):
+            From there to the gates i, f, 2 z, o.
+    """
+
+    hidden: Tensor
+    hidden_offset: Tensor
+    gates: Tensor
+    gates_offset: Tensor
 
 
 class DIALSTMCell(nn.Module):
@@ -22,22 +40,67 @@ class DIALSTMCell(nn.Module):
     (0, 1) and can serve as an attention map.
 
     Args:
-        channels (`int`): Width C of the pooled features and of the state.
+        channels (`int`): Width C of the state, and of the pooled features unless an encoder comes before the cell.
         reduction (`int`, *optional*, defaults to 4): Reduction ratio r of the bottlenecks.
     """
 
     def __init__(self, channels: int, reduction: int = 4):
         super().__init__()
+        self.channels = channels
         self.input_gates = _bottleneck(channels, 4 * channels, reduction)
         self.state_gates = _bottleneck(channels, 4 * channels, reduction)
 
-    def forward(self, pooled: Tensor, state: LSTMState) -> LSTMState:
-        """Maps pooled features `(B, C)` and a state `(h, c)`, each `(B, C)`, to the next state; h is in (0, 1)."""
+    def matrices(
+        self, pooled: Tensor, encoder: nn.Module | None = None, layer_dtype: torch.dtype | None = None
+    ) -> CellMatrices:
+        """The cell's layers multiplied out, once for all blocks whose pooled features have the width P.
+
+        Args:
+            pooled (`Tensor` of shape `(B, P)`): Such features; their type and place are those of the matrices.
+            encoder (`nn.Module`, *optional*): A linear layer from P to C that comes before the cell.
+            layer_dtype (`torch.dtype`, *optional*): What the layers take, where it is not the type of the features.
+        """
+        encode = nn.Identity() if encoder is None else encoder
+        (from_pooled, _, to_gates), (from_state, _, state_to_gates) = self.input_gates, self.state_gates
+        width = pooled.shape[1]
+
+        def hidden(x: Tensor) -> Tensor:
+            return torch.cat([from_pooled(encode(x[:, :width])), from_state(x[:, width:])], dim=1)
+
+        def gates(x: Tensor) -> Tensor:
+            of_pooled, of_state = x.chunk(2, dim=1)
+            i, f, z, o = (to_gates(of_pooled) + state_to_gates(of_state)).chunk(4, dim=1)
+            return torch.cat([i, f, 2 * z, o], dim=1)
+
+        return CellMatrices(
+            *_affine_map(hidden, width + self.channels, pooled, layer_dtype),
+            *_affine_map(gates, 2 * to_gates.in_features, pooled, layer_dtype),
+        )
+
+    def forward(self, pooled: Tensor, state: LSTMState, matrices: CellMatrices | None = None) -> LSTMState:
+        """Maps pooled features `(B, P)` and a state `(h, c)`, each `(B, C)`, to the next state; h is in (0, 1).
+
+        With `gates = U(pooled) + V(h)` of the two bottlenecks U and V:
+        `c' = sigmoid(f) c + sigmoid(i) tanh(z)` and `h' = sigmoid(o) sigmoid(c')`.
+        """
         h, c = state
-        i, f, z, o = (self.input_gates(pooled) + self.state_gates(h)).chunk(4, dim=-1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
-        h = torch.sigmoid(o) * torch.sigmoid(c)
-        return h, c
+        matrices = self.matrices(pooled) if matrices is None else matrices
+        hidden = torch.addmm(matrices.hidden_offset, torch.cat([pooled, h], dim=1), matrices.hidden).relu()
+        i, f, z, o = torch.addmm(matrices.gates_offset, hidden, matrices.gates).sigmoid().chunk(4, dim=1)
+        # tanh(z) is 2 sigmoid(2 z) - 1: one call serves all gates.
+        c = torch.addcmul(f * c - i, i, z, value=2)
+        return o * torch.sigmoid(c), c
+
+
+def _affine_map(
+    function: Callable[[Tensor], Tensor], size: int, like: Tensor, layer_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Matrix and offset of an affine function of vectors `(B, size)`, from its values at the unit vectors and at zero.
+
+    The layers are called, not read: what fetches, casts or adapts weights does so when a layer is called.
+    """
+    values = function(torch.eye(size + 1, size, dtype=layer_dtype or like.dtype, device=like.device)).to(like.dtype)
+    return values[:-1] - values[-1], values[-1]
 
 
 class SEAttention(nn.Module):
@@ -84,9 +147,14 @@ class SRMAttention(nn.Module):
         self.weight = nn.Parameter(torch.randn(2, channels) / math.sqrt(2))
         self.last = nn.BatchNorm1d(channels)
 
-    def forward(self, statistics: Tensor) -> Tensor:
-        """Maps statistics `(B, 2, C)` to logits `(B, C)`."""
-        return self.last((statistics * self.weight).sum(1))
+    def forward(self, statistics: Tensor, again: bool = False) -> Tensor:
+        """Maps statistics `(B, 2, C)` to logits `(B, C)`. With `again` a batch that was seen before is not counted
+        in the running statistics once more."""
+        styles = (statistics * self.weight).sum(1)
+        if again and self.training:
+            norm = self.last
+            return nn.functional.batch_norm(styles, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        return self.last(styles)
 
 
 class CBAMAttention(SEAttention):
@@ -111,7 +179,7 @@ class CBAMSpatialAttention(nn.Module):
         self.last = nn.Conv2d(2, 1, kernel_size=7, padding=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps features `(B, C, H, W)` to logits `(B, 1, H, W)`."""
+        """Maps a branch `(B, C, H, W)` to logits `(B, 1, H, W)`."""
         return self.last(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1))
 
 

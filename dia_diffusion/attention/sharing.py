@@ -1,39 +1,27 @@
 """Attention for the residual branches of a network, with its modules shared between the blocks.
 
-Everything here works on any sequence of residual branches of shape `(B, C, H, W)`; nothing knows what network they
-come from. Notation: B batch, C channels of a block, d width at which a shared module works. The sharing and the LSTM
-are those of Huang et al., arXiv 2210.16101 and 1905.10671.
+Everything here works on any sequence of residual branches; nothing knows what network they come from. Notation:
+B batch, C channels of a block, d width at which a shared module works. The sharing and the LSTM are those of Huang et
+al., arXiv 2210.16101 and 1905.10671.
 """
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .modules import ATTENTIONS, CBAMSpatialAttention, LSTMState
 from ..errors import UsageError
+from .modules import ATTENTIONS, CBAMSpatialAttention, CellMatrices
 
 SHARINGS = ("network", "level", "block")
 BRIDGES = ("carry", "skip", "reset")
 INITS = ("identity", "paper")
 
-
-def _mean(x: Tensor) -> Tensor:
-    # The gradient of a sum is a view; that of a mean would be written out at full size.
-    return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
-
-
-def _std(x: Tensor) -> Tensor:
-    # The small constant keeps the gradient finite where a channel is flat.
-    return (x.var((2, 3), correction=0) + 1e-5).sqrt()
-
-
-def _max(x: Tensor) -> Tensor:
-    return x.amax((2, 3))
-
-
-_POOLS = {"mean": _mean, "std": _std, "max": _max}
+# State (h, c) of each shared LSTM cell; for `time`, the projected context.
+Memory = dict[str, tuple[Tensor, ...]]
 
 
 class AttentionState(NamedTuple):
@@ -41,17 +29,23 @@ class AttentionState(NamedTuple):
 
     Attributes:
         position (`int`): Index of the next block.
-        memory (`dict[str, tuple[Tensor, ...]]`):
-            State `(h, c)` of each shared LSTM cell, zero if it is missing; for `time`, the projected context.
-        maps (`tuple[Tensor, ...]`, *optional*): Channel gates `(B, C)` of the blocks passed so far, where asked for.
-        left (`dict[str, tuple[Tensor, Tensor]]`, *optional*):
-            What an earlier level left in its memory, for the next block to join with its own.
+        context (`Tensor` of shape `(B, context_size)`, *optional*): What the memory starts from; zero without.
+        level (`str`, *optional*): The level of the block before; `None` at the start.
+        memory (`dict[str, tuple[Tensor, ...]]`): See `Memory`; a cell that is missing has the state zero.
+        left (`dict[str, Memory]`): The memory that each level left behind, where `bridge` is `skip`.
+        matrices (`dict[str, CellMatrices]`): The cell's layers for each width, multiplied out at the first block.
+        maps (`dict[int, Tensor]`, *optional*): Channel gates `(B, C)` by position, where they are asked for.
+        again (`bool`): Whether this is a repetition of blocks that were run before, to compute gradients.
     """
 
-    position: int
-    memory: dict[str, LSTMState | tuple[Tensor]]
-    maps: tuple[Tensor, ...] | None
-    left: dict[str, LSTMState] | None = None
+    position: int = 0
+    context: Tensor | None = None
+    level: str | None = None
+    memory: Memory = {}  # noqa: RUF012 (never changed, always replaced)
+    left: dict[str, Memory] = {}  # noqa: RUF012
+    matrices: dict[str, CellMatrices] = {}  # noqa: RUF012
+    maps: dict[int, Tensor] | None = None
+    again: bool = False
 
 
 class ChannelScale(nn.Module):
@@ -79,7 +73,10 @@ class SharedAttention(nn.Module):
         sharing (`str`, *optional*, defaults to `"network"`):
             `network`: one module of width `hidden_size`, and for each channel width C one pair of linear adapters,
             C to `hidden_size` and back. `level`: one module for each channel width. `block`: one for each block.
-        bridge (`str`, *optional*, defaults to `"carry"`): How the LSTM's state enters a level; see `enter_level`.
+        bridge (`str`, *optional*, defaults to `"carry"`):
+            How the LSTM's state enters another level. `carry` lets it go on. `reset` starts again as at the first
+            block. `skip` joins it with the one that the level in `joins` left behind: a learned convex combination for
+            each channel.
         hidden_size (`int`, *optional*, defaults to 64): Width of the module with `sharing="network"`.
         reduction (`int`, *optional*, defaults to 4): Reduction ratio of bottlenecks.
         init (`str`, *optional*, defaults to `"identity"`):
@@ -90,6 +87,9 @@ class SharedAttention(nn.Module):
         context_size (`int`, *optional*):
             Width of a vector (a time embedding, say) from which the LSTM's first state is projected; zero if `None`.
             `time` needs it.
+        levels (`Sequence[str]`, *optional*): The level of each block; by default all are on one.
+        joins (`dict[str, str]`, *optional*): For a level, the earlier one whose state it joins with `skip`.
+        channel_dim (`int`, *optional*, defaults to 1): The dimension of the branches that holds their channels.
 
     Raises:
         UsageError: for an unknown name, and for combinations that have no meaning.
@@ -106,35 +106,22 @@ class SharedAttention(nn.Module):
         init: str = "identity",
         gate_slope: float = 1.0,
         context_size: int | None = None,
+        levels: Sequence[str] | None = None,
+        joins: Mapping[str, str] | None = None,
+        channel_dim: int = 1,
     ):
         super().__init__()
         _check_choices(attention=(attention, ATTENTIONS), sharing=(sharing, SHARINGS))
         _check_choices(bridge=(bridge, BRIDGES), init=(init, INITS))
-        _check_sizes(hidden_size=hidden_size, reduction=reduction)
-        if not gate_slope > 0:
-            raise UsageError(f"gate_slope must be above 0, but is {gate_slope}.")
+        _check_numbers(hidden_size, reduction, gate_slope)
+        _check_meaning(attention, sharing, bridge, context_size, channel_dim)
         self.recurrent = attention == "lstm"
         self.bridge = bridge
         self.gate_scale, self.gate_slope = (2.0, gate_slope) if init == "identity" else (1.0, 1.0)
-        if self.recurrent and sharing == "block":
-            raise UsageError(
-                "attention 'lstm' with sharing 'block' has no meaning: the LSTM's state passes between blocks that "
-                "share one cell. Use sharing 'network' or 'level', or another attention."
-            )
-        if not self.recurrent and bridge != "carry":
-            raise UsageError(f"bridge '{bridge}' has no meaning for attention '{attention}': only 'lstm' has a state.")
-        if sharing == "level" and bridge == "skip":
-            raise UsageError(
-                "bridge 'skip' with sharing 'level' has no meaning: each width keeps a state of its own, which the up "
-                "path takes up where the down path left it. Use bridge 'carry' or 'reset', or sharing 'network'."
-            )
-
-        if attention == "time" and context_size is None:
-            raise UsageError(
-                "attention 'time' sees the time embedding alone, so it cannot do without: set time_conditioned."
-            )
-
         self.widths = tuple(widths)
+        self.levels = ("",) * len(self.widths) if levels is None else tuple(levels)
+        self.joins = dict(joins or {})
+        self.channel_dim = channel_dim
         self.keys = tuple(_module_key(sharing, position, width) for position, width in enumerate(self.widths))
         sizes = {
             key: hidden_size if sharing == "network" else width
@@ -171,81 +158,135 @@ class SharedAttention(nn.Module):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
-    def initial_state(self, context: Tensor | None = None, record: bool = False) -> AttentionState:
-        """The state before the first block, from a context `(B, context_size)` where the module was built with one.
-
-        With `record=True` the state collects the channel gates in `maps`.
-        """
-        return AttentionState(0, self._initial_memory(context), () if record else None)
-
-    def enter_level(
-        self, state: AttentionState, context: Tensor | None = None, left: AttentionState | None = None
-    ) -> AttentionState:
-        """Applies the bridge where a new level of the network begins.
-
-        `carry` lets the state go on. `reset` starts again from the initial state. `skip` joins the state with the one
-        that the matching earlier level `left` behind, if there is one: a learned convex combination for each channel.
-        """
-        if not self.recurrent or self.bridge == "carry":
-            return state
-        if self.bridge == "reset":
-            return state._replace(memory=self._initial_memory(context))
-        return state if left is None else state._replace(left=left.memory)
-
     def forward(self, branch: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """The gate for a residual branch, and the state for the next block.
 
         Args:
-            branch (`Tensor` of shape `(B, C, H, W)`): F(x) of the block at `state.position`.
-            state (`AttentionState`): What the block before passed on.
+            branch (`Tensor` of shape `(B, C, H, W)`, or with `channel_dim=-1` `(B, N, C)`):
+                F(x) of the block at `state.position`.
+            state (`AttentionState`): What the block before passed on; at the start one with a context or none.
 
         Returns:
-            The gate, of shape `(B, C, 1, 1)` or with a spatial part `(B, C, H, W)`, and the next state.
+            The gate, of shape `(B, C, 1, 1)` (`(B, 1, C)`), or with a spatial part `(B, C, H, W)`, and the next state.
         """
+        # Its small products are done in the precision of its weights, whatever the network around it computes in.
+        with _without_autocast(branch):
+            layer_dtype = self._layer_dtype(branch)
+            state = self._enter_level(state, branch, layer_dtype)
+            channel_gate, state = self._channel_gate(branch, state, layer_dtype)
+        shape = [1] * branch.ndim
+        shape[0], shape[self.channel_dim] = channel_gate.shape
+        gate = channel_gate.view(shape)
+        key = self.keys[state.position]
+        if key in self.spatial:
+            gate = gate.to(branch.dtype)
+            gate = gate * self._gate(self.spatial[key](branch * gate))
+        if state.maps is not None:
+            state = state._replace(maps={**state.maps, state.position: channel_gate})
+        state = state._replace(position=state.position + 1)
+        return gate if gate.dtype == branch.dtype else gate.to(branch.dtype), state
+
+    def _channel_gate(
+        self, branch: Tensor, state: AttentionState, layer_dtype: torch.dtype
+    ) -> tuple[Tensor, AttentionState]:
+        """The gate of each channel, `(B, C)`, and the state with the LSTM's new memory."""
         key, width = self.keys[state.position], str(self.widths[state.position])
         module = self.shared[key]
-        sources = [_POOLS[name](branch) for name in self.statistics] or state.memory[key]
-        # The cell takes its one statistic as it is.
-        pooled = sources[0] if self.recurrent else torch.stack(list(sources), dim=1)
+        if self.recurrent:
+            pooled = self._pool("mean", branch)
+            if not state.matrices:
+                state = state._replace(matrices=self._multiply_out(pooled, layer_dtype))
+            memory = state.memory.get(key) or (pooled.new_zeros(len(pooled), module.channels),) * 2
+            hidden, cell = module(pooled, memory, state.matrices[width])
+            state = state._replace(memory={**state.memory, key: (hidden, cell)})
+            # Without a decoder it is the gate itself.
+            return self._gate(self._decode(width, hidden, layer_dtype)) if self.decoders else hidden, state
+        statistics = [self._pool(name, branch) for name in self.statistics] or state.memory[key]
+        pooled = torch.stack(list(statistics), dim=1).to(layer_dtype)
         if width in self.encoders:
             pooled = self.encoders[width](pooled)
+        logits = module(pooled, again=True) if state.again and "std" in self.statistics else module(pooled)
+        if not self.decoders:
+            return self._gate(logits), state
+        return self._gate(self._decode(width, torch.sigmoid(logits), layer_dtype)), state
 
-        # Not in `enter_level`: hooks that fetch offloaded weights know of `forward` only.
-        memory = state.memory if state.left is None else self._join(state.memory, state.left)
-        if self.recurrent:
-            attended, cell = module(pooled, memory.get(key) or (torch.zeros_like(pooled),) * 2)
-            memory = {**memory, key: (attended, cell)}
-        else:
-            logits = module(pooled)
-            attended = torch.sigmoid(logits) if self.decoders else self._gate(logits)
-        if self.decoders:
-            decoder = self.decoders[width]
-            attended = self._gate(decoder(attended))
+    def _enter_level(self, state: AttentionState, branch: Tensor, layer_dtype: torch.dtype) -> AttentionState:
+        """Applies the bridge where the block is on another level than the one before; starts the memory."""
+        level = self.levels[state.position]
+        if level == state.level:
+            return state
+        memory, left = state.memory, state.left
+        if state.level is None or self.bridge == "reset":
+            memory = self._initial_memory(state.context, _pooled_dtype(branch), layer_dtype)
+        elif self.bridge == "skip":
+            left = {**left, state.level: memory}
+            if self.joins.get(level) in left:
+                memory = self._join(memory, left[self.joins[level]])
+        return state._replace(level=level, memory=memory, left=left)
 
-        gate = attended[:, :, None, None]
-        if key in self.spatial:
-            gate = gate * self._gate(self.spatial[key](branch * gate))
-        maps = None if state.maps is None else (*state.maps, attended)
-        return gate.to(branch.dtype), AttentionState(state.position + 1, memory, maps)
+    def _initial_memory(self, context: Tensor | None, dtype: torch.dtype, layer_dtype: torch.dtype) -> Memory:
+        if not self.initial_states:
+            return {}
+        if context is None:
+            raise UsageError("this attention starts from a context, such as the time embedding, and was given none.")
+        context = nn.functional.silu(context).to(layer_dtype)
+        parts = 2 if self.recurrent else 1
+        return {key: project(context).to(dtype).chunk(parts, dim=-1) for key, project in self.initial_states.items()}
 
-    def _join(self, memory: dict[str, LSTMState], left: dict[str, LSTMState]) -> dict[str, LSTMState]:
-        shares = torch.sigmoid(self.skip_logits)
+    def _join(self, memory: Memory, left: Memory) -> Memory:
+        shares = torch.sigmoid(self.skip_logits.to(next(iter(memory.values()))[0].dtype))
         return {
             key: tuple(now + s * (then - now) for s, now, then in zip(shares, held, left[key], strict=True))
             for key, held in memory.items()
         }
 
+    def _multiply_out(self, pooled: Tensor, layer_dtype: torch.dtype) -> dict[str, CellMatrices]:
+        keys = dict(zip(map(str, self.widths), self.keys, strict=True))
+        return {
+            width: self.shared[key].matrices(
+                pooled.new_empty(0, int(width)), self.encoders[width] if self.encoders else None, layer_dtype
+            )
+            for width, key in keys.items()
+        }
+
+    def _pool(self, statistic: str, branch: Tensor) -> Tensor:
+        """A statistic `(B, C)` over all but the channels. A sum of half-precision numbers would overflow in theirs."""
+        channels = self.channel_dim % branch.ndim
+        dims = [dim for dim in range(1, branch.ndim) if dim != channels]
+        dtype = _pooled_dtype(branch)
+        if statistic == "max":
+            return branch.amax(dims).to(dtype)
+        if statistic == "std":
+            # The small constant keeps the gradient finite where a channel is flat.
+            return (branch.to(dtype).var(dims, correction=0) + 1e-5).sqrt()
+        # The gradient of a sum is a view; that of a mean would be written out at full size.
+        return branch.sum(dims, dtype=dtype) / math.prod([branch.shape[dim] for dim in dims])
+
+    def _decode(self, width: str, attended: Tensor, layer_dtype: torch.dtype) -> Tensor:
+        return self.decoders[width](attended if attended.dtype == layer_dtype else attended.to(layer_dtype))
+
     def _gate(self, logits: Tensor) -> Tensor:
         if self.gate_slope != 1:
             logits = self.gate_slope * logits
-        return self.gate_scale * torch.sigmoid(logits)
+        gate = torch.sigmoid(logits)
+        return gate if self.gate_scale == 1 else self.gate_scale * gate
 
-    def _initial_memory(self, context: Tensor | None) -> dict[str, LSTMState]:
-        parts = 2 if self.recurrent else 1
-        return {
-            key: project(nn.functional.silu(context)).chunk(parts, dim=-1)
-            for key, project in self.initial_states.items()
-        }
+    def _layer_dtype(self, branch: Tensor) -> torch.dtype:
+        """What the layers compute in. Where diffusers casts weights layer by layer they are stored smaller than that,
+        and an attention trained in full precision may be attached to a network in half."""
+        stored = next(self.parameters()).dtype
+        return branch.dtype if stored.itemsize == 1 else torch.promote_types(stored, branch.dtype)
+
+
+def _pooled_dtype(branch: Tensor) -> torch.dtype:
+    return torch.promote_types(branch.dtype, torch.float32)
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _module_key(sharing: str, position: int, width: int) -> str:
@@ -258,7 +299,32 @@ def _check_choices(**choices: tuple[str, Sequence[str]]) -> None:
             raise UsageError(f"unknown {name} '{value}'. Choose one of: {', '.join(known)}.")
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
+def _check_numbers(hidden_size: int, reduction: int, gate_slope: float) -> None:
+    for name, size in (("hidden_size", hidden_size), ("reduction", reduction)):
         if size < 1:
             raise UsageError(f"{name} must be at least 1, but is {size}.")
+    if not gate_slope > 0:
+        raise UsageError(f"gate_slope must be above 0, but is {gate_slope}.")
+
+
+def _check_meaning(attention: str, sharing: str, bridge: str, context_size: int | None, channel_dim: int) -> None:
+    """Refuses combinations that mean nothing."""
+    recurrent = attention == "lstm"
+    if recurrent and sharing == "block":
+        raise UsageError(
+            "attention 'lstm' with sharing 'block' has no meaning: the LSTM's state passes between blocks that "
+            "share one cell. Use sharing 'network' or 'level', or another attention."
+        )
+    if not recurrent and bridge != "carry":
+        raise UsageError(f"bridge '{bridge}' has no meaning for attention '{attention}': only 'lstm' has a state.")
+    if sharing == "level" and bridge == "skip":
+        raise UsageError(
+            "bridge 'skip' with sharing 'level' has no meaning: each width keeps a state of its own, which the up "
+            "path takes up where the down path left it. Use bridge 'carry' or 'reset', or sharing 'network'."
+        )
+    if attention == "time" and context_size is None:
+        raise UsageError(
+            "attention 'time' sees the time embedding alone, so it cannot do without: set time_conditioned."
+        )
+    if attention == "cbam" and channel_dim != 1:
+        raise UsageError("attention 'cbam' convolves over pixels, and these branches hold tokens: use another.")

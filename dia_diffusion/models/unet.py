@@ -1,7 +1,8 @@
 """DIAUNet2DModel: diffusers' UNet2DModel with shared attention on every residual branch."""
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
@@ -13,11 +14,43 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
-from .blocks import check_block_types, gate_residual_blocks
+from ..attention.checkpointing import CarryState
+from ..attention.run import Run, record_maps
+from ..attention.sharing import SharedAttention
 from ..errors import UsageError
-from ..attention.sharing import AttentionState, SharedAttention
+from .branches import Branch, fuse_resnets, gate_branches, resnet_branches
 
 _DIA_PREFIX = "dia."
+DOWN_BLOCK_TYPES = (
+    "DownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "AttnDownBlock2D",
+    "SkipDownBlock2D",
+    "AttnSkipDownBlock2D",
+    "KDownBlock2D",
+)
+UP_BLOCK_TYPES = (
+    "UpBlock2D",
+    "ResnetUpsampleBlock2D",
+    "AttnUpBlock2D",
+    "SkipUpBlock2D",
+    "AttnSkipUpBlock2D",
+    "KUpBlock2D",
+    "KCrossAttnUpBlock2D",
+)
+
+
+def with_arguments_of(parent: Callable) -> Callable[[Callable], Callable]:
+    """A decorator for an `__init__` that takes `*args` and `**kwargs` for its parent's and arguments of its own by
+    name: its signature names them all, which is what diffusers' configurations go by."""
+
+    def decorate(init: Callable) -> Callable:
+        inherited = inspect.signature(parent).parameters.values()
+        own = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        init.__signature__ = inspect.Signature([*inherited, *own])
+        return init
+
+    return decorate
 
 
 class DIAUNet2DModel(UNet2DModel):
@@ -54,36 +87,10 @@ class DIAUNet2DModel(UNet2DModel):
     """
 
     @register_to_config
+    @with_arguments_of(UNet2DModel.__init__)
     def __init__(
         self,
-        sample_size: int | tuple[int, int] | None = None,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        center_input_sample: bool = False,
-        time_embedding_type: str = "positional",
-        time_embedding_dim: int | None = None,
-        freq_shift: int = 0,
-        flip_sin_to_cos: bool = True,
-        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        mid_block_type: str | None = "UNetMidBlock2D",
-        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
-        layers_per_block: int = 2,
-        mid_block_scale_factor: float = 1,
-        downsample_padding: int = 1,
-        downsample_type: str = "conv",
-        upsample_type: str = "conv",
-        dropout: float = 0.0,
-        act_fn: str = "silu",
-        attention_head_dim: int | None = 8,
-        norm_num_groups: int = 32,
-        attn_norm_num_groups: int | None = None,
-        norm_eps: float = 1e-5,
-        resnet_time_scale_shift: str = "default",
-        add_attention: bool = True,
-        class_embed_type: str | None = None,
-        num_class_embeds: int | None = None,
-        num_train_timesteps: int | None = None,
+        *args: Any,
         dia_attention: str = "lstm",
         dia_sharing: str = "network",
         dia_bridge: str = "carry",
@@ -92,53 +99,42 @@ class DIAUNet2DModel(UNet2DModel):
         dia_time_conditioned: bool = True,
         dia_init: str = "identity",
         dia_gate_slope: float = 1.0,
+        **kwargs: Any,
     ):
-        check_block_types(down_block_types, up_block_types, in_channels)
-        super().__init__(
-            sample_size=sample_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            center_input_sample=center_input_sample,
-            time_embedding_type=time_embedding_type,
-            time_embedding_dim=time_embedding_dim,
-            freq_shift=freq_shift,
-            flip_sin_to_cos=flip_sin_to_cos,
-            down_block_types=down_block_types,
-            mid_block_type=mid_block_type,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            mid_block_scale_factor=mid_block_scale_factor,
-            downsample_padding=downsample_padding,
-            downsample_type=downsample_type,
-            upsample_type=upsample_type,
-            dropout=dropout,
-            act_fn=act_fn,
-            attention_head_dim=attention_head_dim,
-            norm_num_groups=norm_num_groups,
-            attn_norm_num_groups=attn_norm_num_groups,
-            norm_eps=norm_eps,
-            resnet_time_scale_shift=resnet_time_scale_shift,
-            add_attention=add_attention,
-            class_embed_type=class_embed_type,
-            num_class_embeds=num_class_embeds,
-            num_train_timesteps=num_train_timesteps,
-        )
-        widths = gate_residual_blocks(self)
-        self._block_names = tuple(widths)
+        unet = inspect.signature(UNet2DModel.__init__).bind(self, *args, **kwargs)
+        unet.apply_defaults()
+        arguments = {name: value for name, value in unet.arguments.items() if name != "self"}
+        check_block_types(arguments["down_block_types"], arguments["up_block_types"], arguments["in_channels"])
+        super().__init__(**arguments)
+        fuse_resnets(self)
         self.dia = None
         if dia_attention == "none":
             return
-        self.dia = SharedAttention(
-            widths=tuple(widths.values()),
-            attention=dia_attention,
-            sharing=dia_sharing,
-            bridge=dia_bridge,
-            hidden_size=dia_hidden_size,
-            reduction=dia_reduction,
-            init=dia_init,
-            gate_slope=dia_gate_slope,
-            context_size=self.time_embedding.linear_2.out_features if dia_time_conditioned else None,
+        branches = self._branches()
+        self.dia = self._make_attention(branches)
+        self._chain = gate_branches(self, branches, context=("down_blocks.0", "temb", 1))
+
+    def _branches(self) -> list[Branch]:
+        down = [f"down_blocks.{number}" for number in range(len(self.down_blocks))]
+        middle = ["mid_block"] if self.mid_block is not None else []
+        up = [f"up_blocks.{number}" for number in range(len(self.up_blocks))]
+        return resnet_branches(self, [*down, *middle, *up])
+
+    def _make_attention(self, branches: list[Branch]) -> SharedAttention:
+        """New attention for these branches, as the configuration says."""
+        config, levels = self.config, len(self.down_blocks)
+        return SharedAttention(
+            widths=[branch.width for branch in branches],
+            attention=config.dia_attention,
+            sharing=config.dia_sharing,
+            bridge=config.dia_bridge,
+            hidden_size=config.dia_hidden_size,
+            reduction=config.dia_reduction,
+            init=config.dia_init,
+            gate_slope=config.dia_gate_slope,
+            context_size=self.time_embedding.linear_2.out_features if config.dia_time_conditioned else None,
+            levels=[branch.level for branch in branches],
+            joins={f"up_blocks.{number}": f"down_blocks.{levels - 1 - number}" for number in range(levels)},
         )
 
     @classmethod
@@ -149,7 +145,8 @@ class DIAUNet2DModel(UNet2DModel):
             unet (`UNet2DModel`): The UNet to start from. It is not changed.
             dia_arguments: Any `dia_*` argument of this class.
         """
-        unknown = [name for name in dia_arguments if not name.startswith("dia_") or name not in _arguments(cls)]
+        known = inspect.signature(cls.__init__).parameters
+        unknown = [name for name in dia_arguments if not name.startswith("dia_") or name not in known]
         if unknown:
             raise TypeError(f"from_unet() got an unexpected keyword argument '{unknown[0]}'")
         model = _cast(cls.from_config(unet.config, **dia_arguments), unet)
@@ -159,21 +156,6 @@ class DIAUNet2DModel(UNet2DModel):
             raise UsageError(f"the weights do not fit a UNet2DModel of this configuration, for example {strangers[0]}.")
         return model.train(unet.training)
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike, output_loading_info: bool = False, **kwargs: Any
-    ) -> "DIAUNet2DModel":
-        """Loads a saved model as [`~diffusers.ModelMixin.from_pretrained`] does, with the same arguments.
-
-        A UNet2DModel saved without DIA loads too: its DIA starts fresh, as in `from_unet`.
-        """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        if any(key.startswith(_DIA_PREFIX) for key in info["missing_keys"]):
-            # diffusers leaves weights that a file lacks uninitialised.
-            fresh = cls.from_config(model.config).dia
-            model.dia = fresh.to(device=model.device, dtype=model.dtype).eval()
-        return (model, info) if output_loading_info else model
-
     def to_unet(self) -> UNet2DModel:
         """The UNet2DModel with this model's weights, without DIA. Its output differs unless all gates are 1."""
         config = {name: value for name, value in self.config.items() if not name.startswith("dia_")}
@@ -182,28 +164,28 @@ class DIAUNet2DModel(UNet2DModel):
         unet.load_state_dict({key: weights[key] for key in weights if not key.startswith(_DIA_PREFIX)})
         return unet.train(self.training)
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float | int,
-        class_labels: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> UNet2DOutput | tuple[Tensor]:
-        """The [`DIAUNet2DModel`] forward method.
+    @functools.wraps(UNet2DModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> UNet2DOutput | tuple[Tensor]:
+        self._check_inputs(*args, **kwargs)
+        if self.dia is None:
+            return super().forward(*args, **kwargs)
+        with Run(self._chain, self.dia):
+            return super().forward(*args, **kwargs)
 
-        Args:
-            sample (`Tensor` of shape `(batch, channel, height, width)`):
-                The noisy input. Height and width must be divisible by the product of all downsampling.
-            timestep (`Tensor` or `float` or `int`): The timestep of each image, or one for all.
-            class_labels (`Tensor` of shape `(batch,)`, *optional*): Class labels for conditioning.
-            return_dict (`bool`, *optional*, defaults to `True`): Whether to return a `UNet2DOutput` or a tuple.
-
-        Returns:
-            `UNet2DOutput` or `tuple`: the prediction, of the shape of `sample`.
-        """
-        self._check_size(sample)
-        output, _ = self._predict(sample, timestep, class_labels)
-        return UNet2DOutput(sample=output) if return_dict else (output,)
+    def _check_inputs(
+        self, sample: Tensor, timestep: object, class_labels: Tensor | None = None, return_dict: bool = True
+    ) -> None:
+        """Refuses in words what UNet2DModel fails at later."""
+        factor, (height, width) = self.downsampling_factor, sample.shape[-2:]
+        if height % factor or width % factor:
+            raise UsageError(
+                f"images of {height}x{width} pixels cannot pass the {len(self.down_blocks)} levels of this UNet: "
+                f"height and width must be multiples of {factor}."
+            )
+        if class_labels is not None and self.class_embedding is None:
+            raise UsageError("class_labels were given, but this model is not class-conditional.")
+        if class_labels is None and self.class_embedding is not None:
+            raise UsageError("this model is class-conditional: give class_labels.")
 
     @torch.no_grad()
     def attention_maps(
@@ -220,97 +202,71 @@ class DIAUNet2DModel(UNet2DModel):
         """
         if self.dia is None:
             raise UsageError("this model has no attention maps: dia_attention is 'none'.")
-        self._check_size(sample)
-        _, state = self._predict(sample, timestep, class_labels, record=True)
-        return dict(zip(self._block_names, state.maps, strict=True))
+        with record_maps(self._chain) as maps:
+            self(sample, timestep, class_labels)
+        return maps
 
-    def _predict(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float | int,
-        class_labels: Tensor | None,
-        record: bool = False,
-    ) -> tuple[Tensor, AttentionState | None]:
-        # 0. center input if necessary
-        if self.config.center_input_sample:
-            sample = 2 * sample - 1.0
-
-        # 1. time, and the attention state that starts from it
-        timesteps = self._broadcast(timestep, sample)
-        emb = self._embed(timesteps, class_labels)
-        state = None if self.dia is None else self.dia.initial_state(emb, record=record)
-
-        # 2. pre-process
-        skip_sample = sample
-        sample = self.conv_in(sample)
-
-        # 3. down
-        residuals, left = (sample,), []
-        for down_block in self.down_blocks:
-            state = self._enter_level(state, emb)
-            sample, block_residuals, skip_sample, state = down_block(sample, emb, self.dia, state, skip_sample)
-            residuals += block_residuals
-            left.append(state)
-
-        # 4. mid
-        if self.mid_block is not None:
-            state = self._enter_level(state, emb)
-            sample, state = self.mid_block(sample, emb, self.dia, state)
-
-        # 5. up
-        skip_sample = None
-        for up_block in self.up_blocks:
-            state = self._enter_level(state, emb, left.pop())
-            taken, residuals = residuals[-len(up_block.resnets) :], residuals[: -len(up_block.resnets)]
-            sample, skip_sample, state = up_block(sample, taken, emb, self.dia, state, skip_sample)
-
-        # 6. post-process
-        sample = self.conv_out(self.conv_act(self.conv_norm_out(sample)))
-        if skip_sample is not None:
-            sample = sample + skip_sample
-        if self.config.time_embedding_type == "fourier":
-            sample = sample / timesteps.reshape(-1, *[1] * (sample.ndim - 1))
-        return sample, state
-
-    def _enter_level(
-        self, state: AttentionState | None, emb: Tensor, left: AttentionState | None = None
-    ) -> AttentionState | None:
-        return None if self.dia is None else self.dia.enter_level(state, emb, left)
-
-    def _broadcast(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
-        if not torch.is_tensor(timestep):
-            timestep = torch.tensor([timestep], dtype=torch.long, device=sample.device)
-        # UNet2DModel truncates a Python float to an integer too.
-        return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
-
-    def _embed(self, timesteps: Tensor, class_labels: Tensor | None) -> Tensor:
-        emb = self.time_embedding(self.time_proj(timesteps).to(dtype=self.dtype))
-        if self.class_embedding is None:
-            if class_labels is not None:
-                raise UsageError("class_labels were given, but this model is not class-conditional.")
-            return emb
-        if class_labels is None:
-            raise UsageError("this model is class-conditional: give class_labels.")
-        if self.config.class_embed_type == "timestep":
-            class_labels = self.time_proj(class_labels)
-        return emb + self.class_embedding(class_labels).to(dtype=self.dtype)
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint
+    ) -> None:
+        if self.dia is not None:
+            gradient_checkpointing_func = CarryState(self._chain, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
 
     @property
     def downsampling_factor(self) -> int:
         """What height and width of the images must be a multiple of."""
         return 2 ** sum(block.downsamplers is not None for block in self.down_blocks)
 
-    def _check_size(self, sample: Tensor) -> None:
-        factor = self.downsampling_factor
-        if sample.shape[-1] % factor or sample.shape[-2] % factor:
-            raise UsageError(
-                f"images of {sample.shape[-2]}x{sample.shape[-1]} pixels cannot pass the {len(self.down_blocks)} "
-                f"levels of this UNet: height and width must be multiples of {factor}."
-            )
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: "DIAUNet2DModel",
+        state_dict: dict[str, Tensor] | None,
+        resolved_model_file: list[Any],
+        pretrained_model_name_or_path: str | PathLike,
+        loaded_keys: list[str],
+        **kwargs: Any,
+    ) -> tuple:
+        # Weights that a file lacks would stay without values. Fresh ones of the attention go in as if it had them, so
+        # that whatever is done about types and devices is done to them as well.
+        missing = [key for key in model.state_dict() if key.startswith(_DIA_PREFIX) and key not in loaded_keys]
+        if missing:
+            weights = model._make_attention(model._branches()).state_dict(prefix=_DIA_PREFIX)
+            fresh = {key: weights[key] for key in missing}
+            if state_dict is not None:
+                state_dict |= fresh
+            else:
+                resolved_model_file = [*resolved_model_file, fresh]
+        model, missing_keys, *rest = super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, pretrained_model_name_or_path, [*loaded_keys, *missing], **kwargs
+        )
+        return model, [*missing_keys, *missing], *rest
 
 
-def _arguments(cls: type) -> Mapping[str, Any]:
-    return inspect.signature(cls.__init__).parameters
+def check_block_types(down_block_types: tuple[str, ...], up_block_types: tuple[str, ...], in_channels: int) -> None:
+    """Refuses block types that UNet2DModel cannot run, and combinations of them that cannot work.
+
+    Raises:
+        UsageError: names the block types that work.
+    """
+    for kind, names, known in (
+        ("down", down_block_types, DOWN_BLOCK_TYPES),
+        ("up", up_block_types, UP_BLOCK_TYPES),
+    ):
+        for name in names:
+            if name.removeprefix("UNetRes") not in known:
+                raise UsageError(f"{kind} block type '{name}' does not work here. Choose among: {', '.join(known)}.")
+    down_is_k = {name.startswith("K") for name in down_block_types}
+    up_is_k = {name.startswith("K") for name in up_block_types}
+    if len(down_is_k | up_is_k) > 1:
+        raise UsageError(
+            "K blocks join their long skip connections in their own way and do not mix with others: "
+            f"use them on every level or on none, but got {down_block_types} and {up_block_types}."
+        )
+    skips = [name for name in (*down_block_types, *up_block_types) if "Skip" in name]
+    if skips and in_channels != 3:
+        raise UsageError(f"{skips[0]} is built for 3 channels, but in_channels is {in_channels}: use another block.")
 
 
 def _cast(model: UNet2DModel, other: UNet2DModel) -> UNet2DModel:
