@@ -50,32 +50,34 @@ class DIALSTMCell(nn.Module):
         self.input_gates = _bottleneck(channels, 4 * channels, reduction)
         self.state_gates = _bottleneck(channels, 4 * channels, reduction)
 
-    def matrices(
+    def before_relu(
         self, pooled: Tensor, encoder: nn.Module | None = None, layer_dtype: torch.dtype | None = None
-    ) -> CellMatrices:
-        """The cell's layers multiplied out, once for all blocks whose pooled features have the width P.
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden` and `hidden_offset` of `CellMatrices`, for all blocks whose pooled features have the width P.
 
         Args:
             pooled (`Tensor` of shape `(B, P)`): Such features; their type and place are those of the matrices.
             encoder (`nn.Module`, *optional*): A linear layer from P to C that comes before the cell.
             layer_dtype (`torch.dtype`, *optional*): What the layers take, where it is not the type of the features.
         """
-        encode = nn.Identity() if encoder is None else encoder
-        (from_pooled, _, to_gates), (from_state, _, state_to_gates) = self.input_gates, self.state_gates
-        width = pooled.shape[1]
+        encode, width = nn.Identity() if encoder is None else encoder, pooled.shape[1]
+        from_pooled, from_state = self.input_gates[0], self.state_gates[0]
 
         def hidden(x: Tensor) -> Tensor:
             return torch.cat([from_pooled(encode(x[:, :width])), from_state(x[:, width:])], dim=1)
 
+        return _affine_map(hidden, width + self.channels, pooled, layer_dtype)
+
+    def behind_relu(self, like: Tensor, layer_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """`gates` and `gates_offset` of `CellMatrices`, of the type and place of a tensor."""
+        from_pooled, from_state = self.input_gates[2], self.state_gates[2]
+
         def gates(x: Tensor) -> Tensor:
             of_pooled, of_state = x.chunk(2, dim=1)
-            i, f, z, o = (to_gates(of_pooled) + state_to_gates(of_state)).chunk(4, dim=1)
+            i, f, z, o = (from_pooled(of_pooled) + from_state(of_state)).chunk(4, dim=1)
             return torch.cat([i, f, 2 * z, o], dim=1)
 
-        return CellMatrices(
-            *_affine_map(hidden, width + self.channels, pooled, layer_dtype),
-            *_affine_map(gates, 2 * to_gates.in_features, pooled, layer_dtype),
-        )
+        return _affine_map(gates, 2 * from_pooled.in_features, like, layer_dtype)
 
     def forward(self, pooled: Tensor, state: LSTMState, matrices: CellMatrices | None = None) -> LSTMState:
         """Maps pooled features `(B, P)` and a state `(h, c)`, each `(B, C)`, to the next state; h is in (0, 1).
@@ -84,7 +86,8 @@ class DIALSTMCell(nn.Module):
         `c' = sigmoid(f) c + sigmoid(i) tanh(z)` and `h' = sigmoid(o) sigmoid(c')`.
         """
         h, c = state
-        matrices = self.matrices(pooled) if matrices is None else matrices
+        if matrices is None:
+            matrices = CellMatrices(*self.before_relu(pooled), *self.behind_relu(pooled))
         hidden = torch.addmm(matrices.hidden_offset, torch.cat([pooled, h], dim=1), matrices.hidden).relu()
         i, f, z, o = torch.addmm(matrices.gates_offset, hidden, matrices.gates).sigmoid().chunk(4, dim=1)
         # tanh(z) is 2 sigmoid(2 z) - 1: one call serves all gates.
@@ -153,7 +156,8 @@ class SRMAttention(nn.Module):
         styles = (statistics * self.weight).sum(1)
         if again and self.training:
             norm = self.last
-            return nn.functional.batch_norm(styles, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+            copies = norm.running_mean.clone(), norm.running_var.clone()
+            return nn.functional.batch_norm(styles, *copies, norm.weight, norm.bias, training=True, eps=norm.eps)
         return self.last(styles)
 
 

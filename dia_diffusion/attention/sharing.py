@@ -241,13 +241,13 @@ class SharedAttention(nn.Module):
         }
 
     def _multiply_out(self, pooled: Tensor, layer_dtype: torch.dtype) -> dict[str, CellMatrices]:
-        keys = dict(zip(map(str, self.widths), self.keys, strict=True))
-        return {
-            width: self.shared[key].matrices(
-                pooled.new_empty(0, int(width)), self.encoders[width] if self.encoders else None, layer_dtype
-            )
-            for width, key in keys.items()
-        }
+        behind = {key: cell.behind_relu(pooled, layer_dtype) for key, cell in self.shared.items()}
+        matrices = {}
+        for width, key in set(zip(self.widths, self.keys, strict=True)):
+            encoder = self.encoders[str(width)] if self.encoders else None
+            before = self.shared[key].before_relu(pooled.new_empty(0, width), encoder, layer_dtype)
+            matrices[str(width)] = CellMatrices(*before, *behind[key])
+        return matrices
 
     def _pool(self, statistic: str, branch: Tensor) -> Tensor:
         """A statistic `(B, C)` over all but the channels. A sum of half-precision numbers would overflow in theirs."""
@@ -275,11 +275,11 @@ class SharedAttention(nn.Module):
         """What the layers compute in. Where diffusers casts weights layer by layer they are stored smaller than that,
         and an attention trained in full precision may be attached to a network in half."""
         stored = next(self.parameters()).dtype
-        return branch.dtype if stored.itemsize == 1 else torch.promote_types(stored, branch.dtype)
+        return max(stored, branch.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def _pooled_dtype(branch: Tensor) -> torch.dtype:
-    return torch.promote_types(branch.dtype, torch.float32)
+    return torch.float64 if branch.dtype == torch.float64 else torch.float32
 
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
