@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipelines import DIAUNetPipeline
     from .models import DIAUNet2DModel
+    from .pipelines import DIAUNetPipeline
 
 __version__ = "0.1.0"
 _EXPORTS = {"DIAUNet2DModel": "models", "DIAUNetPipeline": "pipelines"}
