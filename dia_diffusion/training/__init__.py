@@ -6,7 +6,15 @@ from .checkpoint import CHECKPOINTS
 from .log import METRICS_LOG, read_metrics
 from .loop import accumulate_gradients, train
 from .objective import diffusion_loss, draw_step, held_out_loss, make_noise_scheduler
-from .options import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, parse_arguments
+from .options import (
+    CONFIG,
+    OPTION_NAMES,
+    DataOptions,
+    OptimisationOptions,
+    TrainingConfig,
+    load_recipe,
+    parse_arguments,
+)
 from .processes import make_accelerator
 from .state import TrainingState
 
@@ -16,6 +24,8 @@ __all__ = [
     "METRICS_LOG",
     "OPTION_NAMES",
     "BatchPlan",
+    "DataOptions",
+    "OptimisationOptions",
     "TrainingConfig",
     "TrainingState",
     "accumulate_gradients",

@@ -8,14 +8,11 @@ import pytest
 import torch
 
 from dia_diffusion import DIAUNetPipeline
-from dia_diffusion.config import parse_arguments
-from dia_diffusion.digits import load_digits_dataset
+from dia_diffusion.data import prepare_pixels
+from dia_diffusion.data.embedded import load_digits_dataset
 from dia_diffusion.errors import UsageError
-from dia_diffusion.evaluation import evaluate
-from dia_diffusion.extractors import get_extractor
-from dia_diffusion.generated import PipelineImages
-from dia_diffusion.pixels import prepare_pixels
-from dia_diffusion.training import train
+from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
+from dia_diffusion.training import parse_arguments, train
 from training_runs import assert_same_weights, configure, fresh_state, losses, run, weights
 
 

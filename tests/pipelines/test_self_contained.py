@@ -12,8 +12,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.sampling import load_pipeline
 from dia_diffusion.pipelines.self_contained import single_file_source
+from dia_diffusion.sampling import load_pipeline
 from environments import REFERENCE, digest, run_python
 
 # Residual blocks as downsamplers take a path of their own through the code.

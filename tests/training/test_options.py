@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from dia_diffusion.config import RECIPES, TrainingConfig, load_recipe, parse_arguments, save_config
 from dia_diffusion.errors import UsageError
-from dia_diffusion.presets import build_unet
+from dia_diffusion.training import TrainingConfig, build_unet, load_recipe, parse_arguments
+from dia_diffusion.training.options import RECIPES, ModelOptions, save_config
 
 # The options of diffusers' examples/unconditional_image_generation/train_unconditional.py, each with a value.
 DIFFUSERS_COMMAND_LINE = """
@@ -24,14 +24,15 @@ DIFFUSERS_COMMAND_LINE = """
 
 def test_a_command_line_of_diffusers_is_understood():
     config = parse_arguments(DIFFUSERS_COMMAND_LINE)
+    options = config.public_dict() | {"hub_token": config.output.hub_token}
     for argument in DIFFUSERS_COMMAND_LINE:
         name, _, value = argument.removeprefix("--").partition("=")
-        actual = getattr(config, name)
+        actual = options[name]
         assert actual == (type(actual)(value) if value else True), name
 
 
 def test_defaults_are_those_of_diffusers():
-    config = parse_arguments(["--train_data_dir", "images"])
+    options = parse_arguments(["--train_data_dir", "images"]).public_dict()
     expected = {
         "resolution": 64,
         "train_batch_size": 16,
@@ -46,14 +47,14 @@ def test_defaults_are_those_of_diffusers():
         "checkpointing_steps": 500,
         "ddpm_num_steps": 1000,
     }
-    assert {name: getattr(config, name) for name in expected} == expected
+    assert {name: options[name] for name in expected} == expected
 
 
 def test_without_data_the_recipe_for_digits_gives_the_defaults():
     recipe = load_recipe(RECIPES / "digits.yaml")
     for arguments in ([], ["--dataset_name", "digits"]):
         config = parse_arguments([*arguments, "--learning_rate", "0.5", "--use_ema", "False"])
-        assert config == TrainingConfig(**recipe | {"learning_rate": 0.5, "use_ema": False})
+        assert config == TrainingConfig.from_flat(**recipe | {"learning_rate": 0.5, "use_ema": False})
 
 
 def test_the_saved_record_is_a_configuration_without_the_token(tmp_path):
@@ -88,8 +89,7 @@ def test_errors_say_what_to_do(tmp_path):
 
 @pytest.mark.parametrize(("resolution", "parameters"), [(8, 1.0e6), (32, 36e6), (64, 114e6)])
 def test_default_unets_fit_their_resolution(resolution, parameters):
-    config = TrainingConfig(dataset_name="x", resolution=resolution)
-    unet = build_unet(config, channels=3, num_classes=None)
+    unet = build_unet(ModelOptions(), resolution, channels=3, num_classes=None)
     assert resolution % unet.downsampling_factor == 0
     assert sum(p.numel() for p in unet.parameters()) == pytest.approx(parameters, rel=0.05)
 
@@ -106,23 +106,21 @@ def test_a_model_configuration_becomes_the_same_unet_with_dia(tmp_path):
     )
     unet.save_pretrained(tmp_path / "unet")
     for path in (tmp_path, tmp_path / "unet", tmp_path / "unet" / "config.json"):
-        config = TrainingConfig(
-            model_config_name_or_path=str(path), resolution=16, dia_attention="se", layers_per_block=1
-        )
-        built = build_unet(config, channels=1, num_classes=3)
+        options = ModelOptions(model_config_name_or_path=str(path), dia_attention="se", layers_per_block=1)
+        built = build_unet(options, 16, channels=1, num_classes=3)
         assert built.config.down_block_types == ["DownBlock2D", "AttnDownBlock2D"]
         given = ("sample_size", "in_channels", "num_class_embeds", "dia_attention", "layers_per_block")
         assert [built.config[name] for name in given] == [16, 1, 4, "se", 1]
     with pytest.raises(UsageError, match="cannot read a UNet configuration"):
-        build_unet(TrainingConfig(model_config_name_or_path=str(tmp_path / "none")), 3, None)
+        build_unet(ModelOptions(model_config_name_or_path=str(tmp_path / "none")), 64, 3, None)
     with pytest.raises(UsageError, match="resolution 10 does not fit"):
-        build_unet(TrainingConfig(resolution=10, block_out_channels=[32, 32, 32]), 3, None)
+        build_unet(ModelOptions(block_out_channels=[32, 32, 32]), 10, 3, None)
 
 
 def test_any_argument_of_unet2dmodel_can_be_given(tmp_path):
     text = "{norm_num_groups: 4, down_block_types: [AttnDownBlock2D, DownBlock2D]}"
     config = parse_arguments(["--unet_arguments", text, "--block_out_channels", "8", "16"])
-    unet = build_unet(config, 1, None)
+    unet = build_unet(config.model, 64, 1, None)
     assert unet.conv_norm_out.num_groups == 4
     assert unet.config.down_block_types == ["AttnDownBlock2D", "DownBlock2D"]
     save_config(config, tmp_path / "run.yaml")
@@ -135,4 +133,4 @@ def test_any_argument_of_unet2dmodel_can_be_given(tmp_path):
         ("{in_channels: 3}", "may not hold 'in_channels'"),
     ):
         with pytest.raises(UsageError, match=words):
-            build_unet(parse_arguments(["--unet_arguments", text]), 1, None)
+            build_unet(parse_arguments(["--unet_arguments", text]).model, 8, 1, None)

@@ -9,7 +9,8 @@ import textwrap
 import pytest
 import torch
 
-from dia_diffusion.checkpoint import (
+from dia_diffusion.errors import UsageError
+from dia_diffusion.training.checkpoint import (
     Checkpoint,
     find_damage,
     find_latest,
@@ -17,7 +18,6 @@ from dia_diffusion.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from dia_diffusion.errors import UsageError
 
 
 def example(value=0.0):
@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     script = """
         import resource, signal, sys, torch
         from pathlib import Path
-        from dia_diffusion.checkpoint import Checkpoint, save_checkpoint
+        from dia_diffusion.training.checkpoint import Checkpoint, save_checkpoint
         from dia_diffusion.errors import UsageError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         folder = Path(sys.argv[1])

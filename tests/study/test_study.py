@@ -15,17 +15,17 @@ import yaml
 from filelock import FileLock
 from scipy import stats
 
-from dia_diffusion import DIAUNetPipeline, training
+from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
-from dia_diffusion.presets import build_unet
 from dia_diffusion.study import run_study
-from dia_diffusion.study_config import load_study
-from dia_diffusion.study_report import compare, format_table, summarise
-from dia_diffusion.study_runs import complete, count_spikes, read_result, read_timing, time_step
+from dia_diffusion.study.description import load_study
+from dia_diffusion.study.report import compare, format_table, summarise
+from dia_diffusion.study.single_run import complete, count_spikes, read_result, read_timing, time_step
+from dia_diffusion.training import build_unet, loop
 from training_runs import fresh_state
 
-STUDIES = Path(__file__).parent.parent / "studies"
+STUDIES = Path(__file__).parents[2] / "studies"
 
 COMMON = {
     "dataset_name": "digits",
@@ -133,8 +133,8 @@ def test_variants_start_from_the_same_weights_and_see_the_same(tmp_path, monkeyp
         seen.append((images.clone(), noise.clone(), timesteps.clone()))
         return diffusion_loss(unet, scheduler, images, noise, timesteps, *others)
 
-    diffusion_loss = training.diffusion_loss
-    monkeypatch.setattr(training, "diffusion_loss", watched)
+    diffusion_loss = loop.diffusion_loss
+    monkeypatch.setattr(loop, "diffusion_loss", watched)
     starts, views = {}, {}
     for run in runs_of(path, tmp_path)[1]:
         seen.clear()
@@ -266,7 +266,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
     path = write_study(tmp_path / "study.yaml")
     path.write_text(path.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3"))
     assert yaml.safe_load(path.read_text())["common"]["learning_rate"] == "1e-3"
-    assert {run.config.learning_rate for run in runs_of(path, tmp_path)[1]} == {1e-3}
+    assert {run.config.optimisation.learning_rate for run in runs_of(path, tmp_path)[1]} == {1e-3}
 
 
 def test_runs_of_another_description_are_not_mixed_in(undisturbed, tmp_path):
@@ -280,4 +280,5 @@ def test_runs_of_another_description_are_not_mixed_in(undisturbed, tmp_path):
 def test_the_studies_that_come_with_the_project_can_be_built(path):
     study = load_study(path)
     for variant in study.variants:
-        build_unet(study.config(variant, study.seeds[0], Path("study")), channels=1, num_classes=None)
+        config = study.config(variant, study.seeds[0], Path("study"))
+        build_unet(config.model, config.data.resolution, channels=1, num_classes=None)

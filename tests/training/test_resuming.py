@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from dia_diffusion import DIAUNet2DModel
-from dia_diffusion.diffusion import diffusion_loss
 from dia_diffusion.errors import UsageError
-from dia_diffusion.training_state import TrainingState
+from dia_diffusion.training import TrainingState, diffusion_loss
 from training_runs import ROOT, assert_same_weights, configure, fresh_state, losses, run, weights
 
 
@@ -159,7 +158,7 @@ def test_a_nan_stops_the_run_and_the_last_checkpoint_goes_on_as_if_it_had_not_be
         return diffusion_loss(*args, **kwargs) * (float("nan") if len(calls) == 8 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dia_diffusion.training.diffusion_loss", poisoned)
+        patch.setattr("dia_diffusion.training.loop.diffusion_loss", poisoned)
         with pytest.raises(UsageError, match=r"at step 8 the loss is nan .* at learning rate"):
             run(tmp_path / "run", **options)
     # Noticed when the figures of steps 5 to 8 were read.

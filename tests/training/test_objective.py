@@ -6,10 +6,10 @@ from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from dia_diffusion.diffusion import diffusion_loss, draw_step, held_out_loss, step_seed
-from dia_diffusion.digits import load_digits_dataset
-from dia_diffusion.images import to_unit_range
-from dia_diffusion.pixels import prepare_pixels
+from dia_diffusion.data import prepare_pixels, to_unit_range
+from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.randomness import step_seed
+from dia_diffusion.training import diffusion_loss, draw_step, held_out_loss
 
 
 class Constant(nn.Module):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dia_diffusion.checkpoint import find_latest
+from dia_diffusion.training.checkpoint import find_latest
 from training_runs import ROOT, configure, fresh_state, launch, losses, run, wait_for_lines, weights
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dia_diffusion.metrics import inception_score, kernel_distance, precision_recall
+from dia_diffusion.scoring.metrics import inception_score, kernel_distance, precision_recall
 
 
 def gaussian(count, dim, scale=1.0, shift=0.0):

@@ -8,16 +8,15 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.digits import load_digits_dataset
+from dia_diffusion.data import prepare_pixels
+from dia_diffusion.data.embedded import load_digits_dataset
 from dia_diffusion.errors import UsageError
-from dia_diffusion.evaluation import DEFAULT_METRICS, METRICS, evaluate
-from dia_diffusion.extractors import get_extractor
-from dia_diffusion.frechet import Moments, frechet_distance
-from dia_diffusion.generated import PipelineImages
-from dia_diffusion.metrics import inception_score, kernel_distance, precision_recall
-from dia_diffusion.pixels import prepare_pixels
-from dia_diffusion.reference import read_published
 from dia_diffusion.sampling import sample_images
+from dia_diffusion.scoring import DEFAULT_METRICS, PipelineImages, evaluate, get_extractor
+from dia_diffusion.scoring.evaluation import METRICS
+from dia_diffusion.scoring.frechet import Moments, frechet_distance
+from dia_diffusion.scoring.metrics import inception_score, kernel_distance, precision_recall
+from dia_diffusion.scoring.reference import read_published
 
 FIGURES = {
     "fid": ["fid", "fid_low", "fid_high", "fid_infinity"],

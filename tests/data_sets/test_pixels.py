@@ -14,11 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dia_diffusion.data import load_dataset_splits
-from dia_diffusion.digits import load_digits_dataset
+from dia_diffusion.data import EndlessShuffle, load_dataset_splits, prepare_pixels, to_unit_range
+from dia_diffusion.data.decoding import image_to_pixels
+from dia_diffusion.data.embedded import load_digits_dataset
 from dia_diffusion.errors import UsageError
-from dia_diffusion.images import image_to_pixels, to_unit_range
-from dia_diffusion.pixels import EndlessShuffle, prepare_pixels
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +175,7 @@ def test_endless_shuffle_is_a_function_of_seed_and_position():
 PREPARE = """
 import hashlib, sys
 from dia_diffusion.data import load_dataset_splits
-from dia_diffusion.pixels import prepare_pixels
+from dia_diffusion.data import prepare_pixels
 train, _ = load_dataset_splits(train_data_dir=sys.argv[1], cache_dir=sys.argv[2])
 pixels = prepare_pixels(train, 64)
 digest = hashlib.sha256(pixels.numbered(range(len(pixels))).numpy().tobytes())

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dia_diffusion.images import image_to_pixels, to_pixels, to_unit_range
+from dia_diffusion.data import to_unit_range
+from dia_diffusion.data.decoding import image_to_pixels, to_pixels
 
 
 def picture(size=(12, 12), seed=0):

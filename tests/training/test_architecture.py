@@ -8,8 +8,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.config import TrainingConfig
-from dia_diffusion.presets import build_unet
+from dia_diffusion.training import build_unet
+from dia_diffusion.training.options import ModelOptions
 from training_runs import fresh_state, run
 
 # Configurations as they stand in well-known repositories on the Hub, with a quarter of the width; what they do not say
@@ -92,8 +92,8 @@ def test_a_configuration_becomes_the_same_unet_with_dia(name, where, tmp_path):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(PRETRAINED[name]))
     source = folder / "config.json" if where == "file" else tmp_path
-    config = TrainingConfig(model_config_name_or_path=str(source), resolution=64, dia_bridge="skip", dropout=0.1)
-    model = build_unet(config, channels=3, num_classes=None)
+    options = ModelOptions(model_config_name_or_path=str(source), dia_bridge="skip", dropout=0.1)
+    model = build_unet(options, 64, channels=3, num_classes=None)
     expected = pretrained(name)
     assert model.to_unet().state_dict().keys() == expected.state_dict().keys()
     assert model.config.dia_bridge == "skip"
@@ -105,8 +105,8 @@ def test_a_configuration_becomes_the_same_unet_with_dia(name, where, tmp_path):
 
 def test_a_configuration_with_dia_keeps_it(tmp_path):
     DIAUNet2DModel.from_unet(pretrained(), dia_attention="se", dia_hidden_size=16).save_config(tmp_path)
-    config = TrainingConfig(model_config_name_or_path=str(tmp_path), resolution=32, dia_hidden_size=24)
-    model = build_unet(config, channels=3, num_classes=None)
+    options = ModelOptions(model_config_name_or_path=str(tmp_path), dia_hidden_size=24)
+    model = build_unet(options, 32, channels=3, num_classes=None)
     assert (model.config.dia_attention, model.config.dia_hidden_size) == ("se", 24)
 
 

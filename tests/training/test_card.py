@@ -4,8 +4,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dia_diffusion import DIAUNet2DModel
-from dia_diffusion.config import TrainingConfig
-from dia_diffusion.model_card import write_model_card
+from dia_diffusion.training import TrainingConfig
+from dia_diffusion.training.card import write_model_card
 
 SCORES = {"fid": 1.5, "kid_mean": 0.25, "kid_std": 0.1, "precision": 0.75, "recall": 0.5}
 FIGURES = {"step": 7, "global_batch_size": 8, "loss": 0.5, "held_out_loss": 0.25}
@@ -20,7 +20,10 @@ def unet():
 
 def write(folder, unet, figures=None, hub_id=None, **options):
     options = {"dataset_name": "uoft-cs/cifar10", "resolution": 8} | options
-    write_model_card(folder, TrainingConfig(**options), unet, FIGURES | (figures or {}), "the command", hub_id)
+    config = TrainingConfig.from_flat(**options)
+    start_from, license = config.model.init_from, config.output.license
+    figures = FIGURES | (figures or {})
+    write_model_card(folder, unet, figures, "the command", config.data, start_from, license, hub_id)
     return ModelCard.load(folder / "README.md")
 
 

@@ -6,10 +6,10 @@ import datasets
 import numpy as np
 import pytest
 
-from dia_diffusion.data import find_image_column, find_label_column, load_dataset_splits
-from dia_diffusion.digits import load_digits_dataset, load_mnist5k_dataset
+from dia_diffusion.data import load_dataset_splits, prepare_pixels
+from dia_diffusion.data.embedded import load_digits_dataset, load_mnist5k_dataset
+from dia_diffusion.data.sources import find_image_column, find_label_column
 from dia_diffusion.errors import UsageError
-from dia_diffusion.pixels import prepare_pixels
 
 
 def test_columns_are_found_by_name_and_by_type():

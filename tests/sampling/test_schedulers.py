@@ -32,7 +32,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sampling import SCHEDULERS, make_scheduler
+from dia_diffusion.sampling import make_scheduler
+from dia_diffusion.sampling.schedulers import SCHEDULERS
 
 MEAN, STD = 0.3, 0.4
 # Those that diffusers has for the prediction of noise and velocity only.

@@ -6,8 +6,9 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from dia_diffusion import DIAUNetPipeline, training
+from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.errors import UsageError
+from dia_diffusion.training import loop
 from environments import REFERENCE, digest, run_python
 from hub_server import TOKEN, serve_hub
 from training_runs import configure, fresh_state, run
@@ -93,7 +94,7 @@ def test_a_repository_that_cannot_be_used_ends_the_run_before_it_starts(tmp_path
 
 def test_a_push_that_fails_leaves_the_finished_run_and_says_how_to_try_again(tmp_path, monkeypatch):
     # The Hub answered at the start, and cannot be reached at the end.
-    monkeypatch.setattr(training, "make_hub_repository", lambda config: "me/run")
+    monkeypatch.setattr(loop, "make_hub_repository", lambda options: "me/run")
     fresh_state()
     with pytest.raises(UsageError, match=r"finished .* not be pushed to 'me/run'.*hf upload me/run .*--exclude"):
         run(tmp_path / "run", push_to_hub=True)

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
-from dia_diffusion.digits import load_digits_dataset
+from dia_diffusion.data import prepare_pixels
+from dia_diffusion.data.embedded import load_digits_dataset
 from dia_diffusion.errors import UsageError
-from dia_diffusion.extractors import EXTRACTORS, get_extractor
-from dia_diffusion.features import DIGITS_WEIGHTS, DigitsFeatures, PixelFeatures
-from dia_diffusion.pixels import prepare_pixels
+from dia_diffusion.scoring import get_extractor
+from dia_diffusion.scoring.features import EXTRACTORS
+from dia_diffusion.scoring.features.digits import DIGITS_WEIGHTS, DigitsFeatures
+from dia_diffusion.scoring.features.pixels import PixelFeatures
 
 
 def random_images(*shape):

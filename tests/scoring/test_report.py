@@ -9,13 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dia_diffusion.digits import load_digits_dataset
-from dia_diffusion.evaluation import evaluate
-from dia_diffusion.extractors import get_extractor
-from dia_diffusion.generated import FolderImages
-from dia_diffusion.pixels import prepare_pixels
-from dia_diffusion.plots import image_grid
-from dia_diffusion.report import format_scores, nearest_images, write_report
+from dia_diffusion.data import image_grid, prepare_pixels
+from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.scoring import evaluate, format_scores, get_extractor
+from dia_diffusion.scoring.generated import FolderImages
+from dia_diffusion.scoring.report import nearest_images, write_report
 
 
 @pytest.fixture(scope="module")

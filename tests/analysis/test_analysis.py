@@ -8,25 +8,23 @@ import torch
 from diffusers import DDPMScheduler
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.analysis import (
-    Block,
+from dia_diffusion.analysis.maps import Block, collect_maps, place_blocks
+from dia_diffusion.analysis.report import report
+from dia_diffusion.analysis.similarity import (
     all_samples,
     channel_correlations,
     cka_of_pairs,
-    collect_maps,
     describe_pairs,
     group_pairs,
     linear_cka,
     pearson,
-    place_blocks,
     timestep_share,
     within_timestep,
 )
-from dia_diffusion.analysis_report import report
 from dia_diffusion.cli import main
-from dia_diffusion.diffusion import step_seed
-from dia_diffusion.digits import load_digits_dataset
-from dia_diffusion.pixels import prepare_pixels
+from dia_diffusion.data import prepare_pixels
+from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.randomness import step_seed
 
 SMALL = {
     "sample_size": 8,

@@ -1,12 +1,9 @@
-"""Pictures: what is in them, pixel by pixel."""
-
-import json
+"""A picture of many images, pixel by pixel."""
 
 import numpy as np
 import torch
-from PIL import Image
 
-from dia_diffusion.plots import image_grid, read_metrics, save_curves
+from dia_diffusion.data import image_grid
 
 
 def test_a_grid_shows_each_image_enlarged_without_smoothing():
@@ -27,18 +24,3 @@ def test_grey_images_and_large_ones():
     grid = np.asarray(image_grid(grey))
     assert grid.shape == (2 * 68, 2 * 68, 3)
     assert np.array_equal(grid[2:66, 2:66, 1], grey[0, 0].numpy())
-
-
-def test_curves_are_drawn_for_what_there_is(tmp_path):
-    metrics = [{"step": step, "loss": 1 / step, "learning_rate": 1e-3} for step in range(1, 50)]
-    save_curves(metrics, tmp_path / "a.png")
-    save_curves([*metrics, {"step": 49, "held_out_loss": 0.5}], tmp_path / "b.png")
-    save_curves([], tmp_path / "c.png")
-    pictures = {name: np.asarray(Image.open(tmp_path / f"{name}.png")).tobytes() for name in "abc"}
-    assert len(set(pictures.values())) == 3
-
-
-def test_an_unfinished_line_of_metrics_is_left_out(tmp_path):
-    lines = [json.dumps({"step": step}) + "\n" for step in range(3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 3, "lo')
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2]

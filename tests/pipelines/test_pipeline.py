@@ -18,7 +18,9 @@ from diffusers import (
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sampling import SCHEDULERS, image_generators, load_pipeline, make_scheduler, sample_images
+from dia_diffusion.sampling import load_pipeline, make_scheduler, sample_images
+from dia_diffusion.sampling.numbered import image_generators
+from dia_diffusion.sampling.schedulers import SCHEDULERS
 
 TINY = {
     "sample_size": 8,

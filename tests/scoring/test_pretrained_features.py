@@ -20,9 +20,9 @@ from transformers import (
     ResNetModel,
 )
 
-from dia_diffusion.cache import cache_dir
 from dia_diffusion.errors import UsageError
-from dia_diffusion.extractors import get_extractor
+from dia_diffusion.scoring import get_extractor
+from dia_diffusion.scoring.cache import cache_dir
 
 
 class StandIn(nn.Module):
