@@ -1,5 +1,8 @@
 """What the attention maps of a model have in common."""
 
-from .command import analyze
+from ..door import open_door
 
-__all__ = ["analyze"]
+__getattr__, __all__ = open_door(
+    __name__,
+    command="analyze",
+)

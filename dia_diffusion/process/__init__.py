@@ -1,13 +1,9 @@
 """The process that a command runs in: how it starts, and what may interrupt it. Imports nothing heavy."""
 
-from .interrupts import Interrupted, catch_interrupts
-from .startup import available_cores, end_with_launcher, start_missing_processes, tune_process
+from ..door import open_door
 
-__all__ = [
-    "Interrupted",
-    "available_cores",
-    "catch_interrupts",
-    "end_with_launcher",
-    "start_missing_processes",
-    "tune_process",
-]
+__getattr__, __all__ = open_door(
+    __name__,
+    interrupts="Interrupted catch_interrupts",
+    startup="available_cores end_with_launcher start_missing_processes tune_process",
+)

@@ -1,8 +1,11 @@
 """Images from a saved pipeline, with any scheduler, each a function of the seed and its number."""
 
-from .command import sample
-from .loading import load_pipeline
-from .numbered import sample_batch, sample_images
-from .schedulers import DEFAULT_SCHEDULER, make_scheduler
+from ..door import open_door
 
-__all__ = ["DEFAULT_SCHEDULER", "load_pipeline", "make_scheduler", "sample", "sample_batch", "sample_images"]
+__getattr__, __all__ = open_door(
+    __name__,
+    command="sample",
+    loading="load_pipeline",
+    numbered="sample_batch sample_images",
+    schedulers="DEFAULT_SCHEDULER make_scheduler",
+)

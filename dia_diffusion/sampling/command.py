@@ -5,6 +5,7 @@ import argparse
 import torch
 from PIL import Image
 
+from ..data import image_grid
 from ..distributed import make_state
 from .loading import load_pipeline
 from .numbered import sample_images
@@ -17,9 +18,6 @@ def sample(options: argparse.Namespace) -> None:
         UsageError: for a pipeline that cannot be loaded, or cannot do what was asked for.
     """
     pipeline = load_pipeline(options.model, options.scheduler, options.device or make_state().device)
-    # It imports datasets, for which a mistake in the name of the pipeline should not wait.
-    from ..data import image_grid
-
     options.output_dir.mkdir(parents=True, exist_ok=True)
     shown = []
     batches = sample_images(

@@ -1,5 +1,8 @@
 """Variants of a model, each trained from several seeds, and what their differences are worth."""
 
-from .command import run_study
+from ..door import open_door
 
-__all__ = ["run_study"]
+__getattr__, __all__ = open_door(
+    __name__,
+    command="run_study",
+)

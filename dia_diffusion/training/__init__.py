@@ -1,45 +1,16 @@
 """A training run: its description, its loop, what goes on from a checkpoint, and what it leaves."""
 
-from .architecture import build_unet
-from .batches import BatchPlan, load_pixels, make_loader, prepare_batches
-from .checkpoint import CHECKPOINTS
-from .log import METRICS_LOG, read_metrics
-from .loop import accumulate_gradients, train
-from .objective import diffusion_loss, draw_step, held_out_loss, make_noise_scheduler
-from .options import (
-    CONFIG,
-    OPTION_NAMES,
-    DataOptions,
-    OptimisationOptions,
-    TrainingConfig,
-    load_recipe,
-    parse_arguments,
-)
-from .processes import make_accelerator
-from .state import TrainingState
+from ..door import open_door
 
-__all__ = [
-    "CHECKPOINTS",
-    "CONFIG",
-    "METRICS_LOG",
-    "OPTION_NAMES",
-    "BatchPlan",
-    "DataOptions",
-    "OptimisationOptions",
-    "TrainingConfig",
-    "TrainingState",
-    "accumulate_gradients",
-    "build_unet",
-    "diffusion_loss",
-    "draw_step",
-    "held_out_loss",
-    "load_pixels",
-    "load_recipe",
-    "make_accelerator",
-    "make_loader",
-    "make_noise_scheduler",
-    "parse_arguments",
-    "prepare_batches",
-    "read_metrics",
-    "train",
-]
+__getattr__, __all__ = open_door(
+    __name__,
+    architecture="build_unet",
+    batches="BatchPlan load_pixels make_loader prepare_batches",
+    checkpoint="CHECKPOINTS",
+    log="METRICS_LOG read_metrics",
+    loop="accumulate_gradients train",
+    objective="diffusion_loss draw_step held_out_loss make_noise_scheduler",
+    options="CONFIG OPTION_NAMES DataOptions OptimisationOptions TrainingConfig load_recipe parse_arguments",
+    processes="make_accelerator",
+    state="TrainingState",
+)
