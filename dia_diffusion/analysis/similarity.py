@@ -14,8 +14,6 @@ from .maps import Block
 
 # A gate that varies less than this is constant but for rounding, and correlates with nothing.
 _CONSTANT = 1e-6
-
-
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 

@@ -165,7 +165,14 @@ def prepare_pixels(
     if channels is None:
         channels = _count_channels(raw, image_column)
 
-    settings = (resolution, channels, image_column, label_column, on_bad_image, bits, _PREPROCESSING_VERSION)
+    settings = {
+        "resolution": resolution,
+        "channels": channels,
+        "image_column": image_column,
+        "label_column": label_column,
+        "on_bad_image": on_bad_image,
+        "bits": bits,
+    }
     features = {"pixels": datasets.Value("large_binary"), "width": datasets.Value("int32")}
     if label_column:
         features["label"] = datasets.Value("int64")
@@ -176,15 +183,8 @@ def prepare_pixels(
         with_indices=True,
         remove_columns=raw.column_names,
         features=datasets.Features(features),
-        fn_kwargs={
-            "image_column": image_column,
-            "label_column": label_column,
-            "resolution": resolution,
-            "channels": channels,
-            "bits": bits,
-            "on_bad_image": on_bad_image,
-        },
-        new_fingerprint=Hasher.hash((dataset._fingerprint, settings)),
+        fn_kwargs=settings,
+        new_fingerprint=Hasher.hash((dataset._fingerprint, (*settings.values(), _PREPROCESSING_VERSION))),
         desc="Preparing images",
     )
     if len(rows) == 0:

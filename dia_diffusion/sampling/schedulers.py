@@ -28,8 +28,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "kdpm2": ("KDPM2DiscreteScheduler", {}),
     "kdpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
 }
-
-
 DEFAULT_SCHEDULER = "dpm_sde"
 
 

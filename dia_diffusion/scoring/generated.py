@@ -15,7 +15,7 @@ from ..data import UNREADABLE, PixelDataset
 from ..errors import UsageError
 from ..files import replace_file, replace_text
 from ..sampling import sample_batch
-from .checksum import weights_checksum
+from .features.extractor import weights_checksum
 
 _RECORD = "settings.json"
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..data import PixelDataset
 from ..errors import UsageError
-from ..files import replace_file
-from .cache import cache_dir
+from ..files import cache_dir, replace_file
 from .extraction import extract
 from .features import FeatureExtractor
 from .frechet import Gaussian, Moments

@@ -5,4 +5,5 @@ from ..door import open_door
 __getattr__, __all__ = open_door(
     __name__,
     command="run_study",
+    report="compare",
 )

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from diffusers import UNet2DModel
 
 from ..errors import UsageError
-from ..training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe
+from ..training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, read_yaml
 
 # Options that a study sets itself, and what to use instead.
 _RESERVED = {
@@ -169,12 +168,7 @@ def load_study(path: str | Path) -> Study:
     Raises:
         UsageError: if it cannot be read or does not describe a study.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read the study '{path}': {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"'{path}' is not valid YAML: {str(error).splitlines()[0]}.") from error
+    content = read_yaml(path)
     keys = [item.name for item in fields(Study)]
     required = {"baseline", "variants", "seeds"}
     if not isinstance(content, dict) or content.keys() - set(keys) or required - content.keys():

@@ -10,7 +10,8 @@ __getattr__, __all__ = open_door(
     log="METRICS_LOG read_metrics",
     loop="accumulate_gradients train",
     objective="diffusion_loss draw_step held_out_loss make_noise_scheduler",
-    options="CONFIG OPTION_NAMES DataOptions OptimisationOptions TrainingConfig load_recipe parse_arguments",
+    options="OPTION_NAMES DataOptions OptimisationOptions TrainingConfig",
+    parsing="CONFIG load_recipe parse_arguments read_yaml",
     processes="make_accelerator",
     state="TrainingState",
 )

@@ -21,7 +21,8 @@ from .card import launch_command, write_model_card
 from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint, set_aside_newer
 from .log import METRICS_LOG, RunLog
 from .objective import diffusion_loss, make_noise_scheduler
-from .options import CONFIG, TrainingConfig, save_config
+from .options import TrainingConfig
+from .parsing import CONFIG, save_config
 from .processes import any_process, check_same_start, make_accelerator
 from .publishing import make_hub_repository, push_run
 from .results import RunResults, prepare_output_dir

@@ -3,21 +3,13 @@
 Names, meanings and defaults are those of diffusers' `train_unconditional.py` wherever that script has the option.
 """
 
-import json
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from ..data import DIGITS
 from ..errors import UsageError
-
-RECIPES = files(__package__) / "recipes"
-CONFIG = "training_config.yaml"
 
 
 def _option(default: Any, text: str) -> Any:
@@ -236,8 +228,8 @@ class TrainingConfig:
         return options
 
 
-_PARTS = tuple(part.type for part in fields(TrainingConfig))
-OPTION_NAMES = frozenset(item.name for part in _PARTS for item in fields(part))
+PARTS = tuple(part.type for part in fields(TrainingConfig))
+OPTION_NAMES = frozenset(item.name for part in PARTS for item in fields(part))
 
 
 def _parse_float(name: str, text: str) -> float:
@@ -257,51 +249,3 @@ def _parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, A
     if parsed is not None and not isinstance(parsed, dict):
         raise UsageError(f"{name} must be a mapping, for example '{{norm_num_groups: 8}}', but is '{value}'.")
     return parsed
-
-
-def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Options from a YAML file, checked against those there are."""
-    try:
-        options = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read the configuration '{path}': {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"'{path}' is not valid YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(options, dict):
-        raise UsageError(f"'{path}' must hold 'option: value' lines.")
-    unknown = options.keys() - OPTION_NAMES
-    if unknown:
-        raise UsageError(f"'{path}' names unknown options: {', '.join(sorted(unknown))}. See --help for those known.")
-    return options
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
-    """Reads the command line. `--config FILE` gives defaults, which flags override.
-
-    Without a configuration, and without data or with `--dataset_name digits`, the recipe for the embedded digits
-    gives the defaults.
-    """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(
-        _PARTS,
-        # A mistyped option should not be taken for a longer one.
-        allow_abbrev=False,
-        description="Train a diffusion UNet with shared attention. Without arguments: on the embedded digits.",
-    )
-    parser.add_argument("--config", help="YAML file with any of these options.")
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    given, _ = parser.parse_known_args(arguments)
-    no_data = given.dataset_name is None and given.train_data_dir is None
-    if given.config is not None:
-        parser.set_defaults(**load_recipe(given.config))
-    elif no_data or given.dataset_name == DIGITS:
-        parser.set_defaults(**load_recipe(RECIPES / "digits.yaml"))
-    options = vars(parser.parse_args(arguments))
-    options.pop("config")
-    return TrainingConfig.from_flat(**options)
-
-
-def save_config(config: TrainingConfig, path: Path) -> None:
-    """Writes the record of a run: YAML that `--config` reads again."""
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(config.public_dict())), sort_keys=False))

@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,6 @@ from .options import OutputOptions
 from .state import TrainingState
 
 SAMPLES = "samples"
-
-
 BEST = "best"
 
 
@@ -58,6 +58,7 @@ def prepare_output_dir(options: OutputOptions, resuming: bool) -> None:
         raise UsageError(f"cannot make the output directory '{folder}': {error.strerror}.") from error
 
 
+@dataclass
 class RunResults:
     """Pictures, figures and the pipeline of a run, always from the averaged weights where there are any.
 
@@ -68,22 +69,16 @@ class RunResults:
         seed (`int`): Of the samples.
     """
 
-    def __init__(
-        self,
-        options: OutputOptions,
-        training: TrainingState,
-        scheduler: DDPMScheduler,
-        data: PixelDataset,
-        held_out: PixelDataset | None,
-        seed: int,
-    ):
-        self.options = options
-        self.training = training
-        self.scheduler = scheduler
-        self.data = data
-        self.held_out = held_out
-        self.seed = seed
-        self.folder = options.folder
+    options: OutputOptions
+    training: TrainingState
+    scheduler: DDPMScheduler
+    data: PixelDataset
+    held_out: PixelDataset | None
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return self.options.folder
 
     def held_out_loss(self, batch_size: int) -> float:
         with self.training.averaged() as unet:

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from dia_diffusion.errors import UsageError
+from dia_diffusion.files import cache_dir
 from dia_diffusion.scoring import get_extractor
-from dia_diffusion.scoring.cache import cache_dir
 
 
 class StandIn(nn.Module):

@@ -10,8 +10,8 @@ from PIL import Image
 from dia_diffusion.data import load_dataset_splits, prepare_pixels
 from dia_diffusion.data.embedded import load_digits_dataset
 from dia_diffusion.errors import UsageError
+from dia_diffusion.files import cache_dir
 from dia_diffusion.scoring import evaluate, get_extractor
-from dia_diffusion.scoring.cache import cache_dir
 from dia_diffusion.scoring.features.pixels import PixelFeatures
 from dia_diffusion.scoring.generated import FolderImages
 from dia_diffusion.scoring.reference import make_reference, read_published

@@ -18,9 +18,9 @@ from scipy import stats
 from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
-from dia_diffusion.study import run_study
+from dia_diffusion.study import compare, run_study
 from dia_diffusion.study.description import load_study
-from dia_diffusion.study.report import compare, format_table, summarise
+from dia_diffusion.study.report import format_table, summarise
 from dia_diffusion.study.single_run import complete, count_spikes, read_result, read_timing, time_step
 from dia_diffusion.training import build_unet, loop
 from training_runs import fresh_state

@@ -5,7 +5,8 @@ import yaml
 
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training import TrainingConfig, build_unet, load_recipe, parse_arguments
-from dia_diffusion.training.options import RECIPES, ModelOptions, save_config
+from dia_diffusion.training.options import ModelOptions
+from dia_diffusion.training.parsing import RECIPES, save_config
 
 # The options of diffusers' examples/unconditional_image_generation/train_unconditional.py, each with a value.
 DIFFUSERS_COMMAND_LINE = """

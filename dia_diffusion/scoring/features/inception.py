@@ -6,12 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ..cache import cache_dir
+from ...files import cache_dir
 from .extractor import FeatureExtractor
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
-
-
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
 
 
