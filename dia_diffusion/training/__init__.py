@@ -12,6 +12,6 @@ __getattr__, __all__ = open_door(
     objective="diffusion_loss draw_step held_out_loss make_noise_scheduler",
     options="OPTION_NAMES DataOptions OptimisationOptions TrainingConfig",
     parsing="CONFIG load_recipe parse_arguments read_yaml",
-    processes="make_accelerator",
+    accelerator="make_accelerator",
     state="TrainingState",
 )

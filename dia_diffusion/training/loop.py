@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import NotFiniteError
 from ..process import Interrupted, catch_interrupts
 from ..scoring import get_extractor
+from .accelerator import any_process, check_same_start, make_accelerator
 from .architecture import build_unet
 from .batches import Batch, BatchPlan, load_pixels, make_loader, prepare_batches
 from .card import launch_command, write_model_card
@@ -23,7 +24,6 @@ from .log import METRICS_LOG, RunLog
 from .objective import diffusion_loss, make_noise_scheduler
 from .options import TrainingConfig
 from .parsing import CONFIG, save_config
-from .processes import any_process, check_same_start, make_accelerator
 from .publishing import make_hub_repository, push_run
 from .results import RunResults, prepare_output_dir
 from .resuming import find_checkpoint_to_resume
