@@ -16,14 +16,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from dia_diffusion.data import load_images
+from dia_diffusion.data import load_images, prepare_pixels
 from dia_diffusion.errors import UsageError
-from dia_diffusion.evaluation import evaluate
-from dia_diffusion.extractors import get_extractor
-from dia_diffusion.generated import PipelineImages
-from dia_diffusion.pixels import prepare_pixels
 from dia_diffusion.process import tune_process
 from dia_diffusion.sampling import load_pipeline, make_scheduler
+from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
 from measuring import RESULTS, row, save_result
 
 ROOT = Path(__file__).parent.parent

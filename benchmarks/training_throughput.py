@@ -27,11 +27,17 @@ from torch.utils.data import DataLoader
 
 from attention_cost import SIZES
 from dia_diffusion import DIAUNet2DModel
-from dia_diffusion.config import TrainingConfig
-from dia_diffusion.pixels import prepare_pixels
+from dia_diffusion.data import prepare_pixels
 from dia_diffusion.process import tune_process
-from dia_diffusion.training import _make_loader, _train_step
-from dia_diffusion.training_state import TrainingState
+from dia_diffusion.training import (
+    BatchPlan,
+    DataOptions,
+    OptimisationOptions,
+    TrainingState,
+    accumulate_gradients,
+    make_loader,
+    prepare_batches,
+)
 from measuring import alternate, read_arguments, row, save_result, serve_rounds, spread, start_workers
 
 IMAGES, STEPS_A_ROUND = 512, 2
@@ -94,22 +100,15 @@ def this_trainer(
     waiting: list[float],
     **options: Any,
 ) -> Iterator[None]:
-    """The step of this trainer, with further `options` of TrainingConfig; notes the seconds that each step waits for
+    """The step of this trainer, with further `options` of its optimisation; notes the seconds that each step waits for
     data."""
-    config = TrainingConfig(
-        resolution=RESOLUTION,
-        train_batch_size=batch_size,
-        random_flip=True,
-        mixed_precision=precision,
-        dia_attention=attention,
-        **options,
-    )
     accelerator = Accelerator(mixed_precision=precision)
     data = prepare_pixels(dataset, RESOLUTION)
     model = DIAUNet2DModel(**unet, dia_attention=attention)
-    training = TrainingState(config, accelerator, model, 10_000)
+    training = TrainingState(OptimisationOptions(**options), accelerator, model, 10_000)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
-    loader = iter(_make_loader(config, data, accelerator, 0, 10_000))
+    plan, steps, device = BatchPlan(batch_size), range(1, 10_001), accelerator.device
+    loader = iter(make_loader(DataOptions(), data, plan, 0, steps, device))
 
     def timed() -> Iterator[dict]:
         while True:
@@ -118,10 +117,10 @@ def this_trainer(
             waiting.append(time.perf_counter() - start)
             yield batch
 
-    batches, step = timed(), 0
-    while True:
-        step += 1
-        _train_step(training, scheduler, data, batches, batch_size, step)
+    batches = prepare_batches(timed(), data, plan, 0, steps, device, 1000, random_flip=True)
+    for step in steps:
+        accumulate_gradients(training, scheduler, batches, plan.micros)
+        training.update(step)
         yield
 
 

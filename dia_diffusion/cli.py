@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .errors import UsageError
-from .process import end_with_launcher, start_missing_processes, tune_process
+from .process import Interrupted, end_with_launcher, start_missing_processes, tune_process
 
 # Imports of torch and diffusers stand inside the functions: `dia --help` should not wait for them.
 
@@ -45,10 +45,8 @@ def _run(function: Callable, argument: object) -> int:
 
 
 def _train(arguments: Sequence[str] | None) -> None:
-    from .config import parse_arguments
-    from .interrupts import Interrupted
-    from .report import format_scores
-    from .training import train
+    from .scoring import format_scores
+    from .training import parse_arguments, train
 
     config = parse_arguments(arguments)
     try:
@@ -59,7 +57,9 @@ def _train(arguments: Sequence[str] | None) -> None:
     if figures:
         if "features" in figures:
             print(format_scores(figures))
-        print(f"The pipeline and its model card are in {config.output_dir}; look at samples.png and curves.png there.")
+        print(
+            f"The pipeline and its model card are in {config.output.folder}; look at samples.png and curves.png there."
+        )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -142,34 +142,9 @@ def _add_sampling_options(parser: argparse.ArgumentParser, num_images: int) -> N
 
 
 def _sample(options: argparse.Namespace) -> None:
-    import torch
-    from PIL import Image
+    from .sampling import sample
 
-    from .plots import image_grid
-    from .processes import make_state
-    from .sampling import load_pipeline, sample_images
-
-    pipeline = load_pipeline(options.model, options.scheduler, options.device or make_state().device)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    shown = []
-    batches = sample_images(
-        pipeline,
-        options.num_images,
-        options.steps,
-        options.seed,
-        options.batch_size,
-        options.class_label,
-        options.guidance_scale,
-    )
-    number = 0
-    for images in batches:
-        for image in images:
-            pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
-            Image.fromarray(pixels).save(options.output_dir / f"{number:05d}.png")
-            number += 1
-        shown.append(images[: max(0, 100 - sum(map(len, shown)))])
-    image_grid(torch.cat(shown)).save(options.output_dir / "grid.png")
-    print(f"{number} images and grid.png are in {options.output_dir}")
+    sample(options)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -179,36 +154,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    from .analysis import collect_maps
-    from .analysis_report import format_analysis, report
-    from .data import load_images
-    from .pixels import prepare_pixels
-    from .processes import make_state
-    from .sampling import load_pipeline, make_scheduler
+    from .analysis import analyze
 
-    for name in ("num_images", "num_timesteps", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"{name} must be at least 1, but is {getattr(options, name)}.")
-    pipeline = load_pipeline(options.model, device=options.device or make_state().device)
-    unet = pipeline.unet
-    if getattr(unet, "dia", None) is None:
-        raise UsageError(f"'{options.model}' has no attention maps: it was trained without DIA (dia_attention).")
-    train, held_out = load_images(options.dataset)
-    images = train if held_out is None else held_out
-    if not isinstance(unet.config.sample_size, int):
-        raise UsageError(f"only models of square images can be analyzed, not of {unet.config.sample_size}.")
-    with_labels = unet.config.num_class_embeds is not None
-    pixels = prepare_pixels(images, unet.config.sample_size, unet.config.in_channels, with_labels=with_labels)
-    scheduler = make_scheduler("ddpm", pipeline.scheduler.config)
-    maps, timesteps = collect_maps(
-        unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size
-    )
-    print(format_analysis(report(maps, timesteps, options.output_dir)))
-    print(f"All figures and four pictures are in {options.output_dir}")
+    analyze(options)
 
 
 def _study(options: argparse.Namespace) -> None:
-    from .interrupts import Interrupted
     from .study import run_study
 
     folder = options.output_dir or Path("runs") / options.config.stem

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and the folder of those that are kept."""
 
 import os
 from collections.abc import Callable
@@ -27,3 +27,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """As `replace_file`, for a text."""
     replace_file(path, lambda place: place.write_text(text, encoding="utf-8"))
+
+
+def cache_dir() -> Path:
+    """Where this package keeps what took time to compute or to fetch: `$DIA_CACHE`, or `dia_diffusion` in the user's
+    cache folder (`~/.cache`)."""
+    chosen = os.environ.get("DIA_CACHE")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(chosen) if chosen else user / "dia_diffusion"

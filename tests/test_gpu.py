@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.sampling import image_generators, make_scheduler, sample_images
+from dia_diffusion.sampling import make_scheduler, sample_images
+from dia_diffusion.sampling.numbered import image_generators
 from training_runs import fresh_state, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU was found (torch.cuda.is_available())")

@@ -12,8 +12,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from dia_diffusion.config import parse_arguments
-from dia_diffusion.training import train
+from dia_diffusion.training import parse_arguments, train
 
 ROOT = Path(__file__).parent.parent
 TINY = {

@@ -1,4 +1,4 @@
-"""Trains the classifier behind `dia_diffusion.features.DigitsFeatures` and writes its weights into the package.
+"""Trains the classifier behind `dia_diffusion.scoring.features.DigitsFeatures` and writes its weights into the package.
 
     python tools/train_digits_features.py
 
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dia_diffusion.digits import load_digits_dataset
-from dia_diffusion.features import DIGITS_WEIGHTS, digits_classifier
-from dia_diffusion.pixels import prepare_pixels
+from dia_diffusion.data import prepare_pixels
+from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.scoring.features.digits import DIGITS_WEIGHTS, digits_classifier
 
 SEED = 0
 EPOCHS = 60

@@ -1,0 +1,85 @@
+"""The attention maps of a model, and where their blocks stand."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from tqdm.auto import tqdm
+
+from ..data import PixelDataset, to_unit_range
+from ..models import DIAUNet2DModel
+from ..randomness import step_seed
+
+
+class Block(NamedTuple):
+    """Where a residual block stands in a UNet.
+
+    Attributes:
+        name (`str`): As in the state dict.
+        path (`str`): `down`, `mid` or `up`.
+        level (`int`): 0 at full resolution.
+        label (`str`): Short, for pictures.
+    """
+
+    name: str
+    path: str
+    level: int
+    label: str
+
+
+def place_blocks(names: Iterable[str]) -> list[Block]:
+    """Reads the places of blocks off their names, such as `down_blocks.0.resnets.1`."""
+    names = list(names)
+    levels = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("down_blocks"))
+    blocks = []
+    for name in names:
+        path, *numbers = name.split(".")
+        path = path.removesuffix("_block").removesuffix("_blocks")
+        rest = ".".join(numbers).replace("resnets.", "").replace("resnet_", "")
+        level = {"down": lambda n: int(n[0]), "up": lambda n: levels - 1 - int(n[0]), "mid": lambda n: levels - 1}[path]
+        blocks.append(Block(name, path, level(numbers), f"{path} {rest}"))
+    return blocks
+
+
+@torch.no_grad()
+def collect_maps(
+    unet: DIAUNet2DModel,
+    scheduler: DDPMScheduler,
+    dataset: PixelDataset,
+    num_images: int = 512,
+    num_timesteps: int = 10,
+    batch_size: int = 64,
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """The maps of all blocks for noisy images, with noise that is the same each time.
+
+    Args:
+        unet (`DIAUNet2DModel`), scheduler (`DDPMScheduler`): The model, and the noise that it was trained with.
+        dataset (`PixelDataset`): The images, with labels if the model is class-conditional.
+        num_images (`int`, *optional*): How many, spread evenly over the data set; all if it has fewer.
+        num_timesteps (`int`, *optional*): How many, spread evenly over the schedule.
+        batch_size (`int`, *optional*): Images at a time.
+
+    Returns:
+        `dict`: for each block its maps, float32 `(T, N, C)`; and the list of timesteps.
+    """
+    count = min(num_images, len(dataset))
+    rows = [index * len(dataset) // count for index in range(count)]
+    length = scheduler.config.num_train_timesteps
+    timesteps = [int((index + 0.5) * length / num_timesteps) for index in range(num_timesteps)]
+    unet.eval()
+    collected: dict[str, list[list[np.ndarray]]] = {}
+    for number, timestep in enumerate(tqdm(timesteps, desc="Attention maps", unit="timestep")):
+        generator = torch.Generator().manual_seed(step_seed(0, number))
+        for start in range(0, count, batch_size):
+            batch = dataset.fetch(rows[start : start + batch_size])
+            images = to_unit_range(batch["images"])
+            noise = torch.randn(images.shape, generator=generator)
+            noisy = scheduler.add_noise(images, noise, torch.full((len(images),), timestep)).to(unet.device)
+            labels = batch["labels"].to(unet.device) if "labels" in batch else None
+            for name, gate in unet.attention_maps(noisy, timestep, labels).items():
+                per_timestep = collected.setdefault(name, [[] for _ in timesteps])
+                per_timestep[number].append(gate.float().cpu().numpy())
+    maps = {name: np.stack([np.concatenate(parts) for parts in parts_of]) for name, parts_of in collected.items()}
+    return maps, timesteps

@@ -1,0 +1,9 @@
+"""The process that a command runs in: how it starts, and what may interrupt it. Imports nothing heavy."""
+
+from ..door import open_door
+
+__getattr__, __all__ = open_door(
+    __name__,
+    interrupts="Interrupted catch_interrupts",
+    startup="available_cores end_with_launcher start_missing_processes tune_process",
+)

@@ -1,0 +1,11 @@
+"""Images from a saved pipeline, with any scheduler, each a function of the seed and its number."""
+
+from ..door import open_door
+
+__getattr__, __all__ = open_door(
+    __name__,
+    command="sample",
+    loading="load_pipeline",
+    numbered="sample_batch sample_images",
+    schedulers="DEFAULT_SCHEDULER make_scheduler",
+)

@@ -1,0 +1,60 @@
+"""Pipelines from a folder or from the Hub."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch import nn
+
+from ..errors import UsageError
+from ..pipelines import DIAUNetPipeline
+from .schedulers import make_scheduler
+
+
+def load_pipeline(
+    name_or_path: str, scheduler: str | None = None, device: torch.device | str | None = None
+) -> DiffusionPipeline:
+    """Loads a saved pipeline, with DIA or any other of diffusers, from a folder or from the Hub.
+
+    The weights of its UNet are laid out for speed, so that images differ in the last bits from those of the pipeline
+    that `from_pretrained` of its class gives.
+
+    Args:
+        name_or_path (`str`): Folder or Hub id.
+        scheduler (`str`, *optional*): Short name of another scheduler than its own.
+        device (`torch.device` or `str`, *optional*): Where it runs, by default the CPU.
+
+    Raises:
+        UsageError: if there is no such pipeline, scheduler or device.
+    """
+    try:
+        index = DiffusionPipeline.load_config(name_or_path)
+        # The name of the class, or the file of its code and the name.
+        name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][-1]
+        known = DIAUNetPipeline if name == DIAUNetPipeline.__name__ else DiffusionPipeline
+        pipeline = known.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = _why_not_loaded(name_or_path, error)
+        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}.") from error
+    if isinstance(getattr(pipeline, "unet", None), nn.Module):
+        # Convolutions are faster in this format, and hand it on to their output.
+        pipeline.unet.to(memory_format=torch.channels_last)
+    if scheduler is not None:
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
+    try:
+        return pipeline.to(device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _why_not_loaded(name_or_path: str, error: Exception) -> str:
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
+        return f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there"
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        if not folder.exists():
+            return "there is no such folder"
+    return str(error).splitlines()[0].rstrip(".")

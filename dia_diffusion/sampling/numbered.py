@@ -1,0 +1,104 @@
+"""Many images from a pipeline, each a function of the seed and its number alone."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import UsageError
+
+
+def image_generators(seed: int, numbers: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
+    """One generator for each image number. Images of one run never share a generator; other seeds give others."""
+    if seed < 0:
+        raise UsageError(f"seed must be at least 0, but is {seed}.")
+    # torch seeds its generator on the CPU with 32 bits.
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return [torch.Generator(device).manual_seed((start + number) % 2**32) for number in numbers]
+
+
+def sample_batch(
+    pipeline: DiffusionPipeline,
+    numbers: Sequence[int],
+    steps: int,
+    seed: int = 0,
+    class_label: int | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """Generates the images of these numbers: image i is the same whatever else is in its batch.
+
+    Args:
+        pipeline (`DiffusionPipeline`): A DIAUNetPipeline, or any unconditional pipeline of diffusers.
+        numbers (`Sequence[int]`): Which images.
+        steps, seed (`int`): Denoising steps, the seed.
+        class_label (`int`, *optional*):
+            The class of all images. By default a class-conditional pipeline takes its classes in turn.
+        guidance_scale (`float`, *optional*, defaults to 1.0): Strength of classifier-free guidance.
+
+    Returns:
+        `Tensor`: uint8 of shape `(B, C, H, W)` on the CPU.
+
+    Raises:
+        UsageError: for labels or guidance where the pipeline has no classes, and for pipelines that need more than a
+            number of images.
+    """
+    _check_unconditional(pipeline)
+    if steps < 1:
+        raise UsageError(f"steps must be at least 1, but is {steps}.")
+    classes = getattr(pipeline, "null_class", None)
+    if classes is None and (class_label is not None or guidance_scale != 1.0):
+        raise UsageError("class_label and guidance_scale need a class-conditional pipeline, which this is not.")
+    arguments = {} if guidance_scale == 1.0 else {"guidance_scale": guidance_scale}
+    if class_label is not None:
+        arguments["class_labels"] = class_label
+    elif classes:
+        arguments["class_labels"] = [number % classes for number in numbers]
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        batch_size=len(numbers),
+        num_inference_steps=steps,
+        generator=image_generators(seed, numbers, "cpu"),
+        output_type="np",
+        **arguments,
+    ).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
+
+
+def _check_unconditional(pipeline: DiffusionPipeline) -> None:
+    name, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    if "batch_size" not in accepted:
+        raise UsageError(f"{name} is not an unconditional pipeline: it cannot be asked for a number of images alone.")
+    conditional = getattr(getattr(pipeline, "unet", None), "class_embedding", None) is not None
+    if conditional and "class_labels" not in accepted:
+        raise UsageError(
+            f"the UNet needs class labels, which {name} does not give; DIAUNetPipeline(unet, scheduler) does."
+        )
+
+
+def sample_images(
+    pipeline: DiffusionPipeline,
+    num_images: int,
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    class_label: int | None = None,
+    guidance_scale: float = 1.0,
+    description: str = "Sampling",
+) -> Iterator[Tensor]:
+    """Generates images 0 to `num_images - 1` in batches with a progress bar; the arguments are those of `sample_batch`.
+
+    Yields:
+        `Tensor`: uint8 of shape `(B, C, H, W)` on the CPU.
+    """
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, but is {value}.")
+    with tqdm(total=num_images, desc=description, unit="img") as progress:
+        for start in range(0, num_images, batch_size):
+            numbers = range(start, min(start + batch_size, num_images))
+            yield sample_batch(pipeline, numbers, steps, seed, class_label, guidance_scale)
+            progress.update(len(numbers))

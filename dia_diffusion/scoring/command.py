@@ -1,0 +1,130 @@
+"""What `dia evaluate` does: finds the images and the reference, scores, and writes the results."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from ..data import DIGITS, PixelDataset, load_dataset_splits, load_images, prepare_at_own_size, prepare_pixels
+from ..distributed import make_state
+from ..errors import UsageError
+from ..files import replace_text
+from ..sampling import load_pipeline, sample_batch
+from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
+from .features import FEATURES, FeatureExtractor, get_extractor
+from .generated import FolderImages, PipelineImages
+from .reference import Reference, read_published
+from .report import format_scores, write_report
+
+_PUBLISHED = ".npz"
+
+
+def score(options: argparse.Namespace) -> None:
+    """Runs `dia evaluate` with its parsed options.
+
+    Raises:
+        UsageError: for options that do not fit each other or the data.
+    """
+    published = options.dataset.endswith(_PUBLISHED)
+    metrics = _parse_metrics(options.metrics, ("fid",) if published else DEFAULT_METRICS)
+    name = options.features or (DIGITS if options.dataset == DIGITS else None)
+    if name is None:
+        raise UsageError(f"name the features to compare in: --features {', '.join(FEATURES)}.")
+    if options.batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, but is {options.batch_size}.")
+    for path in (options.output, options.report):
+        if path is not None:
+            # Not at the end of a long run.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise UsageError(f"'{path}' is a folder; name the file to write.")
+
+    if options.save_images is not None and _is_folder_of_images(options.what):
+        raise UsageError("save_images belongs to a pipeline; these images lie in a folder already.")
+
+    state = make_state()
+    device = options.device or state.device
+    pixels = None
+    if _is_folder_of_images(options.what):
+        with state.main_process_first():
+            pixels = prepare_at_own_size(load_dataset_splits(train_data_dir=options.what)[0])
+    else:
+        pipeline = load_pipeline(options.what, options.scheduler, device)
+    resolution, channels = (pixels.resolution, pixels.channels) if pixels is not None else _shape(pipeline)
+    extractor = get_extractor(name, resolution, channels, options.inception_path).to(device)
+    check_metrics(metrics, extractor)
+    if published:
+        reference, held_out = read_published(Path(options.dataset), extractor), None
+    else:
+        with state.main_process_first():
+            reference, held_out = _load_reference(options, resolution, channels)
+    if pixels is not None:
+        generated = FolderImages(pixels)
+    else:
+        # The first process claims the folder, the others find it claimed.
+        with state.main_process_first():
+            generated = PipelineImages(
+                pipeline, options.num_images, options.steps, options.seed, options.guidance_scale, options.save_images
+            )
+    scores = evaluate(generated, reference, extractor, metrics, held_out, options.batch_size, state)
+    if scores is not None:
+        _write(options, scores, generated, reference, extractor)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def _parse_metrics(text: str | None, default: Sequence[str]) -> list[str]:
+    return list(default) if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _is_folder_of_images(what: str) -> bool:
+    return Path(what).is_dir() and not (Path(what) / DiffusionPipeline.config_name).is_file()
+
+
+def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
+    """Resolution (the shorter side) and number of channels of the images of a pipeline."""
+    if set(pipeline.components) == {"unet", "scheduler"}:
+        size = pipeline.unet.config.sample_size
+        return size if isinstance(size, int) else min(size), pipeline.unet.config.out_channels
+    # With a decoder behind the UNet, only an image tells.
+    image = sample_batch(pipeline, [0], steps=1)
+    return min(image.shape[2:]), image.shape[1]
+
+
+def _load_reference(
+    options: argparse.Namespace, resolution: int, channels: int
+) -> tuple[PixelDataset, PixelDataset | None]:
+    train, held_out = (
+        prepare_pixels(split, resolution, channels, options.image_column) if split is not None else None
+        for split in load_images(options.dataset, options.dataset_config_name)
+    )
+    return train, held_out
+
+
+def _write(
+    options: argparse.Namespace,
+    scores: dict[str, Any],
+    generated: FolderImages | PipelineImages,
+    reference: PixelDataset | Reference,
+    extractor: FeatureExtractor,
+) -> None:
+    scores = {"command": shlex.join(["dia", *sys.argv[1:]]), "what": options.what, "dataset": options.dataset} | scores
+    print(format_scores(scores))
+    seconds = scores["seconds"]
+    outside = 1 - seconds["sampling"] / seconds["total"]
+    print(
+        f"{seconds['total']:.0f} s in all, {outside:.0%} of it outside sampling; features and logits kept in memory: "
+        f"{scores['bytes_kept'] / 1e6:.1f} MB."
+    )
+    for warning in scores["warnings"]:
+        print(f"warning: {warning}")
+    if options.output is not None:
+        replace_text(options.output, json.dumps(scores, indent=2) + "\n")
+    if options.report is not None:
+        images = reference if isinstance(reference, PixelDataset) else None
+        write_report(options.report, scores, generated, images, extractor)

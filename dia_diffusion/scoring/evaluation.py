@@ -1,0 +1,199 @@
+"""Scores of generated images against real ones."""
+
+import hashlib
+import itertools
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+import torchmetrics
+from accelerate import PartialState
+from torch import Tensor
+
+from ..data import PixelDataset
+from ..errors import UsageError
+from .extraction import extract
+from .features import FeatureExtractor
+from .frechet import GROUPS, Moments, frechet_distance, frechet_uncertainty
+from .generated import FolderImages, PipelineImages
+from .metrics import inception_score, kernel_distance, precision_recall
+from .reference import Reference, make_reference
+
+METRICS = ("fid", "kid", "is", "precision", "recall")
+DEFAULT_METRICS = ("fid", "kid", "precision", "recall")
+_NEED_FEATURES = frozenset({"kid", "precision", "recall"})
+# Part of the settings hash: raise it whenever the same features would give other scores.
+_DEFINITIONS = {"version": 1, "kid": "cubic kernel, 100 subsets of 1000", "is_splits": 10, "nearest_neighbours": 3}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is kept of a set of images.
+
+    Args:
+        moments (`Moments`): Sums of their features.
+        features, logits (`Tensor`, *optional*): All of them, `(N, F)` and `(N, K)`, where a metric needs them.
+    """
+
+    moments: Moments
+    features: Tensor | None
+    logits: Tensor | None
+
+
+def evaluate(
+    generated: PipelineImages | FolderImages,
+    reference: PixelDataset | Reference,
+    extractor: FeatureExtractor,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    held_out: PixelDataset | None = None,
+    batch_size: int = 64,
+    state: PartialState | None = None,
+) -> dict[str, Any] | None:
+    """Compares generated images with real ones, in one pass over the generated images.
+
+    The Fréchet distance needs memory for sums only. KID, precision and recall keep the features of both sides, and the
+    Inception Score keeps logits: 4 bytes for each number, reported as `bytes_kept`.
+
+    Args:
+        generated (`PipelineImages` or `FolderImages`): What is scored.
+        reference (`PixelDataset` or `Reference`): Real images, or their published statistics.
+        extractor (`FeatureExtractor`): Features in which images are compared, on the device that computes them.
+        metrics (`Sequence[str]`, *optional*): Among `METRICS`.
+        held_out (`PixelDataset`, *optional*): Real images that are not in the reference, for the floor.
+        batch_size (`int`, *optional*, defaults to 64): Images at a time.
+        state (`PartialState`, *optional*): Processes that share the work.
+
+    Returns:
+        `dict`, ready for JSON, on the main process, `None` on the others: the scores, `None` for those not asked for:
+        `fid`, `fid_interval`, `fid_infinity` (see `frechet_uncertainty`), `kid_mean`, `kid_std`, `is_mean`, `is_std`,
+        `precision`, `recall`; `num_images`; `features`, the name of the extractor; `settings_hash`, equal for scores
+        that can be compared; `floor`: the same keys for held-out images, or `None`; and `settings`, `origin`,
+        `versions`, `seconds`, `bytes_kept` and `warnings`.
+
+    Raises:
+        UsageError: for a metric that is unknown, or that these features or this reference do not allow.
+    """
+    check_metrics(metrics, extractor, reference)
+    began = time.perf_counter()
+    batches = extract(generated, extractor, batch_size, "Images to score", "is" in metrics, state)
+    # The first batch is drawn before the reference is read, so that a pipeline that cannot run fails at once.
+    first = next(batches)
+    features_wanted = bool(_NEED_FEATURES & set(metrics))
+    before = time.perf_counter()
+    if isinstance(reference, PixelDataset):
+        reference = make_reference(reference, extractor, features_wanted, state=state)
+    held = make_reference(held_out, extractor, True, "is" in metrics, state) if held_out is not None else None
+    seconds = {"sampling": 0.0, "features": 0.0, "reference": time.perf_counter() - before}
+
+    main = state is None or state.is_main_process
+    moments, features, logits = Moments(extractor.num_features, GROUPS if main else 0), [], []
+    for batch in itertools.chain([first], batches):
+        if not main:
+            continue  # Its share of the images is extracted; the scores are not its work.
+        moments.update(batch.features)
+        if features_wanted:
+            features.append(batch.features)
+        if batch.logits is not None:
+            logits.append(batch.logits)
+        for name, duration in zip(("sampling", "features"), batch.seconds, strict=True):
+            seconds[name] += duration / (state.num_processes if state is not None else 1)
+    if not main:
+        return None
+
+    sample = Sample(moments, torch.cat(features) if features else None, torch.cat(logits) if logits else None)
+    before = time.perf_counter()
+    scores = _score(sample, reference, extractor, generated.settings, metrics)
+    floor = _score(_held_out_sample(held), reference, extractor, {}, metrics) if held is not None else None
+    if floor is not None:
+        del floor["settings"]
+    seconds["metrics"] = time.perf_counter() - before
+    seconds["total"] = time.perf_counter() - began
+    kept = [sample.features, sample.logits, reference.features]
+    return scores | {
+        "floor": floor,
+        "origin": generated.origin,
+        "versions": _versions(),
+        "seconds": {name: round(duration, 3) for name, duration in seconds.items()},
+        "bytes_kept": sum(tensor.nbytes for tensor in kept if tensor is not None),
+        "warnings": _warnings((len(moments), reference.gaussian.count), extractor) if "fid" in metrics else [],
+    }
+
+
+def check_metrics(
+    metrics: Sequence[str], extractor: FeatureExtractor, reference: PixelDataset | Reference | None = None
+) -> None:
+    """Refuses metrics that are unknown, or that these features or this reference do not allow."""
+    if not metrics:
+        raise UsageError(f"name at least one metric of: {', '.join(METRICS)}.")
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UsageError(f"there is no metric named '{unknown[0]}'; choose from: {', '.join(METRICS)}.")
+    if "is" in metrics and extractor.num_classes is None:
+        raise UsageError(f"the Inception Score needs a classifier, and the features '{extractor.name}' have none.")
+    impossible = sorted(_NEED_FEATURES & set(metrics))
+    if isinstance(reference, Reference) and reference.features is None and impossible:
+        raise UsageError(
+            f"{', '.join(impossible)} need the reference images, but only their published mean and covariance are "
+            "there. Use --metrics fid, or name the images."
+        )
+
+
+def _score(
+    sample: Sample, reference: Reference, extractor: FeatureExtractor, sampling: dict[str, Any], metrics: Sequence[str]
+) -> dict[str, Any]:
+    settings = {
+        "num_images": len(sample.moments),
+        "features": extractor.settings,
+        "reference": reference.settings,
+        "sampling": sampling,
+        "definitions": _DEFINITIONS,
+    }
+    scores: dict[str, Any] = dict.fromkeys(
+        "fid fid_interval fid_infinity kid_mean kid_std is_mean is_std precision recall".split()
+    )
+    if "fid" in metrics:
+        scores["fid"] = frechet_distance(reference.gaussian, sample.moments.gaussian())
+        uncertainty = frechet_uncertainty(reference.gaussian, sample.moments)
+        if uncertainty is not None:
+            scores["fid_interval"], scores["fid_infinity"] = list(uncertainty.interval), uncertainty.infinity
+    if "kid" in metrics:
+        scores["kid_mean"], scores["kid_std"] = kernel_distance(reference.features, sample.features)
+    if "is" in metrics:
+        scores["is_mean"], scores["is_std"] = inception_score(sample.logits)
+    if {"precision", "recall"} & set(metrics):
+        both = dict(zip(("precision", "recall"), precision_recall(reference.features, sample.features), strict=True))
+        scores |= {name: value for name, value in both.items() if name in metrics}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return scores | {
+        "num_images": len(sample.moments),
+        "features": extractor.name,
+        "settings_hash": digest[:12],
+        "settings": settings,
+    }
+
+
+def _held_out_sample(held: Reference) -> Sample:
+    moments = Moments(held.features.shape[1], GROUPS)
+    moments.update(held.features)
+    return Sample(moments, held.features, held.logits)
+
+
+def _versions() -> dict[str, str]:
+    modules = (torch, torchmetrics, diffusers, accelerate)
+    return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}
+
+
+def _warnings(counts: Sequence[int | None], extractor: FeatureExtractor) -> list[str]:
+    """Of the numbers of generated and of real images, as far as they are known."""
+    return [
+        f"{count} {kind}images are too few for the covariance of {extractor.num_features} features: most of the "
+        "Fréchet distance is then bias, and it can be compared with scores of as many images only."
+        for count, kind in zip(counts, ("", "reference "), strict=True)
+        if count is not None and count <= extractor.num_features
+    ]

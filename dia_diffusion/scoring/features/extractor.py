@@ -1,0 +1,113 @@
+"""What all feature extractors have in common: images as they come, made into what a network sees."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UsageError
+
+# Luma of ITU-R BT.601, with which Pillow turns colour into grey.
+_LUMA = (0.299, 0.587, 0.114)
+
+
+class FeatureExtractor(nn.Module):
+    """Maps images to feature vectors: frozen, always in evaluation mode, without gradients.
+
+    A subclass sets `name`, `num_features`, the `channels` (1 or 3) and the `resolution` that its `features` expects,
+    and `num_classes` if it is a classifier.
+
+    Args:
+        resolution, channels (`int`, *optional*):
+            Of the images to come. An extractor may follow them; one with a fixed input has images converted instead.
+    """
+
+    name: str
+    num_features: int
+    num_classes: int | None = None
+    channels: int
+    resolution: int
+    value_range = (0.0, 1.0)
+    interpolation = "bilinear"
+
+    def __init__(self, resolution: int | None = None, channels: int | None = None):
+        super().__init__()
+
+    def train(self, mode: bool = True) -> "FeatureExtractor":
+        """Stays in evaluation mode, whatever is asked: training statistics must not leak into a score."""
+        return super().train(False)
+
+    @property
+    def resizing(self) -> str:
+        """How images of another size are brought to the size that is looked at."""
+        return f"{self.interpolation}, antialiased, to {self.resolution}x{self.resolution}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes two sets of features comparable, ready for JSON. A model is known by its weights, not its name."""
+        return {
+            "num_features": self.num_features,
+            "channels": self.channels,
+            "value_range": list(self.value_range),
+            "resizing": self.resizing,
+            "weights": self.checksum(),
+        }
+
+    def checksum(self) -> str | None:
+        """SHA-256 of all weights, by name; `None` where there are none."""
+        weights = self.state_dict()
+        return weights_checksum(weights) if weights else None
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps uint8 images `(B, C, H, W)` of any size, C 1 or 3, to float32 features `(B, num_features)`.
+
+        Raises:
+            UsageError: if the images are not of that type and shape.
+        """
+        return self.features(self.convert(images)).float()
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features as `forward` makes them, and float32 logits `(B, num_classes)`."""
+        features, logits = self.features_and_logits(self.convert(images))
+        return features.float(), logits.float()
+
+    def convert(self, images: Tensor) -> Tensor:
+        """The images as floats in [0, 1], `(B, channels, resolution, resolution)`, on the device of the extractor."""
+        images = self.check(images).float() / 255
+        if images.shape[1] > self.channels:
+            images = torch.einsum("bchw,c->bhw", images, images.new_tensor(_LUMA)).unsqueeze(1)
+        size = (self.resolution, self.resolution)
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode=self.interpolation, antialias=True)
+        return images.expand(-1, self.channels, -1, -1)
+
+    def check(self, images: Tensor) -> Tensor:
+        """The images on the device of the extractor, if they are a batch of uint8 images."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise UsageError(
+                "features are taken of uint8 images of shape (B, 1 or 3, H, W), but these are "
+                f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}."
+            )
+        return images.to(next(self.parameters(), images).device)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Maps what `convert` made to features `(B, num_features)`."""
+        raise NotImplementedError
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps what `convert` made to features and logits, in a classifier."""
+        raise NotImplementedError
+
+
+def weights_checksum(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names, types and shapes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""Generated images by number: from a pipeline as they are asked for, or from files."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data import UNREADABLE, PixelDataset
+from ..errors import UsageError
+from ..files import replace_file, replace_text
+from ..sampling import sample_batch
+from .features.extractor import weights_checksum
+
+_RECORD = "settings.json"
+
+
+class PipelineImages:
+    """Images that a pipeline generates; image i is the same whatever the batches and the number of images.
+
+    Args:
+        pipeline (`DiffusionPipeline`): A DIAUNetPipeline, or any unconditional pipeline of diffusers.
+        num_images, steps, seed (`int`): How many images, denoising steps, and the seed.
+        guidance_scale (`float`, *optional*, defaults to 1.0): Strength of classifier-free guidance.
+        folder (`Path`, *optional*):
+            Where to write each image as a PNG file. Images that are there already are read instead of generated.
+
+    Raises:
+        UsageError: if the folder holds images of other settings.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        num_images: int,
+        steps: int,
+        seed: int = 0,
+        guidance_scale: float = 1.0,
+        folder: Path | None = None,
+    ):
+        if num_images < 2:
+            raise UsageError(f"scores need at least 2 generated images, but num_images is {num_images}.")
+        self.pipeline = pipeline
+        self.num_images = num_images
+        self.steps = steps
+        self.seed = seed
+        self.guidance_scale = guidance_scale
+        self.folder = folder
+        if folder is not None:
+            self._claim(folder)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes two sets of generated images comparable; ready for JSON."""
+        scheduler = self.pipeline.scheduler
+        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        return {
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": json.loads(json.dumps(config, default=str)),
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        }
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where these images come from; ready for JSON."""
+        weights = {
+            f"{name}.{key}": tensor
+            for name, component in self.pipeline.components.items()
+            if isinstance(component, nn.Module)
+            for key, tensor in component.state_dict().items()
+        }
+        return {"pipeline": type(self.pipeline).__name__, "weights": weights_checksum(weights), "seed": self.seed}
+
+    def numbered(self, numbers: range) -> Tensor:
+        """These images, uint8 of shape `(B, C, R, R)` on the CPU: the middle of those that are not square, as
+        `PixelDataset` cuts real ones."""
+        images = self._whole(numbers)
+        size = min(images.shape[2:])
+        top, left = (round(0.5 * (side - size)) for side in images.shape[2:])
+        return images[:, :, top : top + size, left : left + size]
+
+    def _whole(self, numbers: range) -> Tensor:
+        paths = [self.folder / f"{number:06d}.png" for number in numbers] if self.folder is not None else []
+        if paths and all(path.is_file() for path in paths):
+            try:
+                return torch.stack([_read(path) for path in paths])
+            except UNREADABLE:
+                pass  # A broken file is written anew.
+        images = sample_batch(self.pipeline, numbers, self.steps, self.seed, guidance_scale=self.guidance_scale)
+        for path, image in zip(paths, images, strict=False):
+            picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
+            replace_file(path, partial(picture.save, format="PNG"))
+        return images
+
+    def _claim(self, folder: Path) -> None:
+        """Images of another model or other settings must not be taken for those of this one."""
+        mine = {"sampling": self.settings, "origin": self.origin}
+        record = folder / _RECORD
+        if record.is_file():
+            if _load(record) != mine:
+                raise UsageError(f"'{folder}' holds images of another model or other settings; choose another.")
+            return
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"'{folder}' is not empty and has no {_RECORD} of earlier scoring; choose another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(record, json.dumps(mine, indent=2) + "\n")
+
+
+class FolderImages:
+    """Images that lie in files already.
+
+    Args:
+        pixels (`PixelDataset`): What `prepare_pixels` made of them.
+    """
+
+    def __init__(self, pixels: PixelDataset):
+        if len(pixels) < 2:
+            raise UsageError(f"scores need at least 2 generated images, but there are {len(pixels)}.")
+        self.numbered = pixels.numbered
+        self._count = len(pixels)
+        self.origin = {"digest": pixels.digest(with_classes=False)}
+        self.settings: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def _read(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        pixels = np.array(image)
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+
+
+def _load(record: Path) -> Any:
+    try:
+        return json.loads(record.read_text())
+    except ValueError:
+        return None  # A broken record is nobody's.

@@ -1,0 +1,141 @@
+"""What generated images are compared with: statistics of real images, computed once and then cached, or published."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..data import PixelDataset
+from ..errors import UsageError
+from ..files import cache_dir, replace_file
+from .extraction import extract
+from .features import FeatureExtractor
+from .frechet import Gaussian, Moments
+
+# Part of the cache key: raise it whenever the same images would give other statistics.
+_VERSION = 1
+_BATCH_SIZE = 250
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of real images.
+
+    Args:
+        gaussian (`Gaussian`): Mean and covariance of their features.
+        settings (`dict`): Which images these are, and how they were prepared; ready for JSON.
+        features (`Tensor` of shape `(N, F)`, *optional*): The features themselves, float32, where they were asked for.
+        logits (`Tensor` of shape `(N, K)`, *optional*): Those of a classifier, float32, where they were asked for.
+    """
+
+    gaussian: Gaussian
+    settings: dict[str, Any]
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def make_reference(
+    data: PixelDataset,
+    extractor: FeatureExtractor,
+    with_features: bool,
+    with_logits: bool = False,
+    state: PartialState | None = None,
+) -> Reference:
+    """Statistics of all images of a data set, from the cache where they are there already.
+
+    They are cached by the fingerprint of the data, which changes with its files and its preparation, and by the
+    settings of the extractor, a checksum of its weights included.
+
+    Args:
+        data (`PixelDataset`): The images.
+        extractor (`FeatureExtractor`): How to see them.
+        with_features (`bool`): Whether their features are wanted as well (`4 * N * F` bytes).
+        with_logits (`bool`, *optional*, defaults to `False`): Whether the logits of a classifier are wanted as well.
+        state (`PartialState`, *optional*): Processes that share the work.
+    """
+    settings = {"fingerprint": data.fingerprint, "extractor": extractor.settings, "version": _VERSION}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    kept = f"{'-features' if with_features else ''}{'-logits' if with_logits else ''}"
+    path = cache_dir() / "references" / f"{key}{kept}.safetensors"
+    tensors = _read(path)
+    # All of them or none: one that found the file a moment later than another would leave that one waiting.
+    missing = tensors is None if state is None else any(gather_object([tensors is None]))
+    if missing:
+        tensors = _compute(data, extractor, with_features, with_logits, state)
+        if state is None or state.is_main_process:
+            _write(tensors, path)
+    gaussian = Gaussian(tensors["mean"], tensors["covariance"], len(data))
+    described = {
+        "digest": data.digest(with_classes=False),
+        "num_images": len(data),
+        "resolution": data.resolution,
+        "channels": data.channels,
+    }
+    return Reference(gaussian, described, tensors.get("features"), tensors.get("logits"))
+
+
+def _compute(
+    data: PixelDataset, extractor: FeatureExtractor, with_features: bool, with_logits: bool, state: PartialState | None
+) -> dict[str, Tensor]:
+    if len(data) < 2:
+        raise UsageError(f"scores need at least 2 reference images, but there are {len(data)}.")
+    moments, features, logits = Moments(extractor.num_features), [], []
+    for batch in extract(data, extractor, _BATCH_SIZE, "Reference images", with_logits, state):
+        moments.update(batch.features)
+        if with_features:
+            features.append(batch.features)
+        if with_logits:
+            logits.append(batch.logits)
+    tensors = moments.gaussian()._asdict()
+    del tensors["count"]
+    kept = {"features": features, "logits": logits}
+    return tensors | {name: torch.cat(batches) for name, batches in kept.items() if batches}
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError):
+        # Not there, or broken: it is computed anew.
+        return None
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    """A cache that cannot be written costs time only, and must not end the run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda place: safetensors.torch.save_file(tensors, place))
+    except (OSError, SafetensorError) as error:
+        print(f"The statistics of the reference are not kept for the next time: {error}")
+
+
+def read_published(path: Path, extractor: FeatureExtractor) -> Reference:
+    """Statistics that others published: an `.npz` file with `mu` and `sigma`, as those of pytorch-fid, ADM and EDM.
+
+    Raises:
+        UsageError: if the file holds no such statistics, or those of other features.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"'{path}' is not a readable .npz file with the arrays 'mu' and 'sigma': {error}") from error
+    count = extractor.num_features
+    if mean.shape != (count,) or covariance.shape != (count, count):
+        raise UsageError(
+            f"'{path}' holds statistics of {mean.numel()} features, but '{extractor.name}' has {count}. "
+            "Name the features that it was made with: --features."
+        )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise UsageError(f"'{path}' holds values that are not finite.")
+    digest = hashlib.sha256(mean.numpy().tobytes() + covariance.numpy().tobytes()).hexdigest()
+    return Reference(Gaussian(mean, covariance, None), {"digest": digest, "num_images": None})

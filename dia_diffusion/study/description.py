@@ -1,0 +1,196 @@
+"""A study: variants of a model, each trained from several seeds at equal steps and scored alike.
+
+Within a seed all variants start from the same weights, where they have the same layers, and see the same images,
+timesteps and noise in the same order (`training.objective.draw_step`), so that their differences are paired.
+"""
+
+import inspect
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusers import UNet2DModel
+
+from ..errors import UsageError
+from ..training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, read_yaml
+
+# Options that a study sets itself, and what to use instead.
+_RESERVED = {
+    "seed": "list 'seeds'",
+    "output_dir": "use --output_dir",
+    "overwrite_output_dir": "remove the folder of the study, or choose another --output_dir",
+    "resume_from_checkpoint": "a study always goes on where it stopped",
+    "score_features": "set 'features' of the study",
+    "score_num_images": "set 'num_images' of the study",
+    "push_to_hub": "the runs of a study are not published",
+}
+# Pictures and pipelines on the way cost time and are not looked at; a finished run needs no checkpoint.
+_NEVER = 10**9
+_DEFAULTS = {"save_images_epochs": _NEVER, "save_model_epochs": _NEVER, "checkpoints_total_limit": 1}
+
+
+class Scoring(NamedTuple):
+    """How a trained model is scored.
+
+    Attributes:
+        loss_draws (`int`): Draws of noise and timestep for each held-out image.
+        num_images (`int`): Images generated for the Fréchet distance; 0 leaves it out.
+        features (`str`): Features in which it is measured.
+    """
+
+    loss_draws: int
+    num_images: int
+    features: str
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One variant from one seed."""
+
+    variant: str
+    config: TrainingConfig
+    scoring: Scoring
+
+    @property
+    def folder(self) -> Path:
+        return self.config.output.folder
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}/{self.folder.name}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of runs, as a YAML file describes it.
+
+    Args:
+        baseline (`str`): The variant that the others are compared with.
+        variants (`dict`): For each name, what it has otherwise: any option of training, any argument of
+            `UNet2DModel`.
+        seeds (list of `int`): Each variant is trained once from each.
+        common (`dict`): Options of all variants, among them `max_train_steps`.
+        loss_draws (`int`, *optional*, defaults to 16): See `Scoring`.
+        num_images (`int`, *optional*, defaults to 10000): See `Scoring`.
+        features (`str`, *optional*, defaults to `"digits"`): See `Scoring`.
+        timing_rounds (`int`, *optional*, defaults to 5):
+            Rounds in which the step of each variant is timed against that of the baseline; 0 leaves it out.
+
+    Raises:
+        UsageError: for options that are unknown, that a study sets itself, or that cannot work.
+    """
+
+    baseline: str
+    variants: dict[str, dict[str, Any]]
+    seeds: list[int]
+    common: dict[str, Any] = field(default_factory=dict)
+    loss_draws: int = 16
+    num_images: int = 10000
+    features: str = "digits"
+    timing_rounds: int = 5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.variants, dict) or self.baseline not in self.variants:
+            raise UsageError(f"the baseline '{self.baseline}' must be one of the study's variants.")
+        for name in self.variants:
+            if not re.fullmatch(r"[\w.+-]+", str(name)) or not isinstance(name, str):
+                raise UsageError(
+                    f"variant '{name}': its name may have letters, digits and . + - _ only (quote a number)."
+                )
+        for name, options in {"common": self.common, **self.variants}.items():
+            if not isinstance(options, dict | None):
+                raise UsageError(f"'{name}' must list options, each with its value, but is {options}.")
+        if not isinstance(self.seeds, list) or not self.seeds or not all(_is_at_least(0, seed) for seed in self.seeds):
+            raise UsageError(f"seeds must be a list of numbers from 0, for example [0, 1, 2], but is {self.seeds}.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"seeds must be a list of different numbers, for example [0, 1, 2], but is {self.seeds}.")
+        for name, least in (("loss_draws", 1), ("num_images", 0), ("timing_rounds", 0)):
+            if not _is_at_least(least, getattr(self, name)):
+                raise UsageError(f"{name} must be at least {least}, but is {getattr(self, name)}.")
+        in_variants = any("max_train_steps" in (options or {}) for options in self.variants.values())
+        if in_variants or not (self.common or {}).get("max_train_steps"):
+            raise UsageError("a study compares at equal steps: set max_train_steps in 'common', and in no variant.")
+        for variant in self.variants:
+            self.config(variant, self.seeds[0], Path())
+
+    def description(self) -> dict[str, Any]:
+        """The study as its YAML file has it."""
+        return asdict(self)
+
+    def config(self, variant: str, seed: int, folder: Path) -> TrainingConfig:
+        """The training run of a variant from a seed, in a folder of the study."""
+        options = {"unet_arguments": {}, **_DEFAULTS}
+        for given in (self.common or {}, self.variants[variant] or {}):
+            for name, value in given.items():
+                if name in _RESERVED:
+                    raise UsageError(f"'{name}' cannot be set for the runs of a study: {_RESERVED[name]}.")
+                if name in OPTION_NAMES:
+                    options[name] = value
+                elif name in _UNET_ARGUMENTS:
+                    options["unet_arguments"] = options["unet_arguments"] | {name: value}
+                else:
+                    raise UsageError(
+                        f"variant '{variant}': '{name}' is neither an option of training (train_unet.py --help) nor an "
+                        "argument of UNet2DModel."
+                    )
+        place = folder / variant / f"seed-{seed}"
+        options |= {"seed": seed, "output_dir": str(place), "resume_from_checkpoint": "latest"}
+        return TrainingConfig.from_flat(**options)
+
+    def runs(self, folder: Path) -> list[StudyRun]:
+        """All runs, seed by seed, so that each finished seed is a comparison of all variants.
+
+        Raises:
+            UsageError: if a run in the folder was begun with other options.
+        """
+        scoring = Scoring(self.loss_draws, self.num_images, self.features)
+        runs = [
+            StudyRun(variant, self.config(variant, seed, folder), scoring)
+            for seed in self.seeds
+            for variant in self.variants
+        ]
+        for run in runs:
+            _check_unchanged(run)
+        return runs
+
+
+def _is_at_least(least: int, value: object) -> bool:
+    return isinstance(value, int) and value >= least
+
+
+_UNET_ARGUMENTS = inspect.signature(UNet2DModel.__init__).parameters.keys() - {"self"}
+
+
+def load_study(path: str | Path) -> Study:
+    """Reads the description of a study.
+
+    Raises:
+        UsageError: if it cannot be read or does not describe a study.
+    """
+    content = read_yaml(path)
+    keys = [item.name for item in fields(Study)]
+    required = {"baseline", "variants", "seeds"}
+    if not isinstance(content, dict) or content.keys() - set(keys) or required - content.keys():
+        found = f"; it has {', '.join(map(str, content))}" if isinstance(content, dict) else ""
+        raise UsageError(
+            f"'{path}' must have the keys {', '.join(sorted(required))}, and may have "
+            f"{', '.join(key for key in keys if key not in required)}{found}."
+        )
+    return Study(**content)
+
+
+def _check_unchanged(run: StudyRun) -> None:
+    """What was trained with other options must not be taken for this run."""
+    record = run.folder / CONFIG
+    if not record.exists():
+        return
+    before, now = load_recipe(record), run.config.public_dict()
+    elsewhere = {"output_dir", "cache_dir", "resume_from_checkpoint"}
+    changed = [name for name in before if name not in elsewhere and before[name] != now[name]]
+    if changed:
+        lines = "; ".join(f"{name} is {now[name]}, was {before[name]}" for name in changed)
+        raise UsageError(
+            f"'{run.folder}' was trained with other options: {lines}. Remove that folder, or choose another "
+            "--output_dir."
+        )

@@ -1,0 +1,175 @@
+"""What is done for a run of a study, and the files it leaves: trained, scored, timed."""
+
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+
+from ..data import to_unit_range
+from ..errors import NotFiniteError, UsageError
+from ..files import replace_text
+from ..pipelines import DIAUNetPipeline
+from ..scoring import PipelineImages, evaluate, get_extractor
+from ..training import (
+    CHECKPOINTS,
+    METRICS_LOG,
+    TrainingState,
+    build_unet,
+    diffusion_loss,
+    draw_step,
+    held_out_loss,
+    load_pixels,
+    make_accelerator,
+    make_noise_scheduler,
+    read_metrics,
+    train,
+)
+from .description import StudyRun
+
+RESULT = "result.json"
+TIMING = "timing.json"
+_BATCH_SIZE = 250
+_STEPS_A_ROUND = 10
+_SPIKE_FACTOR = 1.5
+_SPIKE_WINDOW = 20
+SPIKES = (
+    f"A spike is a logged loss of more than {_SPIKE_FACTOR} times the median of the {_SPIKE_WINDOW} logged before it."
+)
+
+
+def complete(run: StudyRun) -> None:
+    """Trains and scores a run, and leaves its `result.json`. A run that diverges has a result too: where it did."""
+    result = {"variant": run.variant, "seed": run.config.optimisation.seed, "scoring": run.scoring._asdict()}
+    try:
+        if not _is_trained(run):
+            train(run.config)
+        result |= _score(run)
+        shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+    except NotFiniteError as error:
+        result |= {"diverged_at_step": error.step}
+    losses = [line["loss"] for line in read_metrics(run.folder / METRICS_LOG) if "loss" in line]
+    _write_json(run.folder / RESULT, result | {"loss_spikes": count_spikes(losses)})
+
+
+def read_result(run: StudyRun) -> dict[str, Any] | None:
+    """What `complete` left, unless it was scored otherwise."""
+    result = _read_json(run.folder / RESULT)
+    if result is None or ("diverged_at_step" not in result and result["scoring"] != run.scoring._asdict()):
+        return None
+    return result
+
+
+def read_timing(run: StudyRun) -> float | None:
+    """The ratio that `time_step` left."""
+    timing = _read_json(run.folder / TIMING)
+    return None if timing is None else timing["step_time_ratio"]
+
+
+def count_spikes(losses: Sequence[float]) -> int:
+    """How many logged losses are spikes, as `SPIKES` says."""
+    return sum(
+        loss > _SPIKE_FACTOR * statistics.median(losses[number - _SPIKE_WINDOW : number])
+        for number, loss in enumerate(losses)
+        if number >= _SPIKE_WINDOW
+    )
+
+
+def _is_trained(run: StudyRun) -> bool:
+    figures = _read_json(run.folder / "metrics.json")
+    return figures is not None and figures["step"] == run.config.optimisation.max_train_steps
+
+
+def _score(run: StudyRun) -> dict[str, Any]:
+    config, scoring, optimisation = run.config, run.scoring, run.config.optimisation
+    pipeline = DIAUNetPipeline.from_pretrained(run.folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    unet = pipeline.unet
+    data, held_out = load_pixels(config.data)
+    if held_out is None:
+        raise UsageError("a study needs held-out images, and this data set has none.")
+    loss = held_out_loss(
+        unet,
+        make_noise_scheduler(config.objective),
+        held_out,
+        _BATCH_SIZE,
+        limit=len(held_out),
+        draws=scoring.loss_draws,
+    )
+    if not math.isfinite(loss):
+        raise NotFiniteError(optimisation.max_train_steps, f"the held-out loss is {loss}", optimisation.learning_rate)
+    scores: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "attention_parameters": sum(p.numel() for name, p in unet.named_parameters() if name.startswith("dia.")),
+        "held_out_loss": loss,
+    }
+    if scoring.num_images:
+        steps = config.output.ddpm_num_inference_steps
+        images = PipelineImages(pipeline, scoring.num_images, steps, optimisation.seed)
+        extractor = get_extractor(scoring.features, data.resolution, data.channels)
+        scores["fid"] = evaluate(images, data, extractor, metrics=["fid"], batch_size=_BATCH_SIZE)["fid"]
+    return scores
+
+
+def make_step(run: StudyRun) -> Callable[[], None]:
+    """A training step of a run on a batch that stays the same: what there is to time of it."""
+    config = run.config
+    data, _ = load_pixels(config.data)
+    # Another variant, of another precision perhaps, may have been made in this process.
+    AcceleratorState._reset_state()
+    accelerator = make_accelerator(config.optimisation.mixed_precision, config.output)
+    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes)
+    training = TrainingState(config.optimisation, accelerator, unet, 10_000)
+    scheduler = make_noise_scheduler(config.objective)
+    batch = data.fetch(range(config.optimisation.train_batch_size))
+    images = to_unit_range(batch["images"].to(accelerator.device)).contiguous(memory_format=torch.channels_last)
+    labels = batch["labels"].to(accelerator.device) if data.num_classes else None
+    draws = draw_step(0, 0, tuple(images.shape), scheduler.config.num_train_timesteps, accelerator.device)
+
+    def step() -> None:
+        snr_gamma = config.objective.snr_gamma
+        loss = diffusion_loss(training.model, scheduler, images, draws.noise, draws.timesteps, labels, snr_gamma)
+        accelerator.backward(loss)
+        training.update(1)
+
+    return step
+
+
+def time_step(run: StudyRun, baseline: StudyRun, rounds: int) -> None:
+    """Leaves in `timing.json` how many times the baseline's step a step takes: the median over rounds, in each of which
+    both take ten steps, one after the other, in an order that alternates."""
+    steps = [make_step(run), make_step(baseline)]
+    ratios = []
+    for number in range(rounds + 1):
+        seconds = [0.0, 0.0]
+        for side in (0, 1) if number % 2 else (1, 0):
+            seconds[side] = _seconds(steps[side])
+        ratios.append(seconds[0] / seconds[1])
+    # The first round warms up.
+    _write_json(run.folder / TIMING, {"step_time_ratio": statistics.median(ratios[1:]), "rounds": ratios[1:]})
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    for _ in range(_STEPS_A_ROUND):
+        step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """`None` if it is not there, or if a run was killed while it wrote it."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    replace_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,124 @@
+"""The batches of a run: which images a process takes at a step, and all that is random about them."""
+
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data import EndlessShuffle, PixelDataset, load_dataset_splits, prepare_pixels, to_unit_range
+from ..randomness import step_seed
+from .objective import draw_step
+from .options import DataOptions
+
+
+class BatchPlan(NamedTuple):
+    """How the global batch of a step is divided: into micro-batches, and each of these among the processes.
+
+    Attributes:
+        per_process (`int`): Images that a process takes at a time.
+        micros (`int`): Micro-batches in a step.
+        processes, process (`int`): How many processes there are, and which this one is.
+    """
+
+    per_process: int
+    micros: int = 1
+    processes: int = 1
+    process: int = 0
+
+    @property
+    def images(self) -> int:
+        """Images in a step."""
+        return self.per_process * self.micros * self.processes
+
+    def rows(self, micro: int) -> slice:
+        """The positions in the global batch that this process takes in a micro-batch."""
+        first = (micro * self.processes + self.process) * self.per_process
+        return slice(first, first + self.per_process)
+
+
+class Batch(NamedTuple):
+    """What the loss is computed from, for B images of one process, on its device."""
+
+    images: Tensor  # in [-1, 1], (B, C, H, W)
+    noise: Tensor  # (B, C, H, W), standard normal
+    timesteps: Tensor  # int64 (B,)
+    labels: Tensor | None  # int64 (B,)
+    seed: int  # of what is random inside of the model
+
+
+def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None]:
+    """The training images of a run, and the held-out ones if there are any."""
+    train_split, held_out_split = load_dataset_splits(
+        options.dataset_name, options.dataset_config_name, options.train_data_dir, options.cache_dir
+    )
+    settings = {
+        "image_column": options.image_column,
+        "label_column": options.label_column,
+        "with_labels": options.class_conditional,
+        "on_bad_image": options.on_bad_image,
+        "bits": 16 if options.preserve_input_precision else 8,
+    }
+    data = prepare_pixels(train_split, options.resolution, options.channels, **settings)
+    held_out = None
+    if held_out_split is not None and len(held_out_split):
+        held_out = prepare_pixels(held_out_split, options.resolution, data.channels, **settings)
+    return data, held_out
+
+
+def make_loader(
+    options: DataOptions, data: PixelDataset, plan: BatchPlan, seed: int, steps: range, device: torch.device
+) -> DataLoader:
+    """The pixels and labels of this process, micro-batch by micro-batch, for steps counted from 1."""
+    rows = [plan.rows(micro) for micro in range(plan.micros)]
+    positions = ([(step - 1) * plan.images + row for row in range(r.start, r.stop)] for step in steps for r in rows)
+    return DataLoader(
+        EndlessShuffle(data, seed, options.center_crop),
+        batch_sampler=positions,
+        num_workers=options.dataloader_num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
+
+
+def prepare_batches(
+    loaded: Iterator[dict[str, Tensor]],
+    data: PixelDataset,
+    plan: BatchPlan,
+    seed: int,
+    steps: range,
+    device: torch.device,
+    num_timesteps: int,
+    random_flip: bool = False,
+    label_dropout: float = 0.0,
+) -> Iterator[Batch]:
+    """Makes batches of what `make_loader` loads: flipped where asked for, with noise and timesteps.
+
+    What is random about a step is drawn for its global batch, of which each process takes its rows.
+    """
+    shape = (plan.images, data.channels, data.resolution, data.resolution)
+    for step in steps:
+        whole = draw_step(seed, step, shape, num_timesteps, device)
+        for rows in map(plan.rows, range(plan.micros)):
+            draws, pixels = whole.rows(rows), next(loaded)
+            images = to_unit_range(pixels["images"].to(device, non_blocking=True))
+            images = images.contiguous(memory_format=torch.channels_last)
+            if random_flip:
+                images = torch.where(draws.flips[:, None, None, None], images.flip(-1), images)
+            labels = None
+            if data.num_classes is not None:
+                labels = pixels["labels"].to(device, non_blocking=True)
+                labels = labels.masked_fill(draws.label_drops < label_dropout, data.num_classes)
+            yield Batch(images, draws.noise, draws.timesteps, labels, step_seed(seed, step, rows.start + 1))

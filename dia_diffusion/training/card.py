@@ -1,0 +1,130 @@
+"""The README.md that stands beside a trained pipeline, with the metadata that the Hub reads."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..data import EMBEDDED
+from ..scoring import format_scores
+from .options import DataOptions
+
+_SCORE_NAMES = {"fid": "Frechet distance", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}
+
+
+def write_model_card(
+    folder: Path,
+    unet: UNet2DModel,
+    figures: dict[str, Any],
+    command: str,
+    options: DataOptions,
+    init_from: str | None = None,
+    license: str | None = None,
+    hub_id: str | None = None,
+) -> None:
+    """Writes `folder/README.md` of a finished run.
+
+    Args:
+        folder (`Path`), unet (`UNet2DModel`), figures (`dict`): The run, its model, and what is in its metrics.json.
+        command (`str`): The command line that trained it.
+        options (`DataOptions`): The images that it was trained on.
+        init_from (`str`, *optional*): The model that it started from.
+        license (`str`, *optional*): An identifier of the Hub.
+        hub_id (`str`, *optional*): The repository on the Hub that the folder is for.
+    """
+    data, on_hub = _data_name(options)
+    scores = figures.get("features") is not None
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    attention = sum(p.numel() for name, p in unet.named_parameters() if name.startswith("dia."))
+    losses = [f"- {key.replace('_', ' ')}: {figures[key]:.5f}" for key in ("loss", "held_out_loss") if key in figures]
+    text = f"""
+# {folder.name}
+
+A diffusion UNet with shared attention (DIA, [arXiv 2210.16101](https://arxiv.org/abs/2210.16101)), trained on
+`{data}` at {options.resolution}x{options.resolution} pixels for {figures["step"]:,} steps of
+{figures["global_batch_size"]} images. {parameters:,} parameters, of which attention {attention:,}
+(`{unet.config.dia_attention}`, sharing `{unet.config.dia_sharing}`).
+
+![samples](samples.png)
+
+## Use
+
+With dia-diffusion:
+
+```python
+from dia_diffusion import DIAUNetPipeline
+
+pipeline = DIAUNetPipeline.from_pretrained("{hub_id or folder.name}")
+images = pipeline(batch_size=4).images
+```
+
+With diffusers alone. This runs the code in `pipeline_dia_unet.py` and `unet/dia_unet.py`; read it if you do not trust
+who published it.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{hub_id or folder.name}", trust_remote_code=True)
+images = pipeline(batch_size=4).images
+```
+
+## Figures
+
+{format_scores(figures) if scores else "No scores were computed in this run."}
+
+{chr(10).join(losses)}
+
+![training curves](curves.png)
+
+## Training
+
+```bash
+{command}
+```
+
+All options are in `training_config.yaml`, which `train_unet.py --config` reads.
+"""
+    metadata = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["dia-diffusion", "diffusion", "shared-attention", "arxiv:2210.16101"],
+        license=license,
+        datasets=[data] if on_hub else None,
+        base_model=init_from if init_from and not Path(init_from).exists() else None,
+        model_name=folder.name,
+        eval_results=_eval_results(data, figures),
+    ).to_yaml()
+    ModelCard(f"---\n{metadata}\n---\n{text}").save(folder / "README.md")
+
+
+def launch_command(secret: str | None = None) -> str:
+    """The command line of this process, without what is secret in it."""
+    command = shlex.join(["accelerate", "launch", *sys.argv])
+    return command if secret is None else command.replace(secret, "TOKEN")
+
+
+def _data_name(options: DataOptions) -> tuple[str, bool]:
+    """The name of the data, and whether the Hub has it. Of a folder on this machine only the last part is shown."""
+    if options.dataset_name is None or Path(options.dataset_name).exists():
+        return Path(options.dataset_name or options.train_data_dir).name, False
+    return options.dataset_name, options.dataset_name not in EMBEDDED
+
+
+def _eval_results(data: str, figures: dict[str, Any]) -> list[EvalResult]:
+    scored = figures.get("features") is not None
+    details = f" ({figures['features']} features, {figures['num_images']} images)" if scored else ""
+    return [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=data,
+            dataset_name=data,
+            metric_type=key,
+            metric_name=title + details,
+            metric_value=figures[key],
+        )
+        for key, title in (_SCORE_NAMES if scored else {"held_out_loss": "Held-out loss"}).items()
+        if figures.get(key) is not None
+    ]

@@ -1,0 +1,116 @@
+"""The record of a run as it goes: progress bar, metrics.jsonl and trackers."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import NotFiniteError
+from ..files import replace_text
+
+METRICS_LOG = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl. A last line that a killed run did not finish is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class RunLog:
+    """Collects the loss of each step on the device, and every `logging_steps` steps reads and writes what gathered.
+
+    Args:
+        path (`Path`): The metrics.jsonl.
+        accelerator (`Accelerator`): Its trackers get the same figures.
+        logging_steps, batch_size, step, total_steps (`int`):
+            Steps between lines, images in a step, where the run starts and where it ends.
+        pending (list of `float`, *optional*): Losses since the last line, from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        accelerator: Accelerator,
+        logging_steps: int,
+        batch_size: int,
+        step: int,
+        total_steps: int,
+        pending: list[float] | None = None,
+    ):
+        self.path = path
+        self.accelerator = accelerator
+        self.logging_steps = logging_steps
+        self.batch_size = batch_size
+        self._losses: list[float] = list(pending or [])
+        self._unread: list[Tensor] = []
+        self._mark = (step, time.monotonic())
+        self.progress = tqdm(
+            total=total_steps,
+            initial=step,
+            desc="Training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        if accelerator.is_main_process:
+            # What an interrupted run logged after the checkpoint will be logged again.
+            kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def add(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
+        """Notes the figures of step number `step` (counted from 1), without waiting for the device."""
+        self._unread.append(torch.stack([loss.detach().float(), gradient_norm.detach().float()]))
+        self.progress.update()
+        if step % self.logging_steps == 0:
+            self.read(step, learning_rate)
+            loss_mean = sum(self._losses) / len(self._losses)
+            self._losses = []
+            speed = self._speed(step)
+            self.write({"step": step, "loss": loss_mean, "learning_rate": learning_rate, "images_per_second": speed})
+            self.progress.set_postfix(loss=f"{loss_mean:.4f}", img_s=f"{speed:.0f}", refresh=False)
+
+    def read(self, step: int, learning_rate: float) -> None:
+        """Reads what the device has computed since the last time, averaged over the processes.
+
+        Raises:
+            NotFiniteError: at a loss or a gradient that is not finite, with its step.
+        """
+        if not self._unread:
+            return
+        figures = self.accelerator.reduce(torch.stack(self._unread), reduction="mean").tolist()
+        first = step - len(figures) + 1
+        self._unread = []
+        for number, (loss, norm) in enumerate(figures, first):
+            # With fp16 a gradient that overflows is skipped and the loss scaled down: that is no divergence.
+            overflow = self.accelerator.scaler is None and not math.isfinite(norm)
+            if overflow or not math.isfinite(loss):
+                what = f"the loss is {loss} and the norm of the gradient {norm}"
+                raise NotFiniteError(number, what, learning_rate)
+        self._losses += [loss for loss, _ in figures]
+
+    @property
+    def pending(self) -> list[float]:
+        """Losses since the last line; `read` first."""
+        return self._losses
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl and to the trackers."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+
+    def close(self) -> None:
+        self.progress.close()
+
+    def _speed(self, step: int) -> float:
+        (before, then), now = self._mark, time.monotonic()
+        self._mark = (step, now)
+        return round((step - before) * self.batch_size / max(now - then, 1e-9), 1)

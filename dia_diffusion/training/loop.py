@@ -1,0 +1,178 @@
+"""The training loop."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from ..errors import NotFiniteError
+from ..process import Interrupted, catch_interrupts
+from ..scoring import get_extractor
+from .accelerator import any_process, check_same_start, make_accelerator
+from .architecture import build_unet
+from .batches import Batch, BatchPlan, load_pixels, make_loader, prepare_batches
+from .card import launch_command, write_model_card
+from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint, set_aside_newer
+from .log import METRICS_LOG, RunLog
+from .objective import diffusion_loss, make_noise_scheduler
+from .options import TrainingConfig
+from .parsing import CONFIG, save_config
+from .publishing import make_hub_repository, push_run
+from .results import RunResults, prepare_output_dir
+from .resuming import find_checkpoint_to_resume
+from .state import TrainingState
+
+
+def train(config: TrainingConfig) -> dict[str, Any]:
+    """Trains a UNet as the configuration says, and leaves the pipeline and its record in `config.output.folder`.
+
+    What is random about step k (order of images, crops, timesteps, noise, flips, label dropout) depends on the seed, k
+    and the position in the global batch alone. Dropout inside of the model depends on the seed, k and the position of
+    the batch in the global batch: it is the same when a run is resumed, but not when the batches are divided otherwise.
+
+    Returns:
+        `dict`: what is in metrics.json: the final losses and, where asked for, the scores. Empty on processes other
+        than the main one.
+
+    Raises:
+        UsageError: for a configuration that cannot work, data that cannot be read, or a loss that is not finite.
+        Interrupted: after SIGTERM or Ctrl-C, when the step is finished and a checkpoint is written.
+    """
+    accelerator = make_accelerator(config.optimisation.mixed_precision, config.output)
+    figures = _train(config, accelerator)
+    # The process group must outlive the distributed model: when that is the last to hold it, its threads are waited for
+    # with Python's lock held, which they may need to end.
+    accelerator.free_memory()
+    accelerator.end_training()
+    return figures
+
+
+def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
+    # 1. set up
+    optimisation, objective, output = config.optimisation, config.objective, config.output
+    folder, main, device, seed = output.folder, accelerator.is_main_process, accelerator.device, optimisation.seed
+    scheduler = make_noise_scheduler(objective)
+    with accelerator.main_process_first():
+        data, held_out = load_pixels(config.data)
+    if output.score_features is not None:
+        # A mistake in its name should not be noticed at the end of the run.
+        get_extractor(output.score_features, data.resolution, data.channels)
+    plan = BatchPlan(
+        optimisation.train_batch_size,
+        optimisation.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+    epoch_steps = -(-len(data) // plan.images)
+    total_steps = optimisation.max_train_steps or optimisation.num_epochs * epoch_steps
+    torch.manual_seed(seed)
+    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes)
+    training = TrainingState(optimisation, accelerator, unet, total_steps)
+
+    # 2. go on where an earlier run stopped
+    record = config.public_dict() | {"global_batch_size": plan.images, "data_digest": data.digest()}
+    record["unet"] = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    record = json.loads(json.dumps(record))
+    checkpoint = find_checkpoint_to_resume(output, record)
+    start, pending = 0, []
+    if checkpoint is not None:
+        training.restore(checkpoint)
+        start, pending = checkpoint.state["step"], checkpoint.state["pending_losses"]
+    check_same_start(accelerator, start)
+    if main:
+        # A repository that cannot be used is noticed now too, and not when the run is finished.
+        hub_id = make_hub_repository(output)
+        prepare_output_dir(output, resuming=checkpoint is not None)
+        save_config(config, folder / CONFIG)
+        set_aside_newer(folder / CHECKPOINTS, start)
+    accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, (int, float, str))})
+    log = RunLog(folder / METRICS_LOG, accelerator, output.logging_steps, plan.images, start, total_steps, pending)
+    results = RunResults(output, training, scheduler, data, held_out, seed)
+
+    # 3. train
+    steps = range(start + 1, total_steps + 1)
+    loaded = iter(make_loader(config.data, data, plan, seed, steps, device))
+    length, flip, drop = objective.ddpm_num_steps, config.data.random_flip, objective.label_dropout
+    batches = prepare_batches(loaded, data, plan, seed, steps, device, length, flip, drop)
+    training.unet.train()
+    with closing(log), catch_interrupts() as signals, _advice_on_divergence(folder / CHECKPOINTS):
+        for step in steps:
+            loss = accumulate_gradients(training, scheduler, batches, plan.micros, objective.snr_gamma)
+            norm = training.update(step)
+            log.add(step, loss, norm, training.learning_rate(step))
+            last = step == total_steps
+            stopping = not last and any_process(accelerator, bool(signals), step)
+            if main:
+                if held_out is not None and (step % output.validation_steps == 0 or last):
+                    log.write({"step": step, "held_out_loss": results.held_out_loss(plan.per_process)})
+                if output.eval_steps is not None and step % output.eval_steps == 0:
+                    log.write({"step": step, "fid": results.keep_if_best(step)})
+                if step % (epoch_steps * output.save_images_epochs) == 0 and not last:
+                    results.save_sample_grid(step)
+                if step % (epoch_steps * output.save_model_epochs) == 0 and not last:
+                    results.save_pipeline()
+            if step % output.checkpointing_steps == 0 or last or stopping:
+                log.read(step, training.learning_rate(step))
+                if main:
+                    training.check_finite(step)
+                    parts = training.to_checkpoint({"step": step, "pending_losses": log.pending, "config": record})
+                    save_checkpoint(folder / CHECKPOINTS, step, parts, output.checkpoints_total_limit)
+                accelerator.wait_for_everyone()
+            if stopping:
+                signum = signals[0] if signals else signal.SIGTERM
+                raise Interrupted(signum, f"stopped after step {step}; --resume_from_checkpoint latest goes on.")
+
+    # 4. leave the results
+    figures = {}
+    if main:
+        figures = results.finish(total_steps, plan.images)
+        command, start_from = launch_command(output.hub_token), config.model.init_from
+        write_model_card(folder, unet, figures, command, config.data, start_from, output.license, hub_id)
+        if hub_id is not None:
+            push_run(output, hub_id)
+    accelerator.wait_for_everyone()
+    return figures
+
+
+def accumulate_gradients(
+    training: TrainingState,
+    scheduler: DDPMScheduler,
+    batches: Iterator[Batch],
+    micros: int,
+    snr_gamma: float | None = None,
+) -> Tensor:
+    """The gradient of a step, from its next `micros` batches. Returns the loss on this process, on the device."""
+    accelerator = training.accelerator
+    loss = torch.zeros((), device=accelerator.device)
+    for micro in range(micros):
+        batch = next(batches)
+        if training.unet.config.dropout:
+            torch.manual_seed(batch.seed)
+        with nullcontext() if micro == micros - 1 else accelerator.no_sync(training.model):
+            part = diffusion_loss(
+                training.model, scheduler, batch.images, batch.noise, batch.timesteps, batch.labels, snr_gamma
+            )
+            accelerator.backward(part / micros)
+        loss += part.detach() / micros
+    return loss
+
+
+@contextmanager
+def _advice_on_divergence(checkpoints: Path) -> Iterator[None]:
+    try:
+        yield
+    except NotFiniteError as error:
+        # All checkpoints hold finite weights: those of a diverged step are not written.
+        latest, _ = find_latest(checkpoints)
+        advice = "Try a lower --learning_rate, more --lr_warmup_steps or --mixed_precision no"
+        start = "from the start" if latest is None else f"from the last good checkpoint, {latest}"
+        flag = "" if latest is None else " (--resume_from_checkpoint latest)"
+        error.args = (f"{error} {advice}, {start}{flag}.",)
+        raise

@@ -1,0 +1,316 @@
+"""Every scheduler of diffusers in the pipeline, against a distribution that is known exactly, and against its peers."""
+
+import json
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ConfigMixin,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    KarrasVePipeline,
+    KarrasVeScheduler,
+    ModelMixin,
+    PNDMPipeline,
+    PNDMScheduler,
+    SchedulerMixin,
+    ScoreSdeVePipeline,
+    ScoreSdeVeScheduler,
+    UNet2DModel,
+    schedulers,
+)
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
+from dia_diffusion.errors import UsageError
+from dia_diffusion.sampling import make_scheduler
+from dia_diffusion.sampling.schedulers import SCHEDULERS
+
+MEAN, STD = 0.3, 0.4
+# Those that diffusers has for the prediction of noise and velocity only.
+WITHOUT_SAMPLE = {"pndm", "euler_ancestral", "kdpm2", "kdpm2_ancestral"}
+# Accepted by the pipeline, but not for models trained here: see `SCHEDULERS`.
+OTHERS = {
+    "CogVideoXDDIMScheduler": "another noise schedule",
+    "DDIMParallelScheduler": "DDIM, for another pipeline",
+    "DDPMParallelScheduler": "DDPM, for another pipeline",
+    "DDIMInverseScheduler": "from images to noise",
+    "DPMSolverMultistepInverseScheduler": "from images to noise",
+    "DPMSolverSDEScheduler": "draws its noise by itself",
+    "CosineDPMSolverMultistepScheduler": "EDM's preconditioning",
+    "EDMEulerScheduler": "EDM's preconditioning",
+    "EDMDPMSolverMultistepScheduler": "EDM's preconditioning",
+    "LCMScheduler": "for distilled models",
+    "TCDScheduler": "for distilled models",
+    "UnCLIPScheduler": "one noise schedule only",
+}
+
+
+class GaussianUNet(ModelMixin, ConfigMixin):
+    """The exact prediction for images whose pixels are independent, of mean `MEAN` and standard deviation `STD`.
+
+    With x_t = a x_0 + b n, all Gaussian: E[n | x_t] = b (x_t - a mean) / (a² std² + b²), and likewise for x_0 and
+    v = a n - b x_0.
+    """
+
+    @register_to_config
+    def __init__(self, kind="epsilon", sample_size=32, in_channels=1, num_class_embeds=None):
+        super().__init__()
+        self.class_embedding = None
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        signal = DDPMScheduler().alphas_cumprod
+        self.sigmas = ((1 - signal) / signal).sqrt().double()
+
+    def noise_level(self, timestep):
+        """b / a at a timestep; between two of them interpolated as the schedulers do."""
+        timestep = torch.as_tensor(timestep).double().clamp(0, 999)
+        low = timestep.floor().long()
+        return torch.lerp(self.sigmas[low], self.sigmas[(low + 1).clamp(max=999)], timestep - low)
+
+    def forward(self, sample, timestep, class_labels=None):
+        a = (1 + self.noise_level(timestep) ** 2).rsqrt().reshape(-1, 1, 1, 1)
+        b = (1 - a**2).sqrt()
+        deviation = (sample.double() - a * MEAN) / (a**2 * STD**2 + b**2)
+        noise, image = b * deviation, MEAN + a * STD**2 * deviation
+        outputs = {"epsilon": noise, "sample": image, "v_prediction": a * noise - b * image}
+        return UNet2DOutput(sample=outputs[self.config.kind].to(sample.dtype))
+
+
+class EDMGaussianUNet(GaussianUNet):
+    """The same as seen through EDM's preconditioning (arXiv 2206.00364, table 1), with `c_noise = log(sigma) / 4`."""
+
+    def forward(self, sample, timestep, class_labels=None):
+        data = 0.5
+        sigma = (4 * timestep.double()).exp()
+        noisy = sample.double() * (sigma**2 + data**2).sqrt()
+        image = MEAN + STD**2 * (noisy - MEAN) / (STD**2 + sigma**2)
+        skip, out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2).sqrt()
+        return UNet2DOutput(sample=((image - skip * noisy) / out).to(sample.dtype))
+
+
+def name_of(value):
+    return type(value).__name__ if isinstance(value, SchedulerMixin) else getattr(value, "__name__", str(value))
+
+
+def generators(count):
+    return [torch.Generator().manual_seed(number) for number in range(count)]
+
+
+def draw(unet, scheduler, steps=100, **arguments):
+    pipe = DIAUNetPipeline(unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"batch_size": 4, "generator": generators(4), "output_type": "latent"} | arguments
+    return pipe(num_inference_steps=steps, **arguments).images
+
+
+def assert_is_the_distribution(images):
+    # 4096 pixels: the standard error of both is about 0.006; what is left is the error of 100 steps of first order.
+    assert images.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert images.std().item() == pytest.approx(STD, abs=0.045)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in SCHEDULERS
+        for kind in ("epsilon", "v_prediction", "sample")
+        if kind != "sample" or name not in WITHOUT_SAMPLE
+    ],
+)
+def test_a_scheduler_lands_on_the_distribution(name, kind):
+    # Clipping to [-1, 1] would cut off the tails of the distribution.
+    scheduler = make_scheduler(name, DDPMScheduler(prediction_type=kind, clip_sample=False).config)
+    assert_is_the_distribution(draw(GaussianUNet(kind), scheduler))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpm", "heun", "lms"])
+def test_every_timestep_spacing(name, spacing):
+    scheduler = make_scheduler(name, DDPMScheduler(timestep_spacing=spacing, clip_sample=False).config)
+    assert scheduler.config.timestep_spacing == spacing
+    assert_is_the_distribution(draw(GaussianUNet(), scheduler))
+
+
+@pytest.mark.parametrize("sigmas", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_other_noise_levels(sigmas):
+    config = DDPMScheduler(clip_sample=False).config
+    assert_is_the_distribution(draw(GaussianUNet(), EulerDiscreteScheduler.from_config(config, **{sigmas: True})))
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_eta_adds_the_noise_of_ddim(eta):
+    scheduler = DDIMScheduler(clip_sample=False)
+    images = draw(GaussianUNet(), scheduler, eta=eta)
+    assert_is_the_distribution(images)
+    assert (images - draw(GaussianUNet(), scheduler)).abs().max() > 0.1
+
+
+def test_the_sde_solver_with_its_own_noise():
+    pytest.importorskip("torchsde", reason="DPMSolverSDEScheduler needs torchsde")
+    scheduler = diffusers.DPMSolverSDEScheduler.from_config({"beta_start": 1e-4, "beta_end": 0.02})
+    assert_is_the_distribution(draw(GaussianUNet(), scheduler, steps=50))
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_a_unet_trained_in_edms_way_is_sampled_with_its_schedulers(name):
+    assert_is_the_distribution(draw(EDMGaussianUNet(), getattr(diffusers, name)()))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_schedule_does_not_change_with_the_scheduler(name):
+    """The betas of a configuration that was never saved are kept too, where another scheduler has other defaults."""
+    trained = DDPMScheduler()
+    scheduler = make_scheduler(name, trained.config)
+    torch.testing.assert_close(scheduler.betas, trained.betas)
+    assert scheduler.config.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("class_name", "options", "words"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, "no prediction_type"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "no prediction_type"),
+        ("CMStochasticIterativeScheduler", {}, "no prediction_type"),
+        ("IPNDMScheduler", {}, "no prediction_type"),
+        ("ScoreSdeVeScheduler", {}, "no prediction_type"),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "flow matching"),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "flow matching"),
+        ("EDMEulerScheduler", {}, "does not follow the noise schedule 'linear'"),
+        ("CogVideoXDPMScheduler", {}, "its steps need .*old_pred_original_sample"),
+    ],
+)
+def test_schedulers_that_do_not_fit_are_refused(class_name, options, words):
+    saved = json.loads(DDPMScheduler().to_json_string())
+    scheduler = getattr(diffusers, class_name).from_config(saved, **options)
+    with pytest.raises(UsageError, match=rf"{class_name} does not fit .*{words}.*DDIMScheduler\.from_config"):
+        draw(GaussianUNet(), scheduler)
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_SAMPLE))
+def test_a_prediction_type_that_a_scheduler_does_not_have_is_refused(name):
+    scheduler = make_scheduler(name, DDPMScheduler(prediction_type="sample").config)
+    with pytest.raises(UsageError, match=r"cannot be used here: prediction_type.*sample"):
+        draw(GaussianUNet("sample"), scheduler)
+
+
+def test_a_scheduler_whose_package_is_missing():
+    code = """
+import sys
+sys.modules["scipy"] = None  # As if it were not installed.
+from dia_diffusion.errors import UsageError
+from dia_diffusion.sampling import make_scheduler
+try:
+    make_scheduler("lms", {})
+except UsageError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "scheduler 'lms' cannot be used here: LMSDiscreteScheduler requires the scipy library" in done.stdout
+
+
+def test_every_scheduler_of_diffusers_has_a_name_or_a_reason():
+    named = {class_name for class_name, _ in SCHEDULERS.values()}
+    for class_name in (name for name in dir(schedulers) if name.endswith("Scheduler") and name not in named):
+        scheduler_class = getattr(schedulers, class_name)
+        if not issubclass(scheduler_class, SchedulerMixin):
+            assert class_name in OTHERS  # A stand-in for a class that needs a package that is not installed.
+            continue
+        try:
+            scheduler = scheduler_class()
+        except (TypeError, KeyError):  # It needs arguments of its own, and is not for images.
+            continue
+        try:
+            draw(GaussianUNet(), scheduler, steps=2)
+            accepted = True
+        except UsageError:
+            accepted = False
+        assert accepted == (class_name in OTHERS), class_name
+
+
+def test_more_steps_than_a_scheduler_has():
+    with pytest.raises(UsageError, match="num_inference_steps 1001 does not fit DDPMScheduler"):
+        draw(GaussianUNet(), DDPMScheduler(), steps=1001)
+
+
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_model_in_half_precision(name):
+    unet = DIAUNet2DModel(**TINY).to(dtype=torch.bfloat16)
+    images = draw(unet, make_scheduler(name, DDPMScheduler().config), steps=4)
+    assert images.dtype == torch.bfloat16
+    assert images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "peer", "options"),
+    [
+        (DDPMScheduler(), DDPMPipeline, {}),
+        (DDPMScheduler(prediction_type="v_prediction", variance_type="fixed_large"), DDPMPipeline, {}),
+        (DDIMScheduler(), DDIMPipeline, {}),
+        (DDIMScheduler(), DDIMPipeline, {"eta": 0.7}),
+        (
+            DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True),
+            DDIMPipeline,
+            {},
+        ),
+        (PNDMScheduler(), PNDMPipeline, {}),
+        (PNDMScheduler(skip_prk_steps=True, prediction_type="v_prediction"), PNDMPipeline, {}),
+    ],
+    ids=name_of,
+)
+def test_images_equal_those_of_diffusers_bit_for_bit(scheduler, peer, options):
+    unet = UNet2DModel(**TINY).eval()
+    ours = DIAUNetPipeline(DIAUNet2DModel.from_unet(unet, dia_attention="none"), scheduler)
+    arguments = {"batch_size": 2, "num_inference_steps": 7, "output_type": "np"} | options
+    expected = peer(unet, scheduler)(generator=torch.Generator().manual_seed(0), **arguments).images
+    assert np.array_equal(ours(generator=torch.Generator().manual_seed(0), **arguments).images, expected)
+
+
+@pytest.mark.parametrize(
+    ("peer", "scheduler", "time"),
+    [
+        (DDPMPipeline, DDPMScheduler(), "positional"),
+        (ScoreSdeVePipeline, ScoreSdeVeScheduler(), "fourier"),
+        (KarrasVePipeline, KarrasVeScheduler(), "fourier"),
+    ],
+    ids=name_of,
+)
+def test_the_pipelines_of_diffusers_run_the_model(peer, scheduler, time):
+    """Also those whose timesteps are noise levels, and that this project's pipeline has no loop for."""
+    unet = UNet2DModel(**TINY, time_embedding_type=time).eval()
+    model = DIAUNet2DModel.from_unet(unet)
+    first, second = (
+        peer(network, scheduler)(
+            batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np"
+        ).images
+        for network in (unet, model)
+    )
+    assert np.isfinite(first).all()
+    assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), EulerDiscreteScheduler(), EDMEulerScheduler()], ids=name_of)
+def test_latents_are_the_noise_that_would_be_drawn(scheduler):
+    """They are scaled to the scheduler's first noise level here, as in diffusers' other pipelines."""
+    unet = DIAUNet2DModel(**TINY).eval()
+    noise = torch.cat([torch.randn(1, 3, 8, 8, generator=generator) for generator in generators(4)])
+    assert torch.equal(draw(unet, scheduler, steps=3, latents=noise), draw(unet, scheduler, steps=3))

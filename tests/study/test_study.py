@@ -1,0 +1,284 @@
+"""A study is the same study whatever happens to it, its comparisons are paired, and its statistics are right."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from scipy import stats
+
+from dia_diffusion import DIAUNetPipeline
+from dia_diffusion.cli import main
+from dia_diffusion.errors import UsageError
+from dia_diffusion.study import compare, run_study
+from dia_diffusion.study.description import load_study
+from dia_diffusion.study.report import format_table, summarise
+from dia_diffusion.study.single_run import complete, count_spikes, read_result, read_timing, time_step
+from dia_diffusion.training import build_unet, loop
+from training_runs import fresh_state
+
+STUDIES = Path(__file__).parents[2] / "studies"
+
+COMMON = {
+    "dataset_name": "digits",
+    "resolution": 8,
+    "block_out_channels": [32, 32],
+    "layers_per_block": 1,
+    "dia_hidden_size": 8,
+    "train_batch_size": 8,
+    "max_train_steps": 24,
+    "lr_warmup_steps": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 2,
+    "checkpointing_steps": 2,
+    "validation_steps": 100,
+    "eval_batch_size": 1,
+    "ddpm_num_inference_steps": 2,
+    "use_ema": True,
+}
+VARIANTS = {"plain": {"dia_attention": "none"}, "dia": None}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    fresh_state()
+
+
+def write_study(path, variants=VARIANTS, common=None, **options):
+    options = {"baseline": "plain", "seeds": [0, 1], "num_images": 0, "loss_draws": 2, "timing_rounds": 0} | options
+    options |= {"variants": variants, "common": COMMON | (common or {})}
+    path.write_text(yaml.safe_dump(options, sort_keys=False))
+    return path
+
+
+def runs_of(path, folder):
+    study = load_study(path)
+    return study, study.runs(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A study that was let finish: its description, its folder and its figures."""
+    root = tmp_path_factory.mktemp("study")
+    path, folder = write_study(root / "study.yaml", num_images=20, timing_rounds=1), root / "undisturbed"
+    assert main(["study", str(path), "--output_dir", str(folder), "--jobs", "2"]) == 0
+    return path, folder, json.loads((folder / "study.json").read_text())
+
+
+def test_the_report_holds_what_was_asked_for(undisturbed):
+    path, folder, summary = undisturbed
+    assert summary["study"] == yaml.safe_load(path.read_text()) | {"features": "digits"}
+    plain, dia = summary["variants"]["plain"], summary["variants"]["dia"]
+    assert (plain["attention_parameters"], plain["step_time_ratio"]) == (0, 1.0)
+    assert dia["parameters"] == plain["parameters"] + dia["attention_parameters"]
+    assert dia["step_time_ratio"] > 0
+    for name, variant in summary["variants"].items():
+        assert (variant["finished"], variant["diverged"], variant["loss_spikes"]) == (2, 0, 0)
+        for score in ("held_out_loss", "fid"):
+            values = [run[score] for run in summary["runs"] if run["variant"] == name]
+            assert variant[score]["mean"] == pytest.approx(np.mean(values))
+            assert len(set(values)) == 2
+    table = (folder / "study.md").read_text().splitlines()
+    assert [line.split()[1] for line in table[:4]] == ["variant", "---", "plain", "dia"]
+    assert f"{dia['held_out_loss']['mean']:.5f}" in table[3]
+    assert (folder / "study.png").stat().st_size > 1000
+
+
+def test_a_study_that_was_finished_is_not_done_again(undisturbed):
+    path, folder, summary = undisturbed
+    before = {result: result.stat().st_mtime_ns for result in folder.glob("*/*/*") if result.is_file()}
+    assert run_study(path, folder, jobs=1) == summary
+    assert {result: result.stat().st_mtime_ns for result in folder.glob("*/*/*") if result.is_file()} == before
+
+
+def test_a_study_that_was_killed_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+    path, _, expected = undisturbed
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "dia_diffusion.cli", "study", str(path), "--output_dir", str(folder)]
+    process = subprocess.Popen([*command, "--jobs", "2"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("plain/seed-0/checkpoints/step-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    others = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # Runs that live on would be trained by two processes at a time.
+    assert not psutil.wait_procs(others, timeout=30)[1]
+    assert not (folder / "plain" / "seed-0" / "result.json").exists()
+    summary = run_study(path, folder, jobs=2)
+    assert "resuming from" in (folder / "plain" / "seed-0" / "log.txt").read_text()
+    assert summary["runs"] == expected["runs"]
+    # Times are measured anew.
+    for one in (summary, expected):
+        one["variants"]["dia"]["step_time_ratio"] = None
+    assert format_table(summary) == format_table(expected)
+
+
+def test_variants_start_from_the_same_weights_and_see_the_same(tmp_path, monkeypatch):
+    """With a learning rate of zero the saved weights are those that a run starts from."""
+    variants = {**VARIANTS, "se": {"dia_attention": "se", "dia_sharing": "block"}}
+    path = write_study(tmp_path / "study.yaml", variants, {"learning_rate": 0.0, "max_train_steps": 3})
+    seen = []
+
+    def watched(unet, scheduler, images, noise, timesteps, *others):
+        seen.append((images.clone(), noise.clone(), timesteps.clone()))
+        return diffusion_loss(unet, scheduler, images, noise, timesteps, *others)
+
+    diffusion_loss = loop.diffusion_loss
+    monkeypatch.setattr(loop, "diffusion_loss", watched)
+    starts, views = {}, {}
+    for run in runs_of(path, tmp_path)[1]:
+        seen.clear()
+        complete(run)
+        weights = DIAUNetPipeline.from_pretrained(run.folder).unet.state_dict()
+        starts[run.name] = {name: tensor for name, tensor in weights.items() if not name.startswith("dia.")}
+        views[run.name] = [tensor for step in seen for tensor in step]
+        assert len(seen) == 3
+    for seed in (0, 1):
+        for variant in ("dia", "se"):
+            assert starts[f"{variant}/seed-{seed}"].keys() == starts[f"plain/seed-{seed}"].keys()
+            for name, tensor in starts[f"plain/seed-{seed}"].items():
+                assert torch.equal(starts[f"{variant}/seed-{seed}"][name], tensor), name
+            assert all(map(torch.equal, views[f"{variant}/seed-{seed}"], views[f"plain/seed-{seed}"]))
+    assert not any(map(torch.equal, views["plain/seed-0"], views["plain/seed-1"]))
+    assert not torch.equal(starts["plain/seed-0"]["conv_in.weight"], starts["plain/seed-1"]["conv_in.weight"])
+
+
+def test_statistics_agree_with_formulas_and_with_scipy():
+    scores = {0: 0.081, 1: 0.084, 2: 0.080, 5: 0.079}
+    baseline = {0: 0.083, 1: 0.085, 2: 0.083, 3: 0.084}
+    figures = compare(scores, baseline)
+    values, paired = np.array(list(scores.values())), np.array([-0.002, -0.001, -0.003])
+    for mean, interval, sample in (
+        (figures["mean"], figures["interval"], values),
+        (figures["difference"], figures["difference_interval"], paired),
+    ):
+        # Student's t: quantiles 0.975 for 3 and 2 degrees of freedom, from a printed table.
+        quantile = {4: 3.182, 3: 4.303}[len(sample)]
+        half = quantile * sample.std(ddof=1) / np.sqrt(len(sample))
+        assert mean == pytest.approx(sample.mean())
+        assert interval == pytest.approx([sample.mean() - half, sample.mean() + half], rel=1e-3)
+    expected = stats.ttest_rel([scores[seed] for seed in (0, 1, 2)], [baseline[seed] for seed in (0, 1, 2)]).pvalue
+    assert figures["p_value"] == pytest.approx(expected)
+    assert figures["pairs"] == 3
+    assert compare({}, baseline) is None
+    single = compare({1: 0.08}, baseline)
+    assert single["difference"] == pytest.approx(-0.005)
+    assert (single["interval"], single["difference_interval"], single["p_value"]) == (None, None, None)
+    itself = compare(baseline, baseline)
+    assert (itself["difference"], itself["difference_interval"], itself["p_value"]) == (0, None, None)
+
+
+def test_spikes_are_counted():
+    calm = [1.0, 1.2] * 15
+    assert count_spikes(calm) == 0
+    # The median is 1.1 before the 1.6 and at most 1.2 before each 2.0; the 9.0 has nothing to be compared with.
+    assert count_spikes([9.0, *calm, 1.6, *calm, 2.0, 2.0]) == 2
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path):
+    variants = {**VARIANTS, "hot": {"learning_rate": 1e30, "lr_warmup_steps": 0}}
+    path = write_study(tmp_path / "study.yaml", variants, {"max_train_steps": 6}, seeds=[0])
+    study, runs = runs_of(path, tmp_path)
+    for run in runs:
+        complete(run)
+    hot = next(run for run in runs if run.variant == "hot")
+    assert read_result(hot)["diverged_at_step"] in (2, 3)
+    figures = summarise(study, runs)["variants"]["hot"]
+    assert (figures["finished"], figures["diverged"], figures["held_out_loss"]) == (1, 1, None)
+    assert "| hot | - | - | - | - | - | - | 1 | 1 | 0.0 |" in format_table(summarise(study, runs))
+
+
+def test_a_model_is_scored_again_when_other_scores_are_asked_for(tmp_path):
+    def only_run(draws):
+        path = write_study(tmp_path / "study.yaml", {"plain": {}}, {"max_train_steps": 2}, seeds=[0], loss_draws=draws)
+        return runs_of(path, tmp_path)[1][0]
+
+    complete(only_run(2))
+    before, log = read_result(only_run(2)), (only_run(2).folder / "metrics.jsonl").read_text()
+    assert read_result(only_run(3)) is None
+    complete(only_run(3))
+    assert read_result(only_run(3))["held_out_loss"] != before["held_out_loss"]
+    assert (only_run(3).folder / "metrics.jsonl").read_text() == log
+
+
+def test_variants_of_another_precision_are_timed(tmp_path):
+    path = write_study(tmp_path / "study.yaml", {"plain": {}, "half": {"mixed_precision": "bf16"}}, seeds=[0])
+    plain, half = runs_of(path, tmp_path)[1]
+    half.folder.mkdir(parents=True)
+    time_step(half, plain, rounds=1)
+    assert read_timing(half) > 0
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd):
+    variants = {"odd": {"norm_num_groups": 7}, **VARIANTS}
+    path = write_study(tmp_path / "study.yaml", variants, {"max_train_steps": 2}, seeds=[0])
+    assert main(["study", str(path), "--output_dir", str(tmp_path / "out"), "--jobs", "1"]) == 2
+    assert "odd/seed-0: no UNet can be built as asked" in capfd.readouterr().err
+    assert len(json.loads((tmp_path / "out" / "study.json").read_text())["runs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"baseline": "plane"}, "the baseline 'plane' must be one of"),
+        ({"seeds": [1, 1]}, "seeds must be a list of different numbers"),
+        ({"variants": {"plain": {"dia_atention": "none"}}}, "variant 'plain': 'dia_atention' is neither"),
+        ({"variants": {"plain": {"seed": 3}}}, "'seed' cannot be set for the runs of a study: list 'seeds'"),
+        ({"variants": {"plain": {}, "../up": {}}}, r"variant '../up': its name may have"),
+        ({"variants": {"plain": {}, "long": {"max_train_steps": 9}}}, "a study compares at equal steps"),
+        (
+            {"variants": {"plain": {"max_train_steps": 24}}, "common": {"max_train_steps": None}},
+            "in 'common', and in no",
+        ),
+        ({"variants": {"plain": {}, "other": 5}}, "'other' must list options, each with its value, but is 5"),
+        ({"seeds": [-1]}, "seeds must be a list of numbers from 0"),
+        ({"seeds": ["one"]}, "seeds must be a list of numbers from 0"),
+        ({"num_images": "many"}, "num_images must be at least 0, but is many"),
+        ({"loss_draws": 0}, "loss_draws must be at least 1, but is 0"),
+        ({"sedes": [1]}, "must have the keys baseline, seeds, variants"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, changes, words):
+    path = write_study(tmp_path / "study.yaml", **changes)
+    with pytest.raises(UsageError, match=words):
+        load_study(path)
+
+
+def test_two_processes_do_not_work_on_one_study(tmp_path):
+    path, folder = write_study(tmp_path / "study.yaml"), tmp_path / "out"
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(UsageError, match="another process is at work on the study in"):
+        run_study(path, folder)
+    assert [entry.name for entry in folder.iterdir()] == [".lock"]
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
+    path = write_study(tmp_path / "study.yaml")
+    path.write_text(path.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3"))
+    assert yaml.safe_load(path.read_text())["common"]["learning_rate"] == "1e-3"
+    assert {run.config.optimisation.learning_rate for run in runs_of(path, tmp_path)[1]} == {1e-3}
+
+
+def test_runs_of_another_description_are_not_mixed_in(undisturbed, tmp_path):
+    _, folder, _ = undisturbed
+    path = write_study(tmp_path / "study.yaml", common={"learning_rate": 2e-3})
+    with pytest.raises(UsageError, match=r"trained with other options: learning_rate is 0.002, was 0.001"):
+        run_study(path, folder)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_that_come_with_the_project_can_be_built(path):
+    study = load_study(path)
+    for variant in study.variants:
+        config = study.config(variant, study.seeds[0], Path("study"))
+        build_unet(config.model, config.data.resolution, channels=1, num_classes=None)

@@ -1,0 +1,86 @@
+"""Imports point one way, and a room is entered by its door (CONTRIBUTING.md has the map)."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
+
+import pytest
+
+from training_runs import ROOT
+
+# From the top; an import may only point down.
+ROOMS = "cli study training analysis scoring sampling pipelines data models attention process bottom".split()
+# A room may be entered at these modules too: what a saved pipeline brings along holds the text of its own modules.
+SIDE_DOORS = {"attention", "models"}
+FOLDERS = {"dia_diffusion": ROOT / "dia_diffusion", "dia_diffusion.pipelines": ROOT / "pipelines"}
+
+
+def find_modules():
+    """Each module's path by its name; a package is named without `__init__`."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *parts]).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = find_modules()
+
+
+def room_of(module):
+    name = module.split(".")[1] if "." in module else "bottom"
+    return name if name in ROOMS else "bottom"
+
+
+def imports_of(module):
+    """What a module imports of this package, at its top or later: pairs of a module and a name (`None` for all)."""
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "dia_diffusion")
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names if source.split(".")[0] == "dia_diffusion" else ():
+                whole = f"{source}.{alias.name}"
+                yield (whole, None) if whole in MODULES else (source, alias.name)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down_and_enter_by_the_door(module):
+    room = room_of(module)
+    for target, name in imports_of(module):
+        other = room_of(target)
+        if other == room or module == "dia_diffusion":
+            continue
+        assert ROOMS.index(other) > ROOMS.index(room), f"{module} imports {target}, which stands above it"
+        if other not in {"bottom"} | SIDE_DOORS:
+            door = f"dia_diffusion.{other}"
+            assert target == door, f"{module} enters {other} by {target}"
+            assert name in import_module(door).__all__, f"{door} does not show {name}"
+
+
+def test_no_modules_import_each_other():
+    graph = {module: {target for target, _ in imports_of(module)} - {module} for module in MODULES}
+    # The package itself shows its classes when they are asked for, and imports nothing before.
+    del graph["dia_diffusion"]
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("room", [name for name in ROOMS if (ROOT / "dia_diffusion" / name).is_dir()])
+def test_a_room_says_what_it_is_for_and_all_that_it_shows_is_there(room):
+    package = import_module(f"dia_diffusion.{room}")
+    assert package.__doc__
+    assert all(hasattr(package, name) for name in getattr(package, "__all__", ()))
+
+
+def test_every_package_is_installed():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 does not read TOML")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert set(settings["packages"]) == packages

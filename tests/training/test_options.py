@@ -1,0 +1,137 @@
+"""Flags, YAML and the saved record are one and the same."""
+
+import pytest
+import yaml
+
+from dia_diffusion.errors import UsageError
+from dia_diffusion.training import TrainingConfig, build_unet, load_recipe, parse_arguments
+from dia_diffusion.training.options import ModelOptions
+from dia_diffusion.training.parsing import RECIPES, save_config
+
+# The options of diffusers' examples/unconditional_image_generation/train_unconditional.py, each with a value.
+DIFFUSERS_COMMAND_LINE = """
+    --dataset_name=huggan/flowers-102-categories --dataset_config_name=default --train_data_dir=images
+    --model_config_name_or_path=model --output_dir=out --overwrite_output_dir --cache_dir=cache --resolution=64
+    --center_crop --random_flip --train_batch_size=16 --eval_batch_size=8 --dataloader_num_workers=2 --num_epochs=100
+    --save_images_epochs=5 --save_model_epochs=6 --gradient_accumulation_steps=2 --learning_rate=1e-4
+    --lr_scheduler=linear --lr_warmup_steps=500 --adam_beta1=0.9 --adam_beta2=0.99 --adam_weight_decay=1e-5
+    --adam_epsilon=1e-7 --use_ema --ema_inv_gamma=2.0 --ema_power=0.6 --ema_max_decay=0.999 --push_to_hub
+    --hub_token=secret --hub_model_id=me/model --hub_private_repo --logger=wandb --logging_dir=tracks --local_rank=0
+    --mixed_precision=bf16 --prediction_type=sample --ddpm_num_steps=500 --ddpm_num_inference_steps=100
+    --ddpm_beta_schedule=scaled_linear --checkpointing_steps=50 --checkpoints_total_limit=3
+    --resume_from_checkpoint=latest --preserve_input_precision --enable_xformers_memory_efficient_attention
+""".split()
+
+
+def test_a_command_line_of_diffusers_is_understood():
+    config = parse_arguments(DIFFUSERS_COMMAND_LINE)
+    options = config.public_dict() | {"hub_token": config.output.hub_token}
+    for argument in DIFFUSERS_COMMAND_LINE:
+        name, _, value = argument.removeprefix("--").partition("=")
+        actual = options[name]
+        assert actual == (type(actual)(value) if value else True), name
+
+
+def test_defaults_are_those_of_diffusers():
+    options = parse_arguments(["--train_data_dir", "images"]).public_dict()
+    expected = {
+        "resolution": 64,
+        "train_batch_size": 16,
+        "num_epochs": 100,
+        "learning_rate": 1e-4,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 500,
+        "adam_beta1": 0.95,
+        "adam_weight_decay": 1e-6,
+        "ema_power": 0.75,
+        "use_ema": False,
+        "checkpointing_steps": 500,
+        "ddpm_num_steps": 1000,
+    }
+    assert {name: options[name] for name in expected} == expected
+
+
+def test_without_data_the_recipe_for_digits_gives_the_defaults():
+    recipe = load_recipe(RECIPES / "digits.yaml")
+    for arguments in ([], ["--dataset_name", "digits"]):
+        config = parse_arguments([*arguments, "--learning_rate", "0.5", "--use_ema", "False"])
+        assert config == TrainingConfig.from_flat(**recipe | {"learning_rate": 0.5, "use_ema": False})
+
+
+def test_the_saved_record_is_a_configuration_without_the_token(tmp_path):
+    config = parse_arguments(["--hub_token", "secret", "--block_out_channels", "32", "32", "64"])
+    save_config(config, tmp_path / "run.yaml")
+    assert "secret" not in (tmp_path / "run.yaml").read_text()
+    again = parse_arguments(["--config", str(tmp_path / "run.yaml"), "--hub_token", "secret"])
+    assert again == config
+
+
+def test_errors_say_what_to_do(tmp_path):
+    for text, words in (
+        ("learning_rat: 1", "unknown options: learning_rat"),
+        ("- 1", "must hold 'option: value' lines"),
+        ("a: [", "not valid YAML"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(UsageError, match=words):
+            parse_arguments(["--config", str(tmp_path / "bad.yaml")])
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(["--learning_rat", "1"])
+    with pytest.raises(UsageError, match="cannot read the configuration"):
+        parse_arguments(["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(UsageError, match="seed must be at least 0, but is -1"):
+        parse_arguments(["--seed", "-1"])
+    with pytest.raises(UsageError, match="train_batch_size must be at least 1, but is 0"):
+        parse_arguments(["--train_batch_size", "0"])
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"mixed_precision": "fp8"}))
+    with pytest.raises(UsageError, match="mixed_precision must be one of no, fp16, bf16"):
+        parse_arguments(["--config", str(tmp_path / "bad.yaml")])
+
+
+@pytest.mark.parametrize(("resolution", "parameters"), [(8, 1.0e6), (32, 36e6), (64, 114e6)])
+def test_default_unets_fit_their_resolution(resolution, parameters):
+    unet = build_unet(ModelOptions(), resolution, channels=3, num_classes=None)
+    assert resolution % unet.downsampling_factor == 0
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(parameters, rel=0.05)
+
+
+def test_a_model_configuration_becomes_the_same_unet_with_dia(tmp_path):
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=7,
+    )
+    unet.save_pretrained(tmp_path / "unet")
+    for path in (tmp_path, tmp_path / "unet", tmp_path / "unet" / "config.json"):
+        options = ModelOptions(model_config_name_or_path=str(path), dia_attention="se", layers_per_block=1)
+        built = build_unet(options, 16, channels=1, num_classes=3)
+        assert built.config.down_block_types == ["DownBlock2D", "AttnDownBlock2D"]
+        given = ("sample_size", "in_channels", "num_class_embeds", "dia_attention", "layers_per_block")
+        assert [built.config[name] for name in given] == [16, 1, 4, "se", 1]
+    with pytest.raises(UsageError, match="cannot read a UNet configuration"):
+        build_unet(ModelOptions(model_config_name_or_path=str(tmp_path / "none")), 64, 3, None)
+    with pytest.raises(UsageError, match="resolution 10 does not fit"):
+        build_unet(ModelOptions(block_out_channels=[32, 32, 32]), 10, 3, None)
+
+
+def test_any_argument_of_unet2dmodel_can_be_given(tmp_path):
+    text = "{norm_num_groups: 4, down_block_types: [AttnDownBlock2D, DownBlock2D]}"
+    config = parse_arguments(["--unet_arguments", text, "--block_out_channels", "8", "16"])
+    unet = build_unet(config.model, 64, 1, None)
+    assert unet.conv_norm_out.num_groups == 4
+    assert unet.config.down_block_types == ["AttnDownBlock2D", "DownBlock2D"]
+    save_config(config, tmp_path / "run.yaml")
+    assert parse_arguments(["--config", str(tmp_path / "run.yaml")]) == config
+    for text, words in (
+        ("[1", "unet_arguments must be a mapping"),
+        ("7", "unet_arguments must be a mapping"),
+        ("{norm_groups: 4}", "UNet2DModel has no argument 'norm_groups'.*norm_num_groups"),
+        ("{dropout: 0.1}", "may not hold 'dropout': it has a flag of its own"),
+        ("{in_channels: 3}", "may not hold 'in_channels'"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            build_unet(parse_arguments(["--unet_arguments", text]).model, 8, 1, None)

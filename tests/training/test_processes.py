@@ -1,0 +1,130 @@
+"""Batches divided between processes and steps, and signals to them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dia_diffusion.training.checkpoint import find_latest
+from training_runs import ROOT, configure, fresh_state, launch, losses, run, wait_for_lines, weights
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate allows one configuration a process; each test here is as in a process of its own."""
+    fresh_state()
+
+
+def test_accumulation_gives_the_same_losses(tmp_path):
+    _, whole = run(tmp_path / "whole", use_ema=False, class_conditional=True, random_flip=True)
+    _, parts = run(
+        tmp_path / "parts",
+        use_ema=False,
+        class_conditional=True,
+        random_flip=True,
+        train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    assert [a[:2] for a in parts if a[1]] == [(s, pytest.approx(loss, rel=1e-4)) for s, loss, _ in whole if loss]
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    options = {"score_features": "digits", "score_num_images": 10, "eval_steps": 3, "eval_num_images": 10}
+    _, one = run(tmp_path / "one", train_batch_size=8, **options)
+    config = configure(tmp_path / "two", train_batch_size=4, **options)
+    process = launch(config, 2, ACCELERATE_USE_CPU="1")
+    assert process.returncode == 0, process.stderr
+    for (step, *figures), (expected_step, *expected) in zip(losses(tmp_path / "two"), one, strict=True):
+        assert step == expected_step
+        assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
+    assert (tmp_path / "two" / "samples.png").exists()
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["num_images"] == 10
+    # A run of one process goes on with two.
+    shutil.copytree(tmp_path / "one", tmp_path / "more")
+    shutil.rmtree(tmp_path / "more" / "checkpoints" / "step-00000006")
+    config = configure(tmp_path / "more", train_batch_size=4, **options, resume_from_checkpoint="latest")
+    process = launch(config, 2, ACCELERATE_USE_CPU="1")
+    assert process.returncode == 0, process.stderr
+    assert "resuming with another train_batch_size: 4, before 8." in process.stdout
+    for (step, *figures), (expected_step, *expected) in zip(losses(tmp_path / "more"), one, strict=True):
+        assert step == expected_step
+        assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
+    process = launch(configure(tmp_path / "apart"), 2)
+    assert process.returncode != 0
+    assert "2 processes were launched, but accelerate sees 1" in process.stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, signum):
+    """The signal goes to the whole group of processes, data workers included, as terminals and schedulers send it."""
+    options = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "logging_steps": 1}
+    config = configure(tmp_path / "run", **options, dataloader_num_workers=2)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_unet.py"), "--config", str(config)],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl")
+    os.killpg(process.pid, signum)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, errors
+    assert "--resume_from_checkpoint latest goes on" in errors
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert len(weights(tmp_path / "run", int(checkpoint.name[5:]))) > 0
+
+
+def test_a_signal_to_two_processes_leaves_a_checkpoint(tmp_path):
+    config = configure(tmp_path / "run", train_batch_size=4, max_train_steps=100_000, checkpointing_steps=100_000)
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(ROOT / "train_unet.py")]
+    process = subprocess.Popen(
+        [sys.executable, *command, "--config", str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+    )
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl")
+    process.terminate()
+    assert process.wait(timeout=60) != 0
+    latest, remarks = find_latest(tmp_path / "run" / "checkpoints")
+    assert latest is not None
+    assert remarks == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no death signal")
+def test_a_signal_to_accelerate_launch_reaches_the_training(tmp_path):
+    """`accelerate launch` ends at once and leaves the process that it started alone."""
+    config = configure(tmp_path / "run", max_train_steps=100_000, checkpointing_steps=100_000, logging_steps=1)
+    command = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", str(ROOT / "train_unet.py")]
+    launcher = subprocess.Popen(
+        [sys.executable, *command, "--config", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl")
+    launcher.terminate()
+    launcher.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while find_latest(tmp_path / "run" / "checkpoints")[0] is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_accelerate_launch_starts_as_many_processes_on_a_cpu_as_it_was_asked_for(tmp_path):
+    """Without MPI accelerate itself starts one only."""
+    _, one = run(tmp_path / "one", train_batch_size=8)
+    config = configure(tmp_path / "two", train_batch_size=4)
+    command = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2", "train_unet.py"]
+    process = subprocess.run(
+        [sys.executable, *command, "--config", str(config)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    # With one process the batch would be half as large, and the losses others.
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["global_batch_size"] == 8
+    for (step, *figures), (expected_step, *expected) in zip(losses(tmp_path / "two"), one, strict=True):
+        assert step == expected_step
+        assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)

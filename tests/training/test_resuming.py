@@ -1,0 +1,169 @@
+"""Whatever ends a run, it goes on as if it had not ended."""
+
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dia_diffusion import DIAUNet2DModel
+from dia_diffusion.errors import UsageError
+from dia_diffusion.training import TrainingState, diffusion_loss
+from training_runs import ROOT, assert_same_weights, configure, fresh_state, losses, run, weights
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate allows one configuration a process; each test here is as in a process of its own."""
+    fresh_state()
+
+
+def test_resuming_gives_the_same_run_bit_for_bit(tmp_path):
+    options = {"class_conditional": True, "dropout": 0.1, "random_flip": True}
+    run(tmp_path / "run", **options, max_train_steps=4, lr_scheduler="constant_with_warmup", checkpointing_steps=4)
+    constant, _ = run(tmp_path / "whole", **options, lr_scheduler="constant_with_warmup"), None
+    _, resumed = run(
+        tmp_path / "run",
+        **options,
+        lr_scheduler="constant_with_warmup",
+        resume_from_checkpoint="latest",
+        checkpointing_steps=4,
+    )
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    whole = [line for line in constant[1] if line[1] is not None]
+    assert [line for line in resumed if line[1] is not None] == whole
+
+
+def test_resuming_is_exact_with_the_dropout_of_a_model_configuration(tmp_path):
+    unet = DIAUNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        dropout=0.5,
+    )
+    unet.save_config(tmp_path / "model")
+    options = {"model_config_name_or_path": str(tmp_path / "model"), "block_out_channels": None}
+    _, whole = run(tmp_path / "whole", **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    _, resumed = run(tmp_path / "run", **options, resume_from_checkpoint="latest")
+    assert resumed == whole
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_latest_never_removes_what_took_time_to_make(undisturbed, tmp_path):
+    options = {"class_conditional": True, "dropout": 0.1, "random_flip": True, "resume_from_checkpoint": "latest"}
+    folder = shutil.copytree(undisturbed[0], tmp_path / "finished")
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UsageError, match=r"already holds a run \(model_index.json\)"):
+        run(folder, **options)
+    assert (folder / "metrics.jsonl").exists()
+    folder = shutil.copytree(undisturbed[0], tmp_path / "damaged")
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"already holds a run \(step-00000003, step-00000006"):
+        run(folder, **options)
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2
+    # What a run leaves that is killed before its first checkpoint is no reason to stop.
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
+    assert run(tmp_path / "early", **options)[1][0] == undisturbed[2][0]
+
+
+def test_checkpoints_of_an_abandoned_branch_are_set_aside(tmp_path):
+    run(tmp_path / "run", checkpointing_steps=2)
+    chosen = tmp_path / "run" / "checkpoints" / "step-00000002"
+    run(tmp_path / "run", checkpointing_steps=3, resume_from_checkpoint=str(chosen), learning_rate=2e-3)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [
+        "set-aside-step-00000004",
+        "set-aside-step-00000006",
+        "step-00000002",
+        "step-00000003",
+        "step-00000006",
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_moments_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
+    """SIGKILL at random moments, every second time while a checkpoint is being written."""
+    options = {
+        "max_train_steps": 64,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 3,
+        "class_conditional": True,
+        "dropout": 0.1,
+        "random_flip": True,
+        "logging_steps": 3,
+        # Larger, so that a checkpoint takes long enough to be killed in.
+        "block_out_channels": [64, 128],
+    }
+    run(tmp_path / "undisturbed", **options)
+    config = configure(tmp_path / "killed", **options, resume_from_checkpoint="latest")
+    command = [sys.executable, str(ROOT / "train_unet.py"), "--config", str(config)]
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    moment = random.Random(0)
+    killed_in_a_write = 0
+    for attempt in range(20):
+        before = set(checkpoints.glob("step-*"))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        # One more checkpoint than before, so that the run gets to its end at last.
+        while process.poll() is None and not set(checkpoints.glob("step-*")) - before:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        if attempt % 2:
+            while process.poll() is None and not list(checkpoints.glob(".writing-*")):
+                pass
+        time.sleep(moment.uniform(0, 0.02 if attempt % 2 else 0.3))
+        process.kill()
+        process.wait()
+        killed_in_a_write += bool(list(checkpoints.glob(".writing-*")))
+    assert killed_in_a_write >= 3
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert_same_weights(weights(tmp_path / "killed", 64), weights(tmp_path / "undisturbed", 64))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """The loss and the gradient of step 4 are finite, but its update is not."""
+    update = TrainingState.update
+
+    def poisoned(state, step):
+        norm = update(state, step)
+        if step == 4:
+            next(state.unet.parameters()).data.fill_(float("inf"))
+        return norm
+
+    monkeypatch.setattr(TrainingState, "update", poisoned)
+    with pytest.raises(UsageError, match=r"at step 4 the weights are not finite.*checkpoint, .*step-00000003 "):
+        run(tmp_path / "run", checkpointing_steps=1)
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 3
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run", 3).values())
+
+
+def test_a_nan_stops_the_run_and_the_last_checkpoint_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    options = {"max_train_steps": 12, "logging_steps": 4, "checkpointing_steps": 3}
+    run(tmp_path / "whole", **options)
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        calls.append(None)
+        return diffusion_loss(*args, **kwargs) * (float("nan") if len(calls) == 8 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dia_diffusion.training.loop.diffusion_loss", poisoned)
+        with pytest.raises(UsageError, match=r"at step 8 the loss is nan .* at learning rate"):
+            run(tmp_path / "run", **options)
+    # Noticed when the figures of steps 5 to 8 were read.
+    assert len(calls) == 8
+    fresh_state()
+    run(tmp_path / "run", **options, resume_from_checkpoint="latest")
+    assert_same_weights(weights(tmp_path / "run", 12), weights(tmp_path / "whole", 12))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
