@@ -4,5 +4,8 @@
 from dia_diffusion import models  # noqa: F401
 
 from .pipeline_dia_unet import DIAUNetPipeline
+from .self_contained import keep_sources
+
+keep_sources()
 
 __all__ = ["DIAUNetPipeline"]

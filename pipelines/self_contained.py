@@ -19,14 +19,25 @@ from typing import Any
 # Module of a class in this package, and the name of the file that holds its code in a saved pipeline.
 _FILES = {"dia_diffusion.models.unet": "dia_unet", "dia_diffusion.pipelines.pipeline_dia_unet": "pipeline_dia_unet"}
 
+# Sources of the modules in _FILES, read when this package was imported: what happens to its files while a model trains
+# must not get into what the run saves.
+_SOURCES: dict[str, str] = {}
+
 _HEADER = '''"""Code that diffusers runs to load this pipeline, if it is asked to with `trust_remote_code=True`.
 
-{package} {version} wrote it when the pipeline was saved. It holds these of its modules:
-{modules}.
-Where dia-diffusion is installed, `dia_diffusion.DIAUNetPipeline.from_pretrained` loads the pipeline without it.
-Apache-2.0.
+It is part of {package} {version} (Apache-2.0): {modules}.
+Where that is installed, `dia_diffusion.DIAUNetPipeline.from_pretrained` loads the pipeline without it.
 """
 '''
+_IMPORTS = """
+try:
+{imports}
+except ImportError as error:
+    raise ImportError(
+        "The code that this pipeline brings along was written for {versions}, "
+        f"and cannot run with what is installed here ({{error}}). Install those, or {package} in a newer version."
+    ) from error
+"""
 
 
 class SelfContained:
@@ -37,7 +48,7 @@ class SelfContained:
         for name, library in self._libraries().items():
             folder = Path(save_directory, "" if name == "_class_name" else name)
             folder.mkdir(parents=True, exist_ok=True)
-            source = single_file_source(sys.modules[library])
+            source = _SOURCES.get(library) or inspect.getsource(sys.modules[library])
             (folder / f"{_file_name(library)}.py").write_text(source, encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -71,26 +82,30 @@ class SelfContained:
         return loaded
 
 
+def keep_sources() -> None:
+    """Reads the code that pipelines will be saved with."""
+    _SOURCES.update((name, single_file_source(importlib.import_module(name))) for name in _FILES)
+
+
 def single_file_source(module: ModuleType) -> str:
     """The source of a module and of all that it imports from its own package, as one file that needs no other.
 
-    The text stays as it is written, comments and all; only the imports are gathered at the top. A module that imports
-    nothing from its package is returned unchanged. Imports must stand before everything but the docstring.
+    The text stays as it is written, comments and all; only the imports are gathered at the top. Imports must stand
+    before everything but the docstring.
     """
     parts = _with_own_imports(module)
-    if len(parts) == 1:
-        return inspect.getsource(module)
     package = _package(module.__name__)
     header = _HEADER.format(
         package=package.replace("_", "-"),
         version=sys.modules[package].__version__,
         modules=", ".join(part.__name__.rpartition(".")[2] for part in parts),
     )
-    return "\n".join([header, _imports_of_others(parts), *map(_section, parts)])
+    return "\n".join([header + _imports_of_others(parts), *map(_section, parts)])
 
 
 def _imports_of_others(modules: list[ModuleType]) -> str:
-    """One statement for each module that these import from outside of their package; those of Python itself first."""
+    """One statement for each module that these import from outside of their package: Python's own, then the others,
+    whose failure is explained."""
     plain, members = set(), {}
     for module in modules:
         for node in _imports(module):
@@ -100,16 +115,22 @@ def _imports_of_others(modules: list[ModuleType]) -> str:
                 members.setdefault(node.module, set()).update(map(ast.unparse, node.names))
     lines = sorted(plain) + [f"from {name} import {', '.join(sorted(members[name]))}" for name in sorted(members)]
     standard = [line for line in lines if _package(line.split()[1]) in sys.stdlib_module_names]
-    return "\n".join([*standard, "", *(line for line in lines if line not in standard)]) + "\n"
+    others = [line for line in lines if line not in standard]
+    installed = sorted({_package(line.split()[1]) for line in others})
+    return "\n".join(standard) + _IMPORTS.format(
+        imports="\n".join(f"    {line}" for line in others),
+        versions=" and ".join(f"{name} {sys.modules[name].__version__}" for name in installed),
+        package=_package(modules[0].__name__).replace("_", "-"),
+    )
 
 
 def _section(module: ModuleType) -> str:
-    """What follows the imports of a module, under its name and docstring."""
+    """What follows the imports of a module, under its name and the first paragraph of its docstring."""
     source = inspect.getsource(module)
     start = max((node.end_lineno for node in _imports(module)), default=ast.parse(source).body[0].end_lineno)
-    title = f"{module.__name__.rpartition('.')[2]}: {inspect.getdoc(module)}"
+    title = f"---- {module.__name__.rpartition('.')[2]}: {inspect.getdoc(module)}".split("\n\n")[0]
     heading = "\n".join(f"# {line}".rstrip() for line in title.splitlines())
-    return f"\n{'#' * 100}\n{heading}\n{'#' * 100}\n\n\n" + "\n".join(source.splitlines()[start:]).strip("\n") + "\n"
+    return f"\n{heading}\n\n" + "\n".join(source.splitlines()[start:]).strip("\n") + "\n"
 
 
 def _with_own_imports(module: ModuleType) -> list[ModuleType]:

@@ -17,13 +17,10 @@ LSTMState = tuple[Tensor, Tensor]
 
 
 class CellMatrices(NamedTuple):
-    """The layers of a `DIALSTMCell` as one affine map before its ReLU and one behind it.
+    """The layers of a `DIALSTMCell` as one affine map before its ReLU, of both bottlenecks, and one behind it.
 
-    Attributes:
-        hidden (`Tensor` of shape `(P + C, 2 * C/r)`), hidden_offset (`Tensor` of shape `(2 * C/r,)`):
-            From pooled features of width P and the state h to what the ReLU takes, of both bottlenecks.
-        gates (`Tensor` of shape `(2 * C/r, 4 * C)`), gates_offset (`Tensor` of shape `(4 * C,)`):
-            From there to the gates i, f, 2 z, o.
+    From pooled features of width P and the state h to what the ReLU takes: `(P + C, 2 * C/r)` and `(2 * C/r,)`. From
+    there to the gates i, f, 2 z, o: `(2 * C/r, 4 * C)` and `(4 * C,)`.
     """
 
     hidden: Tensor

@@ -137,9 +137,7 @@ class SharedAttention(nn.Module):
         self.decoders = nn.ModuleDict({str(width): nn.Linear(hidden_size, width) for width in by_width})
         if self.recurrent and sharing == "level" and init == "identity":
             self.decoders = nn.ModuleDict({key: ChannelScale(size) for key, size in sizes.items()})
-        self.spatial = nn.ModuleDict(
-            {key: CBAMSpatialAttention() for key in sizes} if attention == "cbam" else {},
-        )
+        self.spatial = nn.ModuleDict({key: CBAMSpatialAttention() for key in sizes} if attention == "cbam" else {})
         self.initial_states = nn.ModuleDict(
             {key: nn.Linear(context_size, (2 if self.recurrent else 1) * size) for key, size in sizes.items()}
             if context_size is not None and (self.recurrent or not self.statistics)
@@ -199,8 +197,10 @@ class SharedAttention(nn.Module):
             memory = state.memory.get(key) or (pooled.new_zeros(len(pooled), module.channels),) * 2
             hidden, cell = module(pooled, memory, state.matrices[width])
             state = state._replace(memory={**state.memory, key: (hidden, cell)})
-            # Without a decoder it is the gate itself.
-            return self._gate(self._decode(width, hidden, layer_dtype)) if self.decoders else hidden, state
+            if not self.decoders:
+                return hidden, state
+            attended = hidden if hidden.dtype == layer_dtype else hidden.to(layer_dtype)
+            return self._gate(self.decoders[width](attended)), state
         statistics = [self._pool(name, branch) for name in self.statistics] or state.memory[key]
         pooled = torch.stack(list(statistics), dim=1).to(layer_dtype)
         if width in self.encoders:
@@ -208,7 +208,7 @@ class SharedAttention(nn.Module):
         logits = module(pooled, again=True) if state.again and "std" in self.statistics else module(pooled)
         if not self.decoders:
             return self._gate(logits), state
-        return self._gate(self._decode(width, torch.sigmoid(logits), layer_dtype)), state
+        return self._gate(self.decoders[width](torch.sigmoid(logits))), state
 
     def _enter_level(self, state: AttentionState, branch: Tensor, layer_dtype: torch.dtype) -> AttentionState:
         """Applies the bridge where the block is on another level than the one before; starts the memory."""
@@ -261,9 +261,6 @@ class SharedAttention(nn.Module):
             return (branch.to(dtype).var(dims, correction=0) + 1e-5).sqrt()
         # The gradient of a sum is a view; that of a mean would be written out at full size.
         return branch.sum(dims, dtype=dtype) / math.prod([branch.shape[dim] for dim in dims])
-
-    def _decode(self, width: str, attended: Tensor, layer_dtype: torch.dtype) -> Tensor:
-        return self.decoders[width](attended if attended.dtype == layer_dtype else attended.to(layer_dtype))
 
     def _gate(self, logits: Tensor) -> Tensor:
         if self.gate_slope != 1:

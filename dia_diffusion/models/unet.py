@@ -11,7 +11,6 @@ import torch
 # diffusers loads a pipeline's component by the base class that the component's module names: ModelMixin.
 from diffusers import ModelMixin, UNet2DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from ..attention.checkpointing import CarryState
@@ -20,23 +19,14 @@ from ..attention.sharing import SharedAttention
 from ..errors import UsageError
 from .branches import Branch, fuse_resnets, gate_branches, resnet_branches
 
-_DIA_PREFIX = "dia."
-DOWN_BLOCK_TYPES = (
-    "DownBlock2D",
-    "ResnetDownsampleBlock2D",
-    "AttnDownBlock2D",
-    "SkipDownBlock2D",
-    "AttnSkipDownBlock2D",
-    "KDownBlock2D",
+# Of weights, and of arguments.
+_DIA_WEIGHTS, _DIA_ARGUMENTS = "dia.", "dia_"
+DOWN_BLOCK_TYPES = tuple(
+    "DownBlock2D ResnetDownsampleBlock2D AttnDownBlock2D SkipDownBlock2D AttnSkipDownBlock2D KDownBlock2D".split()
 )
-UP_BLOCK_TYPES = (
-    "UpBlock2D",
-    "ResnetUpsampleBlock2D",
-    "AttnUpBlock2D",
-    "SkipUpBlock2D",
-    "AttnSkipUpBlock2D",
-    "KUpBlock2D",
-    "KCrossAttnUpBlock2D",
+UP_BLOCK_TYPES = tuple(
+    "UpBlock2D ResnetUpsampleBlock2D AttnUpBlock2D SkipUpBlock2D AttnSkipUpBlock2D KUpBlock2D "
+    "KCrossAttnUpBlock2D".split()
 )
 
 
@@ -122,19 +112,18 @@ class DIAUNet2DModel(UNet2DModel):
 
     def _make_attention(self, branches: list[Branch]) -> SharedAttention:
         """New attention for these branches, as the configuration says."""
-        config, levels = self.config, len(self.down_blocks)
+        arguments = {
+            name.removeprefix(_DIA_ARGUMENTS): value
+            for name, value in self.config.items()
+            if name.startswith(_DIA_ARGUMENTS)
+        }
+        timed, levels = arguments.pop("time_conditioned"), len(self.down_blocks)
         return SharedAttention(
             widths=[branch.width for branch in branches],
-            attention=config.dia_attention,
-            sharing=config.dia_sharing,
-            bridge=config.dia_bridge,
-            hidden_size=config.dia_hidden_size,
-            reduction=config.dia_reduction,
-            init=config.dia_init,
-            gate_slope=config.dia_gate_slope,
-            context_size=self.time_embedding.linear_2.out_features if config.dia_time_conditioned else None,
+            context_size=self.time_embedding.linear_2.out_features if timed else None,
             levels=[branch.level for branch in branches],
             joins={f"up_blocks.{number}": f"down_blocks.{levels - 1 - number}" for number in range(levels)},
+            **arguments,
         )
 
     @classmethod
@@ -146,26 +135,26 @@ class DIAUNet2DModel(UNet2DModel):
             dia_arguments: Any `dia_*` argument of this class.
         """
         known = inspect.signature(cls.__init__).parameters
-        unknown = [name for name in dia_arguments if not name.startswith("dia_") or name not in known]
+        unknown = [name for name in dia_arguments if not name.startswith(_DIA_ARGUMENTS) or name not in known]
         if unknown:
             raise TypeError(f"from_unet() got an unexpected keyword argument '{unknown[0]}'")
         model = _cast(cls.from_config(unet.config, **dia_arguments), unet)
         missing, unexpected = model.load_state_dict(unet.state_dict(), strict=False)
-        strangers = [key for key in missing if not key.startswith(_DIA_PREFIX)] + unexpected
+        strangers = [key for key in missing if not key.startswith(_DIA_WEIGHTS)] + unexpected
         if strangers:
             raise UsageError(f"the weights do not fit a UNet2DModel of this configuration, for example {strangers[0]}.")
         return model.train(unet.training)
 
     def to_unet(self) -> UNet2DModel:
         """The UNet2DModel with this model's weights, without DIA. Its output differs unless all gates are 1."""
-        config = {name: value for name, value in self.config.items() if not name.startswith("dia_")}
+        config = {name: value for name, value in self.config.items() if not name.startswith(_DIA_ARGUMENTS)}
         unet = _cast(UNet2DModel.from_config(config), self)
         weights = self.state_dict()
-        unet.load_state_dict({key: weights[key] for key in weights if not key.startswith(_DIA_PREFIX)})
+        unet.load_state_dict({key: weights[key] for key in weights if not key.startswith(_DIA_WEIGHTS)})
         return unet.train(self.training)
 
     @functools.wraps(UNet2DModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> UNet2DOutput | tuple[Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_inputs(*args, **kwargs)
         if self.dia is None:
             return super().forward(*args, **kwargs)
@@ -230,9 +219,9 @@ class DIAUNet2DModel(UNet2DModel):
     ) -> tuple:
         # Weights that a file lacks would stay without values. Fresh ones of the attention go in as if it had them, so
         # that whatever is done about types and devices is done to them as well.
-        missing = [key for key in model.state_dict() if key.startswith(_DIA_PREFIX) and key not in loaded_keys]
+        missing = [key for key in model.state_dict() if key.startswith(_DIA_WEIGHTS) and key not in loaded_keys]
         if missing:
-            weights = model._make_attention(model._branches()).state_dict(prefix=_DIA_PREFIX)
+            weights = model._make_attention(model._branches()).state_dict(prefix=_DIA_WEIGHTS)
             fresh = {key: weights[key] for key in missing}
             if state_dict is not None:
                 state_dict |= fresh
@@ -250,16 +239,11 @@ def check_block_types(down_block_types: tuple[str, ...], up_block_types: tuple[s
     Raises:
         UsageError: names the block types that work.
     """
-    for kind, names, known in (
-        ("down", down_block_types, DOWN_BLOCK_TYPES),
-        ("up", up_block_types, UP_BLOCK_TYPES),
-    ):
-        for name in names:
-            if name.removeprefix("UNetRes") not in known:
-                raise UsageError(f"{kind} block type '{name}' does not work here. Choose among: {', '.join(known)}.")
-    down_is_k = {name.startswith("K") for name in down_block_types}
-    up_is_k = {name.startswith("K") for name in up_block_types}
-    if len(down_is_k | up_is_k) > 1:
+    kinds = (("down", down_block_types, DOWN_BLOCK_TYPES), ("up", up_block_types, UP_BLOCK_TYPES))
+    for kind, name, known in ((kind, name, known) for kind, names, known in kinds for name in names):
+        if name.removeprefix("UNetRes") not in known:
+            raise UsageError(f"{kind} block type '{name}' does not work here. Choose among: {', '.join(known)}.")
+    if len({name.startswith("K") for name in (*down_block_types, *up_block_types)}) > 1:
         raise UsageError(
             "K blocks join their long skip connections in their own way and do not mix with others: "
             f"use them on every level or on none, but got {down_block_types} and {up_block_types}."
