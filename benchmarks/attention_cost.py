@@ -1,6 +1,8 @@
-"""What the attention costs: a training step and a forward pass of UNets with DIA against the plain UNet2DModel.
+"""What the attention costs: a training step and a forward pass of UNets with DIA, and how many operations a gate is.
 
-Beside DIA also SE in each block. Ratios are of times, so 1.03 is 3% slower; the three models take turns.
+DIA is compared with the same model without attention, with SE in each block, with its gates as hooks instead of in the
+fused residual block, and with diffusers' UNet2DModel, whose residual block adds and divides in two passes more. Ratios
+are of times, so 1.03 is 3% slower; the models take turns.
 
     python benchmarks/attention_cost.py [--rounds N] [--output RESULT.json]
 
@@ -14,17 +16,26 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 from dia_diffusion import DIAUNet2DModel
+from dia_diffusion.models.resnet import FusedResnetBlock2D
 from dia_diffusion.process import tune_process
 from measuring import alternate, read_arguments, row, save_result, spread
 
 PLAIN = "UNet2DModel"
-DIA, SE = "DIA", "SE in each block"
+NONE, DIA, HOOKS, SE = "no attention", "DIA", "DIA by hooks", "SE in each block"
 # Arguments of DIAUNet2DModel, or none for diffusers' own class.
-SIDES = {PLAIN: {}, DIA: {"dia_attention": "lstm"}, SE: {"dia_attention": "se", "dia_sharing": "block"}}
+SIDES = {
+    PLAIN: {},
+    NONE: {"dia_attention": "none"},
+    DIA: {"dia_attention": "lstm"},
+    HOOKS: {"dia_attention": "lstm"},
+    SE: {"dia_attention": "se", "dia_sharing": "block"},
+}
 
 
 def _plain_levels(levels: int) -> dict[str, Any]:
@@ -64,8 +75,41 @@ def make_models(config: dict[str, Any], device: str, sides: Sequence[str] = SIDE
     for side in sides:
         torch.manual_seed(0)
         model = DIAUNet2DModel(**config, **SIDES[side]) if SIDES[side] else UNet2DModel(**config)
+        if side == HOOKS:
+            gate_by_hooks(model)
         models[side] = model.to(device).to(memory_format=torch.channels_last)
     return models
+
+
+def gate_by_hooks(model: DIAUNet2DModel) -> None:
+    """Takes the residual blocks of diffusers back, and gates their branches from outside."""
+    for module in model.modules():
+        if isinstance(module, FusedResnetBlock2D):
+            module.__class__, gate = ResnetBlock2D, module.gate
+            module.conv2.register_forward_hook(gate.hook)
+
+
+def count_operations(model: UNet2DModel, batch: int) -> int:
+    """Operations that a forward pass gives to the device, as torch's profiler sees them."""
+    forward = make_passes(model, model, batch)["forward"]
+    forward()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        forward()
+    parents = (event.cpu_parent for event in profiler.events() if event.name.startswith("aten::"))
+    return sum(parent is None or not parent.name.startswith("aten::") for parent in parents)
+
+
+def operation_rows() -> list[dict]:
+    """What each block adds to a forward pass, and what is done once in it, from models of two depths."""
+    counts, blocks = {}, {}
+    for layers in (1, 2):
+        config, batch, _ = SIZES["digits"]
+        models = make_models(config | {"layers_per_block": layers}, "cpu", (NONE, DIA))
+        counts[layers] = count_operations(models[DIA], batch) - count_operations(models[NONE], batch)
+        blocks[layers] = sum(isinstance(module, ResnetBlock2D) for module in models[DIA].modules())
+    each = (counts[2] - counts[1]) / (blocks[2] - blocks[1])
+    once = counts[1] - each * blocks[1]
+    return [row("a gate, forward", each, "operations"), row("once a forward pass, forward", once, "operations")]
 
 
 def make_passes(
@@ -120,9 +164,10 @@ def measure(size: str, rounds: int, device: str) -> list[dict]:
             ratio = None if name == PLAIN else spread(seconds, times[PLAIN])
             value = 1e3 * statistics.median(seconds) / passes
             rows.append(row(f"{kind}, {size}, {name}", value, "ms", f"time of {PLAIN}", ratio))
-        shares = spread(times[DIA], times[SE])
         value = 1e3 * statistics.median(times[DIA]) / passes
-        rows.append(row(f"{kind}, {size}, {DIA}", value, "ms", f"time of {SE}", shares))
+        for other in (NONE, HOOKS, SE):
+            shares = spread(times[DIA], times[other])
+            rows.append(row(f"{kind}, {size}, {DIA}", value, "ms", f"time of {other}", shares))
     return rows
 
 
@@ -130,7 +175,7 @@ def main() -> int:
     options = read_arguments(__doc__, "attention_cost", rounds=15)
     tune_process()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
+    rows = operation_rows()
     for size in tqdm(SIZES, desc="Sizes"):
         rows += measure(size, options.rounds, device)
     save_result(options.output, rows)

@@ -36,6 +36,13 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "DIAUNetPipeline":
+        """As [`~diffusers.DiffusionPipeline.from_pipe`], which by itself takes over no UNet with DIA."""
+        if isinstance(getattr(pipeline, "unet", None), UNet2DModel):
+            kwargs = {"unet": pipeline.unet} | kwargs
+        return super().from_pipe(pipeline, **kwargs)
+
     @property
     def null_class(self) -> int | None:
         """The label that stands for "no class": the last class embedding. `None` for an unconditional UNet."""

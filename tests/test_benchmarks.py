@@ -84,7 +84,7 @@ def test_models_that_are_compared_start_from_the_same_weights(benchmark):
     cost = benchmark("attention_cost")
     models = cost.make_models(cost.SIZES["digits"][0], "cpu")
     plain = models[cost.PLAIN].state_dict()
-    assert len(models) == 3
+    assert set(models) == set(cost.SIDES)
     for model in models.values():
         weights = model.state_dict()
         assert all(torch.equal(weights[name], tensor) for name, tensor in plain.items())
@@ -108,8 +108,22 @@ def test_the_rate_of_a_gpu_is_found_by_its_name_or_unknown(benchmark):
 def test_the_cost_of_attention_has_a_row_for_each_comparison(benchmark):
     rows = benchmark("attention_cost").measure("digits", 1, "cpu")
     assert sum("ratio" not in row for row in rows) == 2, "step and forward pass of the plain UNet"
-    assert {row["against"] for row in rows if "ratio" in row} == {"time of UNet2DModel", "time of SE in each block"}
+    others = {"UNet2DModel", "no attention", "DIA by hooks", "SE in each block"}
+    assert {row["against"] for row in rows if "ratio" in row} == {f"time of {other}" for other in others}
     assert all(row["value"] > 0 for row in rows)
+
+
+def test_gates_by_hooks_compute_what_the_fused_block_computes(benchmark):
+    cost = benchmark("attention_cost")
+    models = cost.make_models(cost.SIZES["digits"][0], "cpu", (cost.DIA, cost.HOOKS))
+    for model in models.values():
+        torch.manual_seed(0)
+        for parameter in model.dia.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    sample = torch.randn(2, 1, 8, 8)
+    outputs = [model(sample, 10).sample for model in models.values()]
+    torch.testing.assert_close(*outputs)
+    assert not torch.allclose(outputs[0], models[cost.DIA].to_unet()(sample, 10).sample)
 
 
 def test_sides_of_the_sampling_benchmark_draw_the_same_images(benchmark):
