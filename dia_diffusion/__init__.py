@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .models import DIAUNet2DModel
+    from .models import DIAUNet2DModel, attach, detach
     from .pipelines import DIAUNetPipeline
 
 __version__ = "0.1.0"
-_EXPORTS = {"DIAUNet2DModel": "models", "DIAUNetPipeline": "pipelines"}
-__all__ = ["DIAUNet2DModel", "DIAUNetPipeline", "__version__"]
+_EXPORTS = {"DIAUNet2DModel": "models", "DIAUNetPipeline": "pipelines", "attach": "models", "detach": "models"}
+__all__ = ["DIAUNet2DModel", "DIAUNetPipeline", "__version__", "attach", "detach"]
 
 
 def __getattr__(name: str) -> Any:

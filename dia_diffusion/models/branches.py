@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..attention.hooks import ContextHook, Gate
 from ..attention.run import Chain
@@ -27,6 +28,22 @@ class Branch(NamedTuple):
     level: str
 
 
+class ContextPlace(NamedTuple):
+    """Where the context of a forward pass is seen.
+
+    Attributes:
+        module (`str`): Name of a submodule.
+        argument (`str`, *optional*): Name of that of its arguments which is the context; `None` for its output.
+        index (`int`): Number of the argument, or of the part of the output.
+        size (`int`): Width of the context.
+    """
+
+    module: str
+    argument: str | None
+    index: int
+    size: int
+
+
 def resnet_branches(model: nn.Module, levels: Sequence[str]) -> list[Branch]:
     """The branches of diffusers' residual blocks below these submodules of a model, in order of execution."""
     return [
@@ -44,25 +61,31 @@ def fuse_resnets(model: nn.Module) -> None:
             module.__class__ = FusedResnetBlock2D
 
 
-def gate_branches(model: nn.Module, branches: Sequence[Branch], context: tuple[str, str, int] | None) -> Chain:
+def gate_branches(
+    model: nn.Module, branches: Sequence[Branch], context: ContextPlace | None, in_order: bool = False
+) -> tuple[Chain, list[RemovableHandle]]:
     """Puts gates on the branches of a model. They are open outside of a `Run` of the chain that is returned.
 
     Args:
         model (`nn.Module`): The model.
         branches (`Sequence[Branch]`): In order of execution.
-        context (`tuple`, *optional*):
-            Which argument of which submodule holds the context: name of the submodule, name of the argument and its
-            number.
+        context (`ContextPlace`, *optional*): Where the run takes its context from.
+        in_order (`bool`, *optional*, defaults to `False`): See `Chain`.
+
+    Returns:
+        The chain, and what removes the hooks again.
     """
-    chain = Chain(tuple(branch.name for branch in branches))
+    chain, handles = Chain(tuple(branch.name for branch in branches), in_order), []
     if context is not None:
-        module, argument, index = context
-        hook = ContextHook(chain, argument, index)
-        model.get_submodule(module).register_forward_pre_hook(hook, with_kwargs=True)
+        hook, module = ContextHook(chain, context.argument, context.index), model.get_submodule(context.module)
+        if context.argument is None:
+            handles.append(module.register_forward_hook(hook.of_output))
+        else:
+            handles.append(module.register_forward_pre_hook(hook.of_arguments, with_kwargs=True))
     for position, branch in enumerate(branches):
         gate, block = Gate(chain, position), model.get_submodule(branch.end.rpartition(".")[0])
         if isinstance(block, FusedResnetBlock2D):
             block.gate = gate
         else:
-            model.get_submodule(branch.end).register_forward_hook(gate.hook)
-    return chain
+            handles.append(model.get_submodule(branch.end).register_forward_hook(gate.hook))
+    return chain, handles

@@ -17,7 +17,7 @@ from ..attention.checkpointing import CarryState
 from ..attention.run import Run, record_maps
 from ..attention.sharing import SharedAttention
 from ..errors import UsageError
-from .branches import Branch, fuse_resnets, gate_branches, resnet_branches
+from .branches import Branch, ContextPlace, fuse_resnets, gate_branches, resnet_branches
 
 # Of weights, and of arguments.
 _DIA_WEIGHTS, _DIA_ARGUMENTS = "dia.", "dia_"
@@ -102,7 +102,9 @@ class DIAUNet2DModel(UNet2DModel):
             return
         branches = self._branches()
         self.dia = self._make_attention(branches)
-        self._chain = gate_branches(self, branches, context=("down_blocks.0", "temb", 1))
+        # The time embedding with that of the class, as all residual blocks get it.
+        place = ContextPlace("down_blocks.0", "temb", 1, self.time_embedding.linear_2.out_features)
+        self._chain, _ = gate_branches(self, branches, place)
 
     def _branches(self) -> list[Branch]:
         down = [f"down_blocks.{number}" for number in range(len(self.down_blocks))]

@@ -1,0 +1,155 @@
+"""Backbones whose residual branches are known: adding one adds a line to `FAMILIES`.
+
+A family is known by the classes of its blocks, so that every model built of these blocks belongs to it: the bare model,
+the one with a head for classification, and the detector that has it as its backbone.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from ..errors import UsageError
+from .branches import Branch, ContextPlace
+
+
+class Family(NamedTuple):
+    """Blocks of one kind.
+
+    Attributes:
+        name (`str`): What it is called in messages and configurations.
+        blocks (`dict[str, tuple[str, ...]]`):
+            For each class of blocks the submodules whose outputs are residual branches, in order of execution.
+            Alternatives, of different versions of a library, are divided by `|`.
+        channel_dim (`int`): The dimension of the branches that holds the channels.
+    """
+
+    name: str
+    blocks: Mapping[str, tuple[str, ...]]
+    channel_dim: int
+
+
+FAMILIES = (
+    # UNet2DModel, UNet2DConditionModel, UNet3DConditionModel, ControlNetModel
+    Family("diffusers UNet", {"ResnetBlock2D": ("conv2",), "ResnetBlockCondNorm2D": ("conv2",)}, 1),
+    # DiTTransformer2DModel, PixArtTransformer2DModel
+    Family("diffusers transformer", {"BasicTransformerBlock": ("attn1.to_out.0", "ff.net.2")}, -1),
+    # Also as the backbones of DETR and RT-DETR
+    Family(
+        "transformers ResNet",
+        {
+            f"{prefix}{kind}": (f"layer.{last}.normalization",)
+            for prefix in ("ResNet", "RTDetrResNet")
+            for kind, last in (("BasicLayer", 1), ("BottleNeckLayer", 2))
+        },
+        1,
+    ),
+    Family("ViT", {"ViTLayer": ("attention.o_proj|attention.output.dense", "mlp.fc2|output.dense")}, -1),
+    Family("ConvNeXt", {"ConvNextLayer": ("pwconv2",)}, -1),
+    Family("torchvision or timm ResNet", {"BasicBlock": ("bn2",), "Bottleneck": ("bn3",)}, 1),
+)
+_LEVEL = re.compile(r"^(.*\.)?(down_blocks\.\d+|mid_block|up_blocks\.\d+|stages\.\d+|layer\d)(?=\.)")
+_PATHS = ("down_blocks", "mid_block", "up_blocks")
+
+
+class Backbone(NamedTuple):
+    """What there is to gate in a model.
+
+    Attributes:
+        family (`str`): Name of its family.
+        branches (list of `Branch`): In order of execution.
+        joins (`dict[str, str]`): For a level on the way up, the one on the way down.
+        channel_dim (`int`): The dimension of the branches that holds the channels.
+        context (`ContextPlace`, *optional*): Where the embedding of the timestep passes, if there is one for all.
+    """
+
+    family: str
+    branches: list[Branch]
+    joins: dict[str, str]
+    channel_dim: int
+    context: ContextPlace | None
+
+
+def find_backbone(model: nn.Module) -> Backbone:
+    """The branches of a model of a known family.
+
+    Raises:
+        UsageError: if it is of none.
+    """
+    for family in FAMILIES:
+        branches = [branch for name, module in model.named_modules() for branch in _of_block(family, name, module)]
+        if branches:
+            # A UNet lists its middle last.
+            branches.sort(key=lambda branch: next((i for i, path in enumerate(_PATHS) if path in branch.level), 0))
+            return Backbone(family.name, branches, _joins(branches), family.channel_dim, _find_context(model))
+    known = "; ".join(f"{family.name} ({', '.join(family.blocks)})" for family in FAMILIES)
+    raise UsageError(
+        f"no residual blocks that are known were found in {type(model).__name__}. Known are: {known}. For any other "
+        'model name the modules whose outputs are its residual branches: branches=["layer1.0.bn2", ...].'
+    )
+
+
+def named_backbone(model: nn.Module, ends: Sequence[str]) -> Backbone:
+    """The branches of any model, of which the caller names the ends; levels are by width.
+
+    Raises:
+        UsageError: if one is not there or is named twice, or has no known number of channels.
+    """
+    modules, branches, dims = dict(model.named_modules()), [], set()
+    for end in ends:
+        if end not in modules:
+            raise UsageError(f"{type(model).__name__} has no module '{end}' (branches).")
+        width, channel_dim = _output_of(end, modules[end])
+        branches.append(Branch(end, end, width, str(width)))
+        dims.add(channel_dim)
+    if len(set(ends)) < len(branches) or not branches:
+        raise UsageError(f"branches must name each end of a residual branch once, but are {list(ends)}.")
+    if len(dims) > 1:
+        raise UsageError("some of these branches hold their channels in dimension 1 and others in the last one.")
+    return Backbone("named branches", branches, {}, dims.pop(), None)
+
+
+def _of_block(family: Family, name: str, module: nn.Module) -> list[Branch]:
+    """The branches of a module, if it is a block of the family."""
+    ends = next((family.blocks[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in family.blocks), ())
+    inside, level = dict(module.named_modules()), _LEVEL.match(f"{name}.")
+    branches = []
+    for alternatives in ends:
+        end = next((end for end in alternatives.split("|") if end in inside), None)
+        if end is None:
+            raise UsageError(f"'{name}' ({type(module).__name__}) has no submodule '{alternatives}' to gate.")
+        width, _ = _output_of(f"{name}.{end}", inside[end])
+        label = name if len(ends) == 1 else f"{name}.{end.split('.')[0]}"
+        branches.append(Branch(label, f"{name}.{end}", width, level.group() if level else ""))
+    return branches
+
+
+def _output_of(name: str, module: nn.Module) -> tuple[int, int]:
+    """Number of channels in the output of a module, and the dimension that holds them."""
+    for attribute, channel_dim in (("out_channels", 1), ("num_features", 1), ("num_channels", 1), ("out_features", -1)):
+        if isinstance(getattr(module, attribute, None), int):
+            return getattr(module, attribute), channel_dim
+    if getattr(module, "normalized_shape", None):
+        return module.normalized_shape[-1], -1
+    raise UsageError(
+        f"'{name}' ({type(module).__name__}) does not say how many channels its output has: name a convolution, a "
+        "linear layer or a normalisation."
+    )
+
+
+def _joins(branches: Sequence[Branch]) -> dict[str, str]:
+    """Each level on the way up joins the one as far from the middle on the way down."""
+    levels = list(dict.fromkeys(branch.level for branch in branches))
+    down = [level for level in levels if "down_blocks" in level]
+    up = [level for level in levels if "up_blocks" in level]
+    return dict(zip(up, reversed(down), strict=False))
+
+
+def _find_context(model: nn.Module) -> ContextPlace | None:
+    if hasattr(model, "down_blocks") and hasattr(model, "time_embedding"):
+        # Class and added embeddings are in it, too.
+        return ContextPlace("down_blocks.0", "temb", 1, model.time_embedding.linear_2.out_features)
+    if hasattr(model, "adaln_single"):
+        return ContextPlace("adaln_single", None, 1, model.adaln_single.linear.in_features)
+    return None

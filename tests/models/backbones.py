@@ -1,0 +1,186 @@
+"""A tiny model of each family, with inputs for it: what the promises of `test_promises.py` are tried on."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from diffusers import (
+    ControlNetModel,
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    UNet3DConditionModel,
+)
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ResNetBackbone,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from tiny_unets import PLAIN
+
+
+class Backbone(NamedTuple):
+    make: Callable[[], torch.nn.Module]
+    inputs: Callable[[int], dict]  # for a number of images
+    branches: int
+    context: bool = False
+
+
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def strong(model):
+    """Layers that start at or near zero would hide what is before them."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.std() < 0.05:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+CONDITION = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 12,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 4 * 6 + 10,
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+}
+
+
+def condition_inputs(size):
+    return {
+        "sample": noise(size, 4, 8, 8),
+        "timestep": torch.arange(size) * 100,
+        "encoder_hidden_states": noise(size, 5, 12),
+    }
+
+
+def sdxl_inputs(size):
+    added = {"text_embeds": noise(size, 10), "time_ids": noise(size, 6).abs()}
+    return condition_inputs(size) | {"added_cond_kwargs": added}
+
+
+def pixels(size):
+    return {"pixel_values": noise(size, 3, 16, 16)}
+
+
+TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2]}
+
+BACKBONES = {
+    "UNet2DModel": Backbone(
+        lambda: UNet2DModel(**PLAIN),
+        lambda size: {"sample": noise(size, 3, 8, 8), "timestep": torch.arange(size) * 100},
+        8,
+        True,
+    ),
+    "UNet2DConditionModel (SD)": Backbone(lambda: UNet2DConditionModel(**CONDITION), condition_inputs, 8, True),
+    "UNet2DConditionModel (SDXL)": Backbone(lambda: UNet2DConditionModel(**CONDITION | SDXL), sdxl_inputs, 8, True),
+    "ControlNetModel": Backbone(
+        lambda: strong(
+            ControlNetModel(
+                **{name: value for name, value in CONDITION.items() if name not in ("sample_size", "up_block_types")},
+                conditioning_embedding_out_channels=(4, 8),
+            )
+        ),
+        lambda size: condition_inputs(size) | {"controlnet_cond": noise(size, 3, 16, 16)},
+        4,
+        True,
+    ),
+    "UNet3DConditionModel": Backbone(
+        lambda: UNet3DConditionModel(
+            **CONDITION
+            | {
+                "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+                "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+                "block_out_channels": (8, 16),
+            }
+        ),
+        lambda size: condition_inputs(size) | {"sample": noise(size, 4, 2, 8, 8)},
+        8,
+        True,
+    ),
+    "DiTTransformer2DModel": Backbone(
+        lambda: DiTTransformer2DModel(**TRANSFORMER, num_embeds_ada_norm=10),
+        lambda size: {
+            "hidden_states": noise(size, 4, 8, 8),
+            "timestep": torch.arange(size) * 100,
+            "class_labels": torch.arange(size),
+        },
+        4,
+    ),
+    "PixArtTransformer2DModel": Backbone(
+        lambda: PixArtTransformer2DModel(
+            **TRANSFORMER, cross_attention_dim=16, caption_channels=6, norm_type="ada_norm_single"
+        ),
+        lambda size: {
+            "hidden_states": noise(size, 4, 8, 8),
+            "timestep": torch.arange(size) * 100,
+            "encoder_hidden_states": noise(size, 5, 6),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+        4,
+        True,
+    ),
+    "ResNetForImageClassification (basic)": Backbone(
+        lambda: ResNetForImageClassification(ResNetConfig(**RESNET, layer_type="basic")), pixels, 4
+    ),
+    "ResNetForImageClassification (bottleneck)": Backbone(
+        lambda: ResNetForImageClassification(ResNetConfig(**RESNET, layer_type="bottleneck")), pixels, 4
+    ),
+    "ResNetBackbone": Backbone(
+        lambda: ResNetBackbone(ResNetConfig(**RESNET, layer_type="basic", out_features=["stage1", "stage2"])), pixels, 4
+    ),
+    "ViTForImageClassification": Backbone(
+        lambda: ViTForImageClassification(
+            ViTConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                image_size=16,
+                patch_size=4,
+            )
+        ),
+        pixels,
+        4,
+    ),
+    "ConvNextForImageClassification": Backbone(
+        lambda: ConvNextForImageClassification(
+            # Its layer scale starts so small that the branches would hardly count.
+            ConvNextConfig(hidden_sizes=[8, 16], depths=[2, 2], num_stages=2, patch_size=2, layer_scale_init_value=1.0)
+        ),
+        pixels,
+        4,
+    ),
+}
+
+
+def outputs(model, inputs):
+    """All tensors that a model puts out, one after the other."""
+    result = model(**inputs, return_dict=False)
+    flat = torch.utils._pytree.tree_leaves(result)
+    return [value for value in flat if isinstance(value, torch.Tensor)]
