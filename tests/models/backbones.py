@@ -169,9 +169,12 @@ BACKBONES = {
         4,
     ),
     "ConvNextForImageClassification": Backbone(
-        lambda: ConvNextForImageClassification(
-            # Its layer scale starts so small that the branches would hardly count.
-            ConvNextConfig(hidden_sizes=[8, 16], depths=[2, 2], num_stages=2, patch_size=2, layer_scale_init_value=1.0)
+        lambda: strong(
+            ConvNextForImageClassification(
+                ConvNextConfig(
+                    hidden_sizes=[8, 16], depths=[2, 2], num_stages=2, patch_size=2, layer_scale_init_value=1.0
+                )
+            )
         ),
         pixels,
         4,
