@@ -96,7 +96,8 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
         leave_branch(folder, start)
     start_trackers(accelerator, record)
     log = RunLog(folder / METRICS_LOG, accelerator, output.logging_steps, plan.images, start, total_steps, pending)
-    results, meetings = RunResults(output, training, scheduler, data, held_out, seed), Meetings(accelerator)
+    results = RunResults(output, training, scheduler, data, held_out, seed, plan.per_process)
+    meetings = Meetings(accelerator)
 
     # 3. train
     steps = range(start + 1, total_steps + 1)
@@ -111,24 +112,16 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
             log.add(step, loss, norm, training.learning_rate(step))
             last = step == total_steps
             stopping = meetings.any_process(bool(signals), step) and not last
-            validating = held_out is not None and (step % output.validation_steps == 0 or last)
-            evaluating = output.eval_steps is not None and step % output.eval_steps == 0
-            drawing = step % (epoch_steps * output.save_images_epochs) == 0 and not last
-            saving = step % (epoch_steps * output.save_model_epochs) == 0 and not last
+            due = results.due(step, epoch_steps, last)
             checkpointing = step % output.checkpointing_steps == 0 or last or stopping
-            if validating or evaluating or drawing or saving or checkpointing:
+            if due or checkpointing:
                 # Nothing comes of a model that has diverged.
                 log.read(step, training.learning_rate(step))
                 if main:
                     training.check_finite(step)
-            if main and validating:
-                log.write({"step": step, "held_out_loss": results.held_out_loss(plan.per_process)})
-            if main and evaluating:
-                log.write({"step": step, "fid": results.keep_if_best(step)})
-            if main and drawing:
-                results.save_sample_grid(step)
-            if main and saving:
-                results.save_pipeline()
+            for leave in due if main else ():
+                if figures := leave(step):
+                    log.write({"step": step} | figures)
             if checkpointing:
                 if main:
                     parts = training.to_checkpoint({"step": step, "pending_losses": log.pending, "config": record})

@@ -1,7 +1,7 @@
 """What a run leaves in its output directory."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ class RunResults:
         training (`TrainingState`), scheduler (`DDPMScheduler`): The run.
         data, held_out (`PixelDataset`): Its images.
         seed (`int`): Of the samples.
+        batch_size (`int`): Held-out images at a time.
     """
 
     options: OutputOptions
@@ -43,16 +44,28 @@ class RunResults:
     data: PixelDataset
     held_out: PixelDataset | None
     seed: int
+    batch_size: int
 
     @property
     def folder(self) -> Path:
         return self.options.folder
 
-    def held_out_loss(self, batch_size: int) -> float:
-        with self.training.averaged() as unet:
-            return held_out_loss(unet, self.scheduler, self.held_out, batch_size)
+    def due(self, step: int, epoch_steps: int, last: bool) -> list[Callable[[int], dict[str, float] | None]]:
+        """What is to be done after a step: functions of the step, which return figures for the log or nothing."""
+        options, epochs = self.options, 0 if step % epoch_steps or last else step // epoch_steps
+        plan = {
+            self.held_out_loss: self.held_out is not None and (step % options.validation_steps == 0 or last),
+            self.keep_if_best: options.eval_steps is not None and step % options.eval_steps == 0,
+            self.save_sample_grid: epochs and epochs % options.save_images_epochs == 0,
+            self.save_pipeline: epochs and epochs % options.save_model_epochs == 0,
+        }
+        return [function for function, now in plan.items() if now]
 
-    def save_pipeline(self) -> None:
+    def held_out_loss(self, step: int) -> dict[str, float]:
+        with self.training.averaged() as unet:
+            return {"held_out_loss": held_out_loss(unet, self.scheduler, self.held_out, self.batch_size)}
+
+    def save_pipeline(self, step: int) -> None:
         with self.training.averaged() as unet:
             _save(self._pipeline(unet), self.folder)
 
@@ -65,7 +78,7 @@ class RunResults:
         replace_file(path, partial(grid.save, format="PNG"))
         log_picture(self.training.accelerator, "samples", path, step)
 
-    def keep_if_best(self, step: int) -> float:
+    def keep_if_best(self, step: int) -> dict[str, float]:
         """The Fréchet distance of the model now; if it is the smallest so far, the pipeline is kept in `best/`."""
         best = self.folder / BEST
         with self.training.averaged() as unet:
@@ -82,7 +95,7 @@ class RunResults:
                 _save(pipeline, best)
                 record = {"step": step, "fid": scores["fid"], "settings_hash": settings}
                 replace_text(best / "metrics.json", json.dumps(record))
-        return scores["fid"]
+        return {"fid": scores["fid"]}
 
     def finish(self, step: int, global_batch_size: int) -> dict[str, Any]:
         """Saves the pipeline, samples.png, curves.png and metrics.json. Returns the figures."""

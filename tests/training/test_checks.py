@@ -63,10 +63,10 @@ def test_engines_that_divide_the_model_are_refused_by_name(tmp_path, monkeypatch
 @pytest.mark.parametrize("tracker", ["trackio", "wandb"])
 def test_pictures_reach_a_tracker(tmp_path, monkeypatch, tracker):
     """The real tracker, without a server; where it is not installed the test is skipped."""
-    pytest.importorskip(tracker)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip(tracker)
     accelerator = Accelerator(log_with=tracker, cpu=True)
     accelerator.init_trackers("training")
     Image.new("L", (8, 8), 200).save(tmp_path / "picture.png")
