@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training import TrainingState, build_unet, diffusion_loss, parse_arguments
-from dia_diffusion.training.checkpoint import load_checkpoint
+from dia_diffusion.training.checkpoint import find_latest, load_checkpoint
 from dia_diffusion.training.resuming import check_same_experiment
 from training_runs import ROOT, assert_same_weights, configure, fresh_state, losses, run, weights
 
@@ -252,3 +252,41 @@ def test_precision_may_change_to_fp16_and_back(tmp_path):
     accelerator.scaler = None
     training.restore(with_scale)
     assert torch.equal(training.unet.state_dict()["conv_in.weight"], checkpoint.tensors["unet"]["conv_in.weight"])
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+from dia_diffusion.cli import train_main
+config, checkpoint, word, moment = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+def watch(event, arguments):
+    global moment
+    if event in ("open", "os.rename", "os.mkdir") and word in str(arguments[0]) and checkpoint.exists():
+        moment -= 1
+        if moment < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+train_main(["--config", config])
+"""
+
+
+def test_a_run_killed_in_the_middle_of_saving_goes_on_bit_for_bit(tmp_path):
+    """SIGKILL at random operations on the files of a checkpoint, and then of the pipeline, which is there already."""
+    options = {"train_batch_size": 719, "max_train_steps": 4, "save_model_epochs": 1, "checkpointing_steps": 1}
+    run(tmp_path / "whole", **options)
+    folder = tmp_path / "killed"
+    config = configure(folder, **options, resume_from_checkpoint="latest")
+    moment = random.Random(0)
+    for step, word, latest in ((2, ".writing-step", 2), (3, f"{folder.name}/.files.", 4)):
+        trigger = folder / "checkpoints" / f"step-{step:08d}"
+        command = [sys.executable, "-c", KILL, str(config), str(trigger), word, str(moment.randrange(9))]
+        assert subprocess.run(command, capture_output=True).returncode == -9
+        # The pipeline of step 2 was saved before the first kill, and is whole after each.
+        DIAUNetPipeline.from_pretrained(folder)
+        assert find_latest(folder / "checkpoints")[0].name == f"step-{latest:08d}"
+    run(folder, **options, resume_from_checkpoint="latest")
+    assert_same_weights(weights(folder, 4), weights(tmp_path / "whole", 4))
+    assert losses(folder) == losses(tmp_path / "whole")
+    saved, expected = (DIAUNetPipeline.from_pretrained(tmp_path / n).unet.state_dict() for n in ("killed", "whole"))
+    assert_same_weights(saved, expected)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".files")]
