@@ -46,9 +46,12 @@ def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
     names = [path.name for path in list_checkpoints(folder)]
     if options.resume_from_checkpoint != "latest":
         asked = Path(options.resume_from_checkpoint).expanduser()
-        if (match := _NAME.fullmatch(asked.name)) and not (len(asked.parts) > 1 and asked.exists()):
-            inside = folder / f"step-{int(match[1]):08d}"
-            asked = inside if inside.exists() or not asked.exists() else asked
+        match = _NAME.fullmatch(asked.name)
+        inside = folder / (f"step-{int(match[1]):08d}" if match else asked.name)
+        # A name alone, or in the output directory, where diffusers' scripts have them.
+        named = len(asked.parts) == 1 or (asked.parent.resolve() == options.folder.resolve() and not asked.exists())
+        if named and inside.exists():
+            asked = inside
         if not asked.exists():
             raise UsageError(
                 f"there is no checkpoint '{options.resume_from_checkpoint}'; in '{folder}' there are: "

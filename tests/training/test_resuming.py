@@ -176,10 +176,12 @@ def test_a_nan_stops_the_run_and_the_last_checkpoint_goes_on_as_if_it_had_not_be
 SAME = {"class_conditional": True, "dropout": 0.1, "random_flip": True}
 
 
-@pytest.mark.parametrize("name", ["checkpoint-3", "step-00000003", "elsewhere/checkpoint-3"])
+@pytest.mark.parametrize("name", ["checkpoint-3", "step-00000003", "{folder}/checkpoint-3"])
 def test_a_checkpoint_is_found_by_its_name(undisturbed, tmp_path, name):
     folder = shutil.copytree(undisturbed[0], tmp_path / "run")
-    _, lines = run(folder, **SAME, resume_from_checkpoint=name)
+    with pytest.raises(UsageError, match="there is no checkpoint 'elsewhere/checkpoint-3'"):
+        run(folder, **SAME, resume_from_checkpoint="elsewhere/checkpoint-3")
+    _, lines = run(folder, **SAME, resume_from_checkpoint=name.format(folder=folder))
     assert (folder / "checkpoints" / "set-aside-step-00000006").exists()
     assert lines == undisturbed[2]
     assert_same_weights(weights(folder), weights(undisturbed[0]))
