@@ -11,16 +11,35 @@ from .errors import UsageError
 # The other processes wait while the main one prepares images, samples or scores.
 PATIENCE = timedelta(hours=6)
 
+_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
 
 def make_state() -> PartialState:
     """The processes of a command that does not train.
 
     Raises:
-        UsageError: for processes that do not know of each other.
+        UsageError: for processes that do not know of each other, or an engine that is not supported.
     """
+    check_launcher()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     check_processes(state)
     return state
+
+
+def check_launcher() -> None:
+    """Refuses engines of `accelerate config` that divide a model between processes, before they start anything."""
+    for variable, name in _ENGINES.items():
+        if parse_flag_from_env(variable):
+            raise UsageError(
+                f"accelerate is configured for {name}, which is not supported: each process holds the whole model. "
+                "Choose several GPUs without it in `accelerate config`, or use: accelerate launch --multi_gpu "
+                "--num_processes N ..."
+            )
 
 
 def check_processes(accelerator: Accelerator | PartialState) -> None:

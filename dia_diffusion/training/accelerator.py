@@ -1,5 +1,7 @@
 """Several processes that train together: set up, and kept in agreement."""
 
+import time
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -10,11 +12,13 @@ from accelerate.utils import (
     is_wandb_available,
 )
 
-from ..distributed import PATIENCE, check_processes
+from ..distributed import PATIENCE, check_launcher, check_processes
 from ..errors import UsageError
 from .options import OutputOptions
 
-_STEPS_BETWEEN_MEETINGS = 10
+_SECONDS_BETWEEN_MEETINGS = 2.0
+# Steps may become slower.
+_MOST_STEPS_BETWEEN_MEETINGS = 100
 
 
 def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerator:
@@ -22,8 +26,9 @@ def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerato
 
     Raises:
         UsageError: for a tracker that is not installed, a precision that the device does not have, or processes that do
-            not know of each other.
+            not know of each other or that would share a model in a way that is not supported.
     """
+    check_launcher()
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
     if not available[options.logger]():
         raise UsageError(f"--logger {options.logger} needs the package of that name: pip install {options.logger}.")
@@ -50,10 +55,29 @@ def check_same_start(accelerator: Accelerator, start: int) -> None:
         raise UsageError(f"the processes would start at steps {starts}: --output_dir must be a folder that all share.")
 
 
-def any_process(accelerator: Accelerator, here: bool, step: int) -> bool:
-    """Whether any process wants to stop. They compare every few steps only, because it makes the device wait."""
-    if accelerator.num_processes == 1:
-        return here
-    if step % _STEPS_BETWEEN_MEETINGS:
-        return False
-    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum").item())
+class Meetings:
+    """Whether any process wants to stop. They ask each other about every two seconds, because it makes them wait for
+    their devices: after as many steps as take that long by the clock of the main process.
+
+    Args:
+        accelerator (`Accelerator`): Of the processes.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._last: tuple[int, float] | None = None
+        self._next = 0
+
+    def any_process(self, here: bool, step: int) -> bool:
+        """Called after each step, with whether this process wants to stop."""
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1 or step < self._next:
+            return here and accelerator.num_processes == 1
+        now, pace = time.monotonic(), 0.0
+        if self._last is not None and accelerator.is_main_process:
+            pace = (now - self._last[1]) / (step - self._last[0])
+        figures = torch.tensor([float(here), pace], device=accelerator.device)
+        wanted, pace = accelerator.reduce(figures, "sum").tolist()
+        steps = int(_SECONDS_BETWEEN_MEETINGS / pace) if pace > 0 else 1
+        self._last, self._next = (step, now), step + min(max(steps, 1), _MOST_STEPS_BETWEEN_MEETINGS)
+        return wanted > 0

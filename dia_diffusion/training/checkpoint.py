@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UsageError
+from ..files import flush, set_aside
 
 CHECKPOINTS = "checkpoints"
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _PARTIAL = ".writing-"
 _REPLACED = ".replaced-"
+_REMOVING = ".removing-"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -38,24 +40,22 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, total_limit
     final = folder / f"step-{step:08d}"
     partial, replaced = folder / f"{_PARTIAL}{final.name}", folder / f"{_REPLACED}{final.name}"
     try:
-        # What a run that was killed in the middle of this left behind.
-        for stale in (*folder.glob(f"{_PARTIAL}*"), *folder.glob(f"{_REPLACED}*")):
-            shutil.rmtree(stale)
+        clean_checkpoints(folder)
         partial.mkdir(parents=True)
         for name, tensors in checkpoint.tensors.items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors")
         (partial / _STATE).write_text(json.dumps(checkpoint.state))
         digests = {}
         for path in sorted(partial.iterdir()):
-            _flush(path)
+            flush(path)
             digests[path.name] = _digest(path)
         (partial / _MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=1))
-        _flush(partial / _MANIFEST)
-        _flush(partial)
+        flush(partial / _MANIFEST)
+        flush(partial)
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
-        _flush(folder)
+        flush(folder)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -66,17 +66,44 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, total_limit
     if total_limit is not None:
         older = [path for path in list_checkpoints(folder) if path.name < final.name]
         for old in older[: max(len(older) + 1 - total_limit, 0)]:
-            shutil.rmtree(old)
+            _remove(old)
     return final
+
+
+def clean_checkpoints(folder: Path) -> None:
+    """Removes what a run left that was killed in the middle of saving or removing a checkpoint.
+
+    For one who knows that nobody is writing there now.
+    """
+    for replaced in folder.glob(f"{_REPLACED}*"):
+        final = folder / replaced.name.removeprefix(_REPLACED)
+        if not final.exists():
+            # Killed after the old one made way, and before the new one took its place.
+            replaced.rename(final)
+    for kind in (_PARTIAL, _REPLACED, _REMOVING):
+        for stale in folder.glob(f"{kind}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint: first from the list, so that a kill half-way leaves no damaged one there."""
+    try:
+        shutil.rmtree(path.rename(path.with_name(f"{_REMOVING}{path.name}")))
+    except OSError as error:
+        # The new one is written: a disk that does not let go of an old one is no reason to stop.
+        warnings.warn(f"the old checkpoint '{path}' could not be removed: {error}.", stacklevel=2)
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
     """Renames checkpoints of later steps than the one that a run goes on from, so that it is not mixed with them."""
     for path in list_checkpoints(folder):
-        if int(path.name.removeprefix("step-")) > step:
-            aside = path.with_name(f"set-aside-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+        if step_of(path) > step:
+            set_aside(path)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -98,11 +125,17 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def find_latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line on each newer one that was passed over."""
+def find_latest(folder: Path, last_step: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and a line on each newer one that was passed over.
+
+    Args:
+        folder (`Path`): Of the checkpoints.
+        last_step (`int`, *optional*): The end of the run: checkpoints of later steps are passed over.
+    """
     passed_over = []
     for path in reversed(list_checkpoints(folder)):
-        damage = find_damage(path)
+        beyond = last_step is not None and step_of(path) > last_step
+        damage = f"the run is to end at step {last_step}" if beyond else find_damage(path)
         if damage is None:
             return path, passed_over
         passed_over.append(f"passed over {path.name}: {damage}")
@@ -128,11 +161,3 @@ def _digest(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,4 +23,4 @@ def save_curves(metrics: list[dict[str, float]], path: Path) -> None:
     handles = [axis.get_legend_handles_labels() for axis in (losses, rate)]
     losses.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], loc="upper right")
     losses.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")

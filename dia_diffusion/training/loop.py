@@ -14,20 +14,22 @@ from torch import Tensor
 
 from ..errors import NotFiniteError
 from ..process import Interrupted, catch_interrupts
-from ..scoring import get_extractor
-from .accelerator import any_process, check_same_start, make_accelerator
+from .accelerator import Meetings, check_same_start, make_accelerator
 from .architecture import build_unet
 from .batches import Batch, BatchPlan, load_pixels, make_loader, prepare_batches
 from .card import launch_command, write_model_card
-from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint, set_aside_newer
+from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint
+from .checks import check_results
+from .folder import claim, leave_branch, prepare_output_dir
 from .log import METRICS_LOG, RunLog
 from .objective import diffusion_loss, make_noise_scheduler
 from .options import TrainingConfig
 from .parsing import CONFIG, save_config
 from .publishing import make_hub_repository, push_run
-from .results import RunResults, prepare_output_dir
-from .resuming import find_checkpoint_to_resume
+from .results import RunResults
+from .resuming import find_checkpoint, load_to_resume
 from .state import TrainingState
+from .trackers import start_trackers
 
 
 def train(config: TrainingConfig) -> dict[str, Any]:
@@ -46,7 +48,8 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         Interrupted: after SIGTERM or Ctrl-C, when the step is finished and a checkpoint is written.
     """
     accelerator = make_accelerator(config.optimisation.mixed_precision, config.output)
-    figures = _train(config, accelerator)
+    with claim(config.output.folder) if accelerator.is_main_process else nullcontext():
+        figures = _train(config, accelerator)
     # The process group must outlive the distributed model: when that is the last to hold it, its threads are waited for
     # with Python's lock held, which they may need to end.
     accelerator.free_memory()
@@ -61,9 +64,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     scheduler = make_noise_scheduler(objective)
     with accelerator.main_process_first():
         data, held_out = load_pixels(config.data)
-    if output.score_features is not None:
-        # A mistake in its name should not be noticed at the end of the run.
-        get_extractor(output.score_features, data.resolution, data.channels)
+    check_results(output, scheduler, data, held_out)
     plan = BatchPlan(
         optimisation.train_batch_size,
         optimisation.gradient_accumulation_steps,
@@ -80,21 +81,23 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     record = config.public_dict() | {"global_batch_size": plan.images, "data_digest": data.digest()}
     record["unet"] = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     record = json.loads(json.dumps(record))
-    checkpoint = find_checkpoint_to_resume(output, record)
+    path = find_checkpoint(output, total_steps)
     start, pending = 0, []
-    if checkpoint is not None:
+    if path is not None:
+        checkpoint = load_to_resume(path, record, total_steps)
         training.restore(checkpoint)
         start, pending = checkpoint.state["step"], checkpoint.state["pending_losses"]
     check_same_start(accelerator, start)
     if main:
         # A repository that cannot be used is noticed now too, and not when the run is finished.
         hub_id = make_hub_repository(output)
-        prepare_output_dir(output, resuming=checkpoint is not None)
+        prepare_output_dir(output, path)
         save_config(config, folder / CONFIG)
-        set_aside_newer(folder / CHECKPOINTS, start)
-    accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, (int, float, str))})
+        leave_branch(folder, start)
+    start_trackers(accelerator, record)
     log = RunLog(folder / METRICS_LOG, accelerator, output.logging_steps, plan.images, start, total_steps, pending)
-    results = RunResults(output, training, scheduler, data, held_out, seed)
+    results = RunResults(output, training, scheduler, data, held_out, seed, plan.per_process)
+    meetings = Meetings(accelerator)
 
     # 3. train
     steps = range(start + 1, total_steps + 1)
@@ -108,20 +111,19 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
             norm = training.update(step)
             log.add(step, loss, norm, training.learning_rate(step))
             last = step == total_steps
-            stopping = not last and any_process(accelerator, bool(signals), step)
-            if main:
-                if held_out is not None and (step % output.validation_steps == 0 or last):
-                    log.write({"step": step, "held_out_loss": results.held_out_loss(plan.per_process)})
-                if output.eval_steps is not None and step % output.eval_steps == 0:
-                    log.write({"step": step, "fid": results.keep_if_best(step)})
-                if step % (epoch_steps * output.save_images_epochs) == 0 and not last:
-                    results.save_sample_grid(step)
-                if step % (epoch_steps * output.save_model_epochs) == 0 and not last:
-                    results.save_pipeline()
-            if step % output.checkpointing_steps == 0 or last or stopping:
+            stopping = meetings.any_process(bool(signals), step) and not last
+            due = results.due(step, epoch_steps, last)
+            checkpointing = step % output.checkpointing_steps == 0 or last or stopping
+            if due or checkpointing:
+                # Nothing comes of a model that has diverged.
                 log.read(step, training.learning_rate(step))
                 if main:
                     training.check_finite(step)
+            for leave in due if main else ():
+                if figures := leave(step):
+                    log.write({"step": step} | figures)
+            if checkpointing:
+                if main:
                     parts = training.to_checkpoint({"step": step, "pending_losses": log.pending, "config": record})
                     save_checkpoint(folder / CHECKPOINTS, step, parts, output.checkpoints_total_limit)
                 accelerator.wait_for_everyone()

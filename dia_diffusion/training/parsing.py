@@ -11,6 +11,7 @@ import yaml
 
 from ..data import DIGITS
 from ..errors import UsageError
+from ..files import replace_text
 from .options import OPTION_NAMES, PARTS, TrainingConfig
 
 RECIPES = files(__package__) / "recipes"
@@ -67,4 +68,4 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
 
 def save_config(config: TrainingConfig, path: Path) -> None:
     """Writes the record of a run: YAML that `--config` reads again."""
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(config.public_dict())), sort_keys=False))
+    replace_text(path, yaml.safe_dump(json.loads(json.dumps(config.public_dict())), sort_keys=False))

@@ -4,8 +4,8 @@ from huggingface_hub import create_repo, upload_folder
 
 from ..errors import UsageError
 from .checkpoint import CHECKPOINTS
+from .folder import BEST, LOCK, SAMPLES
 from .options import OutputOptions
-from .results import BEST, SAMPLES
 
 
 def make_hub_repository(options: OutputOptions) -> str | None:
@@ -32,7 +32,7 @@ def push_run(options: OutputOptions, hub_id: str) -> None:
     Raises:
         UsageError: if the Hub refuses, or cannot be reached.
     """
-    rest = [f"{name}/*" for name in (CHECKPOINTS, options.logging_dir, SAMPLES, BEST)]
+    rest = [f"{name}/*" for name in (CHECKPOINTS, options.logging_dir, SAMPLES, BEST)] + ["set-aside-*", LOCK]
     try:
         upload_folder(repo_id=hub_id, folder_path=options.folder, token=options.hub_token, ignore_patterns=rest)
     except Exception as error:

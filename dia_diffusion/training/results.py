@@ -1,61 +1,29 @@
 """What a run leaves in its output directory."""
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from PIL.Image import Image
 
 from ..data import PixelDataset, image_grid
-from ..errors import UsageError
-from ..files import replace_text
+from ..files import replace_file, replace_files, replace_text, set_aside
 from ..models import DIAUNet2DModel
 from ..pipelines import DIAUNetPipeline
 from ..sampling import DEFAULT_SCHEDULER, make_scheduler, sample_images
 from ..scoring import DEFAULT_METRICS, PipelineImages, evaluate, get_extractor
-from .checkpoint import CHECKPOINTS, list_checkpoints
 from .curves import save_curves
+from .folder import BEST, SAMPLES, read_best
 from .log import METRICS_LOG, read_metrics
 from .objective import held_out_loss
 from .options import OutputOptions
 from .state import TrainingState
-
-SAMPLES = "samples"
-BEST = "best"
-
-
-def prepare_output_dir(options: OutputOptions, resuming: bool) -> None:
-    """Makes the output directory. One that holds a run is left alone unless it is resumed or overwritten.
-
-    Raises:
-        UsageError: if it holds a run, or cannot be made.
-    """
-    folder = options.folder
-    # What took time to make, and what a run that was killed before its first checkpoint may have left.
-    valuables = [*list_checkpoints(folder / CHECKPOINTS), folder / BEST, folder / "model_index.json"]
-    traces = [folder / METRICS_LOG, folder / SAMPLES]
-    if not resuming:
-        found = [path for path in valuables if path.exists()]
-        if options.resume_from_checkpoint is None:
-            found += [path for path in traces if path.exists()]
-        if found and not options.overwrite_output_dir:
-            raise UsageError(
-                f"'{folder}' already holds a run ({', '.join(path.name for path in found[:3])}), and there is no "
-                "usable checkpoint that was asked for. Go on with it (--resume_from_checkpoint latest or a path), "
-                "start anew there (--overwrite_output_dir), or choose another --output_dir."
-            )
-        for path in (folder / CHECKPOINTS, folder / BEST, folder / "model_index.json", *traces):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the output directory '{folder}': {error.strerror}.") from error
+from .trackers import log_picture
 
 
 @dataclass
@@ -67,6 +35,7 @@ class RunResults:
         training (`TrainingState`), scheduler (`DDPMScheduler`): The run.
         data, held_out (`PixelDataset`): Its images.
         seed (`int`): Of the samples.
+        batch_size (`int`): Held-out images at a time.
     """
 
     options: OutputOptions
@@ -75,43 +44,58 @@ class RunResults:
     data: PixelDataset
     held_out: PixelDataset | None
     seed: int
+    batch_size: int
 
     @property
     def folder(self) -> Path:
         return self.options.folder
 
-    def held_out_loss(self, batch_size: int) -> float:
-        with self.training.averaged() as unet:
-            return held_out_loss(unet, self.scheduler, self.held_out, batch_size)
+    def due(self, step: int, epoch_steps: int, last: bool) -> list[Callable[[int], dict[str, float] | None]]:
+        """What is to be done after a step: functions of the step, which return figures for the log or nothing."""
+        options, epochs = self.options, 0 if step % epoch_steps or last else step // epoch_steps
+        plan = {
+            self.held_out_loss: self.held_out is not None and (step % options.validation_steps == 0 or last),
+            self.keep_if_best: options.eval_steps is not None and step % options.eval_steps == 0,
+            self.save_sample_grid: epochs and epochs % options.save_images_epochs == 0,
+            self.save_pipeline: epochs and epochs % options.save_model_epochs == 0,
+        }
+        return [function for function, now in plan.items() if now]
 
-    def save_pipeline(self) -> None:
+    def held_out_loss(self, step: int) -> dict[str, float]:
         with self.training.averaged() as unet:
-            self._pipeline(unet).save_pretrained(self.folder)
+            return {"held_out_loss": held_out_loss(unet, self.scheduler, self.held_out, self.batch_size)}
+
+    def save_pipeline(self, step: int) -> None:
+        with self.training.averaged() as unet:
+            _save(self._pipeline(unet), self.folder)
 
     def save_sample_grid(self, step: int) -> None:
         """Saves `samples/step-XXXXXXXX.png` and gives it to the trackers."""
         with self.training.averaged() as unet:
             grid = self._sample_grid(self._pipeline(unet))
         (self.folder / SAMPLES).mkdir(exist_ok=True)
-        grid.save(self.folder / SAMPLES / f"step-{step:08d}.png")
-        for tracker in self.training.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
+        path = self.folder / SAMPLES / f"step-{step:08d}.png"
+        replace_file(path, partial(grid.save, format="PNG"))
+        log_picture(self.training.accelerator, "samples", path, step)
 
-    def keep_if_best(self, step: int) -> float:
+    def keep_if_best(self, step: int) -> dict[str, float]:
         """The Fréchet distance of the model now; if it is the smallest so far, the pipeline is kept in `best/`."""
         best = self.folder / BEST
         with self.training.averaged() as unet:
             pipeline = self._pipeline(unet)
             scores = self._score(pipeline, self.options.eval_num_images, ("fid",))
-            record = best / "metrics.json"
-            before = json.loads(record.read_text())["fid"] if record.exists() else float("inf")
-            if scores["fid"] < before:
-                # Without its record a half-written pipeline counts as none.
-                record.unlink(missing_ok=True)
-                pipeline.save_pretrained(best)
-                replace_text(record, json.dumps({"step": step, "fid": scores["fid"]}))
-        return scores["fid"]
+            # Distances in other features, or of other numbers of images, do not compare.
+            before, settings = read_best(best), scores["settings_hash"]
+            if before is not None and before.get("settings_hash", settings) != settings:
+                set_aside(best)
+                before = None
+            if before is None or scores["fid"] < before["fid"]:
+                # Without its record a pipeline that is being replaced counts as none.
+                (best / "metrics.json").unlink(missing_ok=True)
+                _save(pipeline, best)
+                record = {"step": step, "fid": scores["fid"], "settings_hash": settings}
+                replace_text(best / "metrics.json", json.dumps(record))
+        return {"fid": scores["fid"]}
 
     def finish(self, step: int, global_batch_size: int) -> dict[str, Any]:
         """Saves the pipeline, samples.png, curves.png and metrics.json. Returns the figures."""
@@ -122,9 +106,9 @@ class RunResults:
             figures |= {key: line[key] for key in ("loss", "held_out_loss") if key in line}
         with self.training.averaged() as unet:
             pipeline = self._pipeline(unet)
-            pipeline.save_pretrained(folder)
-            self._sample_grid(pipeline).save(folder / "samples.png")
-            save_curves(metrics, folder / "curves.png")
+            _save(pipeline, folder)
+            replace_file(folder / "samples.png", partial(self._sample_grid(pipeline).save, format="PNG"))
+            replace_file(folder / "curves.png", partial(save_curves, metrics))
             if options.score_features is not None:
                 figures |= self._score(pipeline, options.score_num_images, DEFAULT_METRICS, self.held_out)
             replace_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
@@ -151,3 +135,8 @@ class RunResults:
         batches = sample_images(pipeline, count, steps, self.seed, batch_size=count)
         # A class-conditional pipeline takes its classes in turn: one column for each.
         return image_grid(torch.cat(list(batches)), columns=self.data.num_classes)
+
+
+def _save(pipeline: DIAUNetPipeline, folder: Path) -> None:
+    """Puts a pipeline into a folder. A kill leaves the one that was there before."""
+    replace_files(folder, pipeline.save_pretrained, last="model_index.json")

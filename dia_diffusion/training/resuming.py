@@ -1,13 +1,17 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
+import inspect
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from ..errors import UsageError
-from .checkpoint import CHECKPOINTS, Checkpoint, find_latest, load_checkpoint
-from .options import OutputOptions
+from ..models import DIAUNet2DModel
+from .checkpoint import CHECKPOINTS, Checkpoint, find_latest, list_checkpoints, load_checkpoint
+from .options import OutputOptions, TrainingConfig
 
 # What a resumed run may have otherwise than the one it goes on from: its length, its output, how the global batch is
 # divided, where data and model come from (what they are is compared), and what one changes after a divergence.
@@ -22,33 +26,73 @@ MAY_CHANGE = frozenset(
     "score_num_images logger logging_dir push_to_hub hub_token hub_model_id hub_private_repo license "
     "local_rank".split()
 )
+_SOURCES = ("dataset_name", "dataset_config_name", "train_data_dir")
+# As diffusers' scripts call a checkpoint, and as it is called here.
+_NAME = re.compile(r"(?:checkpoint|step)-(\d+)")
 
 
-def find_checkpoint_to_resume(options: OutputOptions, record: dict[str, Any]) -> Checkpoint | None:
-    """The checkpoint that `--resume_from_checkpoint` names, verified and loaded; `None` to start anew.
+def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
+    """The place of the checkpoint that `--resume_from_checkpoint` names; `None` to start anew.
 
-    Args:
-        options (`OutputOptions`): Name the checkpoint.
-        record (`dict`): What the checkpoints of the run that is about to start will say of it.
+    `latest` is the newest that verifies and is not of a later step than the last of the run. A name without a folder
+    is looked for among the checkpoints of the output directory.
 
     Raises:
-        UsageError: if the checkpoint is damaged, or belongs to another experiment.
+        UsageError: if there is none of that name, or all there are lie beyond the end of the run.
     """
-    say = PartialState().print
+    say, folder = PartialState().print, options.folder / CHECKPOINTS
     if options.resume_from_checkpoint is None:
         return None
-    if options.resume_from_checkpoint == "latest":
-        path, remarks = find_latest(options.folder / CHECKPOINTS)
-        for remark in remarks:
-            say(remark)
-        if path is None:
-            say(f"no checkpoint in '{options.output_dir}' to resume from: starting anew.")
-            return None
-    else:
-        path = Path(options.resume_from_checkpoint)
+    names = [path.name for path in list_checkpoints(folder)]
+    if options.resume_from_checkpoint != "latest":
+        asked = Path(options.resume_from_checkpoint).expanduser()
+        match = _NAME.fullmatch(asked.name)
+        inside = folder / (f"step-{int(match[1]):08d}" if match else asked.name)
+        # A name alone, or in the output directory, where diffusers' scripts have them.
+        named = len(asked.parts) == 1 or (asked.parent.resolve() == options.folder.resolve() and not asked.exists())
+        if named and inside.exists():
+            asked = inside
+        if not asked.exists():
+            raise UsageError(
+                f"there is no checkpoint '{options.resume_from_checkpoint}'; in '{folder}' there are: "
+                f"{', '.join(names) or 'none'}. Name one of these, or 'latest', or omit --resume_from_checkpoint."
+            )
+        return asked
+    path, remarks = find_latest(folder, total_steps)
+    for remark in remarks:
+        say(remark)
+    if path is not None:
+        return path
+    if any("is to end" in remark for remark in remarks):
+        raise UsageError(
+            f"no checkpoint in '{folder}' can be used for a run of {total_steps} steps ({'; '.join(remarks)}). Give "
+            "a larger --max_train_steps, or start anew in another --output_dir."
+        )
+    say(f"no checkpoint in '{options.output_dir}' to resume from: starting anew.")
+    return None
+
+
+def load_to_resume(path: Path, record: dict[str, Any], total_steps: int) -> Checkpoint:
+    """Reads the checkpoint that a run goes on from, and makes sure that it is one of this experiment.
+
+    Args:
+        path (`Path`): Its place.
+        record (`dict`): What the checkpoints of the run that is about to start will say of it.
+        total_steps (`int`): The end of the run.
+
+    Raises:
+        UsageError: if the checkpoint is damaged, belongs to another experiment, or lies beyond the end of the run.
+    """
     checkpoint = load_checkpoint(path)
     check_same_experiment(checkpoint.state["config"], record)
-    say(f"resuming from {path} at step {checkpoint.state['step']}.")
+    step = checkpoint.state["step"]
+    if step > total_steps:
+        raise UsageError(
+            f"'{path}' is of step {step}, and the run is to end at step {total_steps}: give a larger "
+            "--max_train_steps, or an earlier checkpoint."
+        )
+    end = "; nothing is left to train, its results are written anew" if step == total_steps else ""
+    PartialState().print(f"resuming from {path} at step {step}{end}.")
     return checkpoint
 
 
@@ -58,14 +102,35 @@ def check_same_experiment(before: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         UsageError: for options whose change would make it another experiment.
     """
-    changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    # What the version of then did not have was what it is by default now.
+    before = _completed(before, now, TrainingConfig().public_dict())
+    arguments = {name: item.default for name, item in inspect.signature(DIAUNet2DModel).parameters.items()}
+    before["unet"] = _completed(before["unet"], now["unet"], json.loads(json.dumps(arguments, default=str)))
+    changed = {name: (before[name], value) for name, value in now.items() if before[name] != value}
     refused = {name: change for name, change in changed.items() if name not in MAY_CHANGE}
     for name, (old, new) in changed.items():
         if name not in refused and not name.startswith("resume"):
             PartialState().print(f"resuming with another {name}: {new}, before {old}.")
     if refused:
-        lines = "; ".join(f"{name} is {new}, was {old}" for name, (old, new) in refused.items())
+        lines = "; ".join(_describe(name, old, new, before, now) for name, (old, new) in refused.items())
         raise UsageError(
             f"the checkpoint belongs to another experiment: {lines}. Give the options of that run, or start anew in "
             "another --output_dir."
         )
+
+
+def _completed(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {name: before.get(name, defaults.get(name, value)) for name, value in now.items()}
+
+
+def _describe(name: str, old: Any, new: Any, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """A difference that is refused, in words."""
+    if name == "data_digest":
+        return f"the images are others (now from {_source(now)}, then from {_source(before)})"
+    if name == "unet":
+        return "; ".join(f"its UNet's {key} is {new[key]}, was {old[key]}" for key in new if new[key] != old[key])
+    return f"{name} is {new}, was {old}"
+
+
+def _source(record: dict[str, Any]) -> str:
+    return " ".join(f"{name} {record[name]}" for name in _SOURCES if record.get(name)) or "the embedded digits"

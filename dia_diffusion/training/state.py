@@ -99,13 +99,14 @@ class TrainingState:
                 self.ema.restore(self.unet.parameters())
 
     def check_finite(self, step: int) -> None:
-        """Makes sure that no checkpoint holds weights that are not finite.
+        """Makes sure that nothing is saved, shown or measured of weights that are not finite. Waits for the device.
 
         Raises:
             NotFiniteError: if there are any after step number `step`.
         """
         shadows = [] if self.ema is None else self.ema.shadow_params
-        if not all(torch.isfinite(tensor).all() for tensor in (*self.unet.parameters(), *shadows)):
+        tensors = [t for t in (*self.unet.state_dict().values(), *shadows) if t.is_floating_point()]
+        if not torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all():
             raise NotFiniteError(step, "the weights are not finite", self.learning_rate(step))
 
     def to_checkpoint(self, state: dict[str, Any]) -> Checkpoint:
@@ -128,7 +129,8 @@ class TrainingState:
             for name, shadow in self._named(self.ema.shadow_params):
                 shadow.copy_(checkpoint.tensors["ema"][name])
             self.ema.optimization_step = checkpoint.state["ema_steps"]
-        if self.accelerator.scaler is not None:
+        # A run of another precision had no scale for its loss: it is then found anew.
+        if self.accelerator.scaler is not None and checkpoint.state["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
     def _named(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import torch
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
+    clean_checkpoints,
     find_damage,
     find_latest,
     list_checkpoints,
@@ -125,3 +127,47 @@ def test_pickles_are_not_read(tmp_path):
     with pytest.raises(Exception, match=r"(?i)header"):
         load_checkpoint(path)
     assert not trap.exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
+    """As on a network file system, where a file that someone reads cannot go."""
+    save_checkpoint(tmp_path, 1, example())
+
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        with pytest.warns(UserWarning, match="step-00000001' could not be removed"):
+            saved = save_checkpoint(tmp_path, 2, example(), total_limit=1)
+    # What is left of it does not pass for a checkpoint, and goes as soon as it can.
+    assert list_checkpoints(tmp_path) == [saved]
+    assert [path.name for path in save_checkpoint(tmp_path, 3, example()).parent.iterdir() if "0001" in path.name] == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kill_in_the_middle_of_saving_leaves_the_checkpoint_before(tmp_path, seed):
+    """SIGKILL at a random one of the operations on files, with one checkpoint to keep."""
+    script = """
+        import os, random, signal, sys, torch
+        from pathlib import Path
+        from dia_diffusion.training.checkpoint import Checkpoint, save_checkpoint
+        folder, moment = Path(sys.argv[1]), random.Random(int(sys.argv[2])).randrange(12)
+        save_checkpoint(folder, 1, Checkpoint({"unet": {"a": torch.ones(10)}}, {"step": 1}))
+        def watch(event, arguments):
+            global moment
+            if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove") and str(folder) in str(arguments[0]):
+                moment -= 1
+                if moment < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(watch)
+        save_checkpoint(folder, 2, Checkpoint({"unet": {"a": torch.ones(10)}}, {"step": 2}), total_limit=1)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(seed)])
+    assert done.returncode == -9
+    clean_checkpoints(tmp_path)
+    latest, remarks = find_latest(tmp_path)
+    assert remarks == []
+    assert load_checkpoint(latest).state["step"] in (1, 2)
+    assert all(path.name.startswith("step-") for path in tmp_path.iterdir())

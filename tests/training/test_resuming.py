@@ -8,10 +8,13 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from dia_diffusion import DIAUNet2DModel
+from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
-from dia_diffusion.training import TrainingState, diffusion_loss
+from dia_diffusion.training import TrainingState, build_unet, diffusion_loss, parse_arguments
+from dia_diffusion.training.checkpoint import find_latest, load_checkpoint
+from dia_diffusion.training.resuming import check_same_experiment
 from training_runs import ROOT, assert_same_weights, configure, fresh_state, losses, run, weights
 
 
@@ -73,6 +76,7 @@ def test_latest_never_removes_what_took_time_to_make(undisturbed, tmp_path):
     # What a run leaves that is killed before its first checkpoint is no reason to stop.
     (tmp_path / "early").mkdir()
     (tmp_path / "early" / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
+    shutil.copy(undisturbed[0] / "training_config.yaml", tmp_path / "early")
     assert run(tmp_path / "early", **options)[1][0] == undisturbed[2][0]
 
 
@@ -167,3 +171,124 @@ def test_a_nan_stops_the_run_and_the_last_checkpoint_goes_on_as_if_it_had_not_be
     run(tmp_path / "run", **options, resume_from_checkpoint="latest")
     assert_same_weights(weights(tmp_path / "run", 12), weights(tmp_path / "whole", 12))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+SAME = {"class_conditional": True, "dropout": 0.1, "random_flip": True}
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "step-00000003", "{folder}/checkpoint-3"])
+def test_a_checkpoint_is_found_by_its_name(undisturbed, tmp_path, name):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    with pytest.raises(UsageError, match="there is no checkpoint 'elsewhere/checkpoint-3'"):
+        run(folder, **SAME, resume_from_checkpoint="elsewhere/checkpoint-3")
+    _, lines = run(folder, **SAME, resume_from_checkpoint=name.format(folder=folder))
+    assert (folder / "checkpoints" / "set-aside-step-00000006").exists()
+    assert lines == undisturbed[2]
+    assert_same_weights(weights(folder), weights(undisturbed[0]))
+
+
+def test_a_name_that_is_not_there_is_answered_with_those_that_are(undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    with pytest.raises(UsageError, match=r"no checkpoint 'checkpoint-4'; .* there are: step-00000003, step-00000006\."):
+        run(folder, **SAME, resume_from_checkpoint="checkpoint-4")
+
+
+def test_a_run_that_is_made_shorter_is_shorter(undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    figures, lines = run(folder, **SAME, resume_from_checkpoint="latest", max_train_steps=4)
+    assert figures["step"] == 4
+    assert max(step for step, *_ in lines) == 4
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "set-aside-step-00000006",
+        "step-00000003",
+        "step-00000004",
+    ]
+    # The pipeline is of step 4, not of step 6.
+    saved = weights(folder, 4)
+    unet = DIAUNetPipeline.from_pretrained(folder).unet.state_dict()
+    assert all(torch.equal(tensor, saved[f"ema.{name}"]) for name, tensor in unet.items())
+
+
+def test_a_run_that_would_end_before_its_checkpoints_is_refused(undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    with pytest.raises(UsageError, match="can be used for a run of 2 steps"):
+        run(folder, **SAME, resume_from_checkpoint="latest", max_train_steps=2)
+    with pytest.raises(UsageError, match="is of step 6, and the run is to end at step 5"):
+        run(folder, **SAME, resume_from_checkpoint="step-00000006", max_train_steps=5)
+    assert (folder / "checkpoints" / "step-00000006").exists()
+
+
+def test_an_option_of_a_later_version_is_no_other_experiment_unless_it_is_used(undisturbed):
+    now = load_checkpoint(undisturbed[0] / "checkpoints" / "step-00000003").state["config"]
+    then = {name: value for name, value in now.items() if name not in ("snr_gamma", "ema_power", "data_digest")}
+    then["unet"] = {name: value for name, value in now["unet"].items() if name != "dia_gate_slope"}
+    check_same_experiment(then, now)
+    with pytest.raises(UsageError, match=r"experiment: snr_gamma is 5\.0, was None"):
+        check_same_experiment(then, now | {"snr_gamma": 5.0})
+    with pytest.raises(UsageError, match=r"its UNet.s dia_gate_slope is 3\.0, was 1\.0"):
+        check_same_experiment(then, now | {"unet": now["unet"] | {"dia_gate_slope": 3.0}})
+
+
+def test_other_images_are_called_by_that_name(undisturbed):
+    then = load_checkpoint(undisturbed[0] / "checkpoints" / "step-00000003").state["config"]
+    now = then | {"data_digest": "0" * 64, "dataset_name": None, "train_data_dir": "/pictures"}
+    with pytest.raises(UsageError, match=r"the images are others \(now from train_data_dir /pictures, then"):
+        check_same_experiment(then, now)
+
+
+def test_precision_may_change_to_fp16_and_back(tmp_path):
+    """fp16 needs a GPU to run, but its scale is kept in the checkpoint the same way on a CPU."""
+    run(tmp_path / "run", max_train_steps=3)
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000003")
+    fresh_state()
+    config = parse_arguments(["--config", str(configure(tmp_path / "other"))])
+    accelerator = Accelerator(cpu=True)
+    training = TrainingState(config.optimisation, accelerator, build_unet(config.model, 8, 1, None), 6)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    training.restore(checkpoint)
+    assert accelerator.scaler.state_dict()["scale"] == 64.0
+    with_scale = training.to_checkpoint({})
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    training.restore(with_scale)
+    assert accelerator.scaler.state_dict()["scale"] == 64.0
+    accelerator.scaler = None
+    training.restore(with_scale)
+    assert torch.equal(training.unet.state_dict()["conv_in.weight"], checkpoint.tensors["unet"]["conv_in.weight"])
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+from dia_diffusion.cli import train_main
+config, checkpoint, word, moment = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+def watch(event, arguments):
+    global moment
+    if event in ("open", "os.rename", "os.mkdir") and word in str(arguments[0]) and checkpoint.exists():
+        moment -= 1
+        if moment < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+train_main(["--config", config])
+"""
+
+
+def test_a_run_killed_in_the_middle_of_saving_goes_on_bit_for_bit(tmp_path):
+    """SIGKILL at random operations on the files of a checkpoint, and then of the pipeline, which is there already."""
+    options = {"train_batch_size": 719, "max_train_steps": 4, "save_model_epochs": 1, "checkpointing_steps": 1}
+    run(tmp_path / "whole", **options)
+    folder = tmp_path / "killed"
+    config = configure(folder, **options, resume_from_checkpoint="latest")
+    moment = random.Random(0)
+    for step, word, latest in ((2, ".writing-step", 2), (3, f"{folder.name}/.files.", 4)):
+        trigger = folder / "checkpoints" / f"step-{step:08d}"
+        command = [sys.executable, "-c", KILL, str(config), str(trigger), word, str(moment.randrange(9))]
+        assert subprocess.run(command, capture_output=True).returncode == -9
+        # The pipeline of step 2 was saved before the first kill, and is whole after each.
+        DIAUNetPipeline.from_pretrained(folder)
+        assert find_latest(folder / "checkpoints")[0].name == f"step-{latest:08d}"
+    run(folder, **options, resume_from_checkpoint="latest")
+    assert_same_weights(weights(folder, 4), weights(tmp_path / "whole", 4))
+    assert losses(folder) == losses(tmp_path / "whole")
+    saved, expected = (DIAUNetPipeline.from_pretrained(tmp_path / n).unet.state_dict() for n in ("killed", "whole"))
+    assert_same_weights(saved, expected)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".files")]

@@ -170,7 +170,7 @@ def test_errors_say_what_to_do(undisturbed, tmp_path):
         run(folder)
     with pytest.raises(UsageError, match=r"another experiment: .*seed is 1, was 0"):
         run(folder, seed=1, class_conditional=True, dropout=0.1, random_flip=True, resume_from_checkpoint="latest")
-    with pytest.raises(UsageError, match="not a usable checkpoint"):
+    with pytest.raises(UsageError, match=r"there is no checkpoint '.*none'; in '.*' there are: none"):
         run(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "none"))
     with pytest.raises(UsageError, match="--logger wandb needs the package"):
         run(tmp_path / "run", logger="wandb")

@@ -1,0 +1,106 @@
+"""The output directory of a run: claimed by one run at a time, prepared, and kept apart from what is not the run's."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import UsageError
+from ..files import remove_temporaries, set_aside
+from .checkpoint import CHECKPOINTS, clean_checkpoints, list_checkpoints, set_aside_newer
+from .log import METRICS_LOG
+from .options import OutputOptions
+from .parsing import CONFIG
+
+SAMPLES = "samples"
+BEST = "best"
+LOCK = ".lock"
+# Where a run was killed, what it had started may hold the lock for a moment longer.
+_PATIENCE_SECONDS = 3
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Makes the output directory and holds it for one run; a kill lets it go. Cleans what a killed run left half-way.
+
+    Raises:
+        UsageError: if another run is at work there, or the folder cannot be made or written to.
+    """
+    new = not folder.exists()
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=_PATIENCE_SECONDS)
+        remove_temporaries(folder)
+        remove_temporaries(folder / BEST)
+        clean_checkpoints(folder / CHECKPOINTS)
+    except Timeout:
+        raise UsageError(
+            f"another run is at work in '{folder}'. Wait for its end, stop it, or choose another --output_dir."
+        ) from None
+    except OSError as error:
+        raise UsageError(f"cannot make the output directory '{folder}', or not write there: {error}.") from error
+    try:
+        yield
+    finally:
+        if new and [path.name for path in folder.iterdir()] == [LOCK]:
+            # A mistake was noticed before the run began: it leaves nothing.
+            with suppress(OSError):
+                (folder / LOCK).unlink()
+                folder.rmdir()
+        lock.release()
+
+
+def prepare_output_dir(options: OutputOptions, checkpoint: Path | None) -> None:
+    """Empties the output directory of an earlier run if that is asked for. Without it, nothing is removed.
+
+    Args:
+        options (`OutputOptions`): Name the folder.
+        checkpoint (`Path`, *optional*): What the run goes on from.
+
+    Raises:
+        UsageError: if the folder holds anything that the run would write over and that it does not go on from.
+    """
+    folder = options.folder
+    if checkpoint is not None and checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve():
+        return
+    valuables = [*list_checkpoints(folder / CHECKPOINTS), folder / BEST, folder / "model_index.json"]
+    names = (METRICS_LOG, "metrics.json", "curves.png", SAMPLES, "samples.png", "README.md")
+    traces = [folder / name for name in names]
+    found = [path for path in valuables if path.exists()]
+    # A run that was killed before its first checkpoint is no reason to stop. It has left its description; without
+    # that the files are not those of a run.
+    killed_early = options.resume_from_checkpoint == "latest" and (folder / CONFIG).exists()
+    if checkpoint is not None or not killed_early:
+        found += [path for path in traces if path.exists()]
+    if found and not options.overwrite_output_dir:
+        why = "there is no usable checkpoint that was asked for"
+        if checkpoint is not None:
+            why = f"'{checkpoint}' is a checkpoint of another"
+        raise UsageError(
+            f"'{folder}' already holds a run ({', '.join(path.name for path in found[:3])}), and {why}. Go on with it "
+            "(--resume_from_checkpoint latest or the name of a checkpoint), start anew there "
+            "(--overwrite_output_dir), or choose another --output_dir."
+        )
+    if options.overwrite_output_dir:
+        for path in (folder / CHECKPOINTS, *valuables, *traces):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def leave_branch(folder: Path, step: int) -> None:
+    """Sets aside what an earlier run left of steps after the one that this run goes on from."""
+    set_aside_newer(folder / CHECKPOINTS, step)
+    record = read_best(folder / BEST)
+    if record is not None and record["step"] > step:
+        set_aside(folder / BEST)
+
+
+def read_best(best: Path) -> dict[str, float | str] | None:
+    """The record in `best/`: `step`, `fid` and what it was measured with. `None` where there is none."""
+    try:
+        return json.loads((best / "metrics.json").read_text())
+    except FileNotFoundError:
+        return None
