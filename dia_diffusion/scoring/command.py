@@ -14,7 +14,7 @@ from ..data import DIGITS, PixelDataset, load_dataset_splits, load_images, prepa
 from ..distributed import make_state
 from ..errors import UsageError
 from ..files import replace_text
-from ..sampling import load_pipeline, sample_batch
+from ..sampling import check_sampling, load_pipeline, sample_batch
 from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
 from .features import FEATURES, FeatureExtractor, get_extractor
 from .generated import FolderImages, PipelineImages
@@ -55,6 +55,7 @@ def score(options: argparse.Namespace) -> None:
             pixels = prepare_at_own_size(load_dataset_splits(train_data_dir=options.what)[0])
     else:
         pipeline = load_pipeline(options.what, options.scheduler, device)
+        check_sampling(pipeline, options.steps)
     resolution, channels = (pixels.resolution, pixels.channels) if pixels is not None else _shape(pipeline)
     extractor = get_extractor(name, resolution, channels, options.inception_path).to(device)
     check_metrics(metrics, extractor)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data import UNREADABLE, PixelDataset
 from ..errors import UsageError
 from ..files import replace_file, replace_text
-from ..sampling import sample_batch
+from ..sampling import check_sampling, sample_batch
 from .features.extractor import weights_checksum
 
 _RECORD = "settings.json"
@@ -45,6 +45,7 @@ class PipelineImages:
     ):
         if num_images < 2:
             raise UsageError(f"scores need at least 2 generated images, but num_images is {num_images}.")
+        check_sampling(pipeline, steps)
         self.pipeline = pipeline
         self.num_images = num_images
         self.steps = steps
