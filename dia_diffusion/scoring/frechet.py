@@ -172,14 +172,15 @@ def frechet_uncertainty(distance: FrechetDistanceTo, generated: Moments) -> Unce
     groups = len(generated.counts)
     if groups < 2 or len(generated) < 2 * groups or is_uncertainty_too_long(generated):
         return None
-    value = distance(generated.gaussian())
     if generated.products.numel():
+        value = distance(generated.gaussian())
 
         def without(group: int) -> float:
             return distance(generated.gaussian([other for other in range(groups) if other != group]))
 
     else:
         without = _FewImages(distance, generated).without
+        value = without(-1)  # There is no such group.
     left_out = tqdm(range(groups), desc="Uncertainty of the Fréchet distance", unit="group", leave=False)
     values = np.array([without(group) for group in left_out])
     error = np.sqrt((groups - 1) * values.var())
