@@ -140,6 +140,6 @@ def test_vision_models_see_the_image_as_their_processor_prepares_it(tmp_path, ki
         features = extractor(images)
         assert features.shape == (3, extractor.num_features)
         torch.testing.assert_close(features, expected(model, pixels))
-    assert extractor.settings["processor"]["do_normalize"] == processor.do_normalize
+    assert extractor.settings["processor"]["rescale_factor"] == processor.rescale_factor
     assert extractor.settings["weights"] is not None
     json.dumps(extractor.settings)
