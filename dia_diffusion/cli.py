@@ -81,11 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
         "evaluate ...",
     )
     evaluate.set_defaults(function=_evaluate)
-    evaluate.add_argument("what", help="folder or Hub id of a pipeline, or a folder of images")
+    evaluate.add_argument("what", help="folder or Hub id of a pipeline, a folder of images, or samples (.npz)")
     evaluate.add_argument(
         "--dataset",
         default="digits",
-        help="what to compare with: digits, mnist5k, a Hub id, a folder of images, or statistics (.npz)",
+        help="what to compare with: digits, mnist5k, a Hub id, a folder of images, or statistics or samples (.npz)",
     )
     evaluate.add_argument("--dataset_config_name", help="configuration of a data set that has several")
     evaluate.add_argument("--image_column", help="column of the images, where it cannot be guessed")

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dia_diffusion.errors import UsageError
+from dia_diffusion.errors import NotFiniteImagesError, UsageError
 from dia_diffusion.pipelines.self_contained import SelfContained
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -94,7 +94,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             [`~diffusers.ImagePipelineOutput`], or a tuple with the images if `return_dict` is `False`.
 
         Raises:
-            UsageError: for labels, guidance, shapes or schedulers that do not fit this pipeline.
+            UsageError: for labels, guidance, shapes, steps or schedulers that do not fit this pipeline, and for images
+                that are not finite, unless they are asked for as they are (`latent`).
         """
         # 0. check inputs
         self._check_inputs(output_type, callback_on_step_end_tensor_inputs, generator, batch_size)
@@ -111,6 +112,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
 
         # 2. denoise
         self._interrupt = False
+        # Clipping would hide from the images what the model gives.
+        finite = torch.ones((), dtype=torch.bool, device=self._execution_device)
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = self.scheduler.scale_model_input(latents, timestep)
             if guide:
@@ -120,6 +123,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                 prediction = without + guidance_scale * (with_class - without)
             else:
                 prediction = self.unet(model_input, timestep, labels).sample
+            finite &= prediction.isfinite().all()
             latents = self._step(prediction, timestep, latents, step_arguments)
 
             if callback_on_step_end is not None:
@@ -129,6 +133,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                 break
 
         # 3. to images
+        if output_type != "latent" and not (finite & latents.isfinite().all()):
+            raise NotFiniteImagesError(self.name_or_path or type(self.unet).__name__)
         images = self._postprocess(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -168,11 +174,27 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         )
 
     def _set_timesteps(self, num_inference_steps: int) -> None:
+        scheduler, config = self.scheduler, self.scheduler.config
+        name, timesteps = type(scheduler).__name__, config.get("num_train_timesteps")
+        most = timesteps if "beta_schedule" in config else num_inference_steps
+        if not 1 <= num_inference_steps <= most:
+            raise UsageError(
+                f"num_inference_steps {num_inference_steps} does not fit {name}: give at least 1, and at most as many "
+                f"as the model has timesteps ({timesteps})."
+            )
         try:
-            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        except ValueError as error:
-            name = type(self.scheduler).__name__
+            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            for nudge in range(1, 100):
+                # For some numbers of steps, such as 61, rounding lets "trailing" timesteps go on below the last one.
+                if config.get("timestep_spacing") != "trailing" or scheduler.timesteps.min() >= 0:
+                    break
+                scheduler.register_to_config(num_train_timesteps=timesteps * (1 + 1e-9 * nudge))
+                scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        except (ValueError, IndexError) as error:
             raise UsageError(f"num_inference_steps {num_inference_steps} does not fit {name}: {error}") from error
+        finally:
+            if scheduler.config.get("num_train_timesteps") != timesteps:
+                scheduler.register_to_config(num_train_timesteps=timesteps)
 
     def _prepare_labels(self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int) -> Tensor | None:
         if self.unet.class_embedding is None:

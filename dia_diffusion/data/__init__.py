@@ -4,7 +4,7 @@ from ..door import open_door
 
 __getattr__, __all__ = open_door(
     __name__,
-    decoding="UNREADABLE to_unit_range",
+    decoding="UNREADABLE image_to_pixels to_unit_range",
     embedded="EMBEDDED",
     grid="image_grid",
     pixels="EndlessShuffle PixelDataset prepare_at_own_size prepare_pixels",

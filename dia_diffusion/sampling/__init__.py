@@ -6,6 +6,6 @@ __getattr__, __all__ = open_door(
     __name__,
     command="sample",
     loading="load_pipeline",
-    numbered="sample_batch sample_images",
+    numbered="check_sampling sample_batch sample_images",
     schedulers="DEFAULT_SCHEDULER make_scheduler",
 )

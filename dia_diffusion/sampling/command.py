@@ -8,7 +8,7 @@ from PIL import Image
 from ..data import image_grid
 from ..distributed import make_state
 from .loading import load_pipeline
-from .numbered import sample_images
+from .numbered import check_sampling, sample_images
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -18,6 +18,7 @@ def sample(options: argparse.Namespace) -> None:
         UsageError: for a pipeline that cannot be loaded, or cannot do what was asked for.
     """
     pipeline = load_pipeline(options.model, options.scheduler, options.device or make_state().device)
+    check_sampling(pipeline, options.steps)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     shown = []
     batches = sample_images(

@@ -2,14 +2,17 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..errors import UsageError
+from ..errors import NotFiniteImagesError, UsageError
+from ..pipelines import DIAUNetPipeline
 
 
 def image_generators(seed: int, numbers: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
@@ -46,9 +49,7 @@ def sample_batch(
         UsageError: for labels or guidance where the pipeline has no classes, and for pipelines that need more than a
             number of images.
     """
-    _check_unconditional(pipeline)
-    if steps < 1:
-        raise UsageError(f"steps must be at least 1, but is {steps}.")
+    check_sampling(pipeline, steps)
     classes = getattr(pipeline, "null_class", None)
     if classes is None and (class_label is not None or guidance_scale != 1.0):
         raise UsageError("class_label and guidance_scale need a class-conditional pipeline, which this is not.")
@@ -58,14 +59,56 @@ def sample_batch(
     elif classes:
         arguments["class_labels"] = [number % classes for number in numbers]
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        batch_size=len(numbers),
-        num_inference_steps=steps,
-        generator=image_generators(seed, numbers, "cpu"),
-        output_type="np",
-        **arguments,
-    ).images
+    with _finite_predictions(pipeline):
+        images = pipeline(
+            batch_size=len(numbers),
+            num_inference_steps=steps,
+            generator=image_generators(seed, numbers, "cpu"),
+            output_type="np",
+            **arguments,
+        ).images
+    if not np.isfinite(images).all():
+        raise NotFiniteImagesError(_name(pipeline))
     return torch.from_numpy(images).permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
+
+
+def check_sampling(pipeline: DiffusionPipeline, steps: int) -> None:
+    """Refuses what a pipeline cannot do, before any image is made.
+
+    Raises:
+        UsageError: for a pipeline that needs more than a number of images, and for too few or too many steps.
+    """
+    _check_unconditional(pipeline)
+    if steps < 1:
+        raise UsageError(f"steps must be at least 1, but is {steps}.")
+    config = pipeline.scheduler.config
+    if "beta_schedule" in config and steps > config.num_train_timesteps:
+        raise UsageError(
+            f"steps must be at most {config.num_train_timesteps}, as many as the model has timesteps, but is {steps}."
+        )
+
+
+@contextmanager
+def _finite_predictions(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Refuses a model that gives values that are not finite, which diffusers' own pipelines clip to black or white."""
+    unet = getattr(pipeline, "unet", None)
+    if isinstance(pipeline, DIAUNetPipeline) or not isinstance(unet, nn.Module):
+        yield  # Ours looks at them itself.
+        return
+
+    def check(module: nn.Module, arguments: Any, output: Any) -> None:
+        if not output[0].isfinite().all():
+            raise NotFiniteImagesError(_name(pipeline))
+
+    handle = unet.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _name(pipeline: DiffusionPipeline) -> str:
+    return pipeline.name_or_path or type(pipeline).__name__
 
 
 def _check_unconditional(pipeline: DiffusionPipeline) -> None:

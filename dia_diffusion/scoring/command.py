@@ -14,14 +14,15 @@ from ..data import DIGITS, PixelDataset, load_dataset_splits, load_images, prepa
 from ..distributed import make_state
 from ..errors import UsageError
 from ..files import replace_text
-from ..sampling import load_pipeline, sample_batch
+from ..sampling import check_sampling, load_pipeline, sample_batch
+from .archives import SAMPLES, STATISTICS, ArchiveImages, array_names
 from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
 from .features import FEATURES, FeatureExtractor, get_extractor
-from .generated import FolderImages, PipelineImages
+from .generated import FolderImages, PipelineImages, check_one_size
 from .reference import Reference, read_published
 from .report import format_scores, write_report
 
-_PUBLISHED = ".npz"
+ARCHIVE = ".npz"
 
 
 def score(options: argparse.Namespace) -> None:
@@ -30,7 +31,8 @@ def score(options: argparse.Namespace) -> None:
     Raises:
         UsageError: for options that do not fit each other or the data.
     """
-    published = options.dataset.endswith(_PUBLISHED)
+    reference_file = Path(options.dataset) if options.dataset.endswith(ARCHIVE) else None
+    published = reference_file is not None and not _are_images(reference_file)
     metrics = _parse_metrics(options.metrics, ("fid",) if published else DEFAULT_METRICS)
     name = options.features or (DIGITS if options.dataset == DIGITS else None)
     if name is None:
@@ -44,25 +46,38 @@ def score(options: argparse.Namespace) -> None:
             if path.is_dir():
                 raise UsageError(f"'{path}' is a folder; name the file to write.")
 
-    if options.save_images is not None and _is_folder_of_images(options.what):
+    if options.save_images is not None and _is_images(options.what):
         raise UsageError("save_images belongs to a pipeline; these images lie in a folder already.")
 
     state = make_state()
     device = options.device or state.device
     pixels = None
-    if _is_folder_of_images(options.what):
+    if options.what.endswith(ARCHIVE):
+        pixels = ArchiveImages(Path(options.what))
+    elif _is_images(options.what):
         with state.main_process_first():
-            pixels = prepare_at_own_size(load_dataset_splits(train_data_dir=options.what)[0])
+            images = load_dataset_splits(train_data_dir=options.what)[0]
+            check_one_size(images)
+            pixels = prepare_at_own_size(images)
     else:
         pipeline = load_pipeline(options.what, options.scheduler, device)
+        check_sampling(pipeline, options.steps)
     resolution, channels = (pixels.resolution, pixels.channels) if pixels is not None else _shape(pipeline)
-    extractor = get_extractor(name, resolution, channels, options.inception_path).to(device)
+    held_out = None
+    if reference_file is None:
+        with state.main_process_first():
+            reference, held_out = _load_reference(options, resolution)
+    elif not published:
+        reference = ArchiveImages(reference_file, resolution)
+    # Without colour a grey copy of a colour image would be the image itself.
+    wanted = channels if published else max(channels, reference.channels)
+    extractor = get_extractor(name, resolution, wanted, options.inception_path).to(device)
+    if not published and reference.channels != channels and extractor.channels == 3:
+        grey, other = ("images to score", "reference") if channels == 1 else ("reference", "images to score")
+        print(f"The {grey} are grey and those of the {other} have colour: they are compared as colour images.")
     check_metrics(metrics, extractor)
     if published:
-        reference, held_out = read_published(Path(options.dataset), extractor), None
-    else:
-        with state.main_process_first():
-            reference, held_out = _load_reference(options, resolution, channels)
+        reference = read_published(reference_file, extractor)
     if pixels is not None:
         generated = FolderImages(pixels)
     else:
@@ -82,8 +97,10 @@ def _parse_metrics(text: str | None, default: Sequence[str]) -> list[str]:
     return list(default) if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _is_folder_of_images(what: str) -> bool:
-    return Path(what).is_dir() and not (Path(what) / DiffusionPipeline.config_name).is_file()
+def _is_images(what: str) -> bool:
+    return what.endswith(ARCHIVE) or (
+        Path(what).is_dir() and not (Path(what) / DiffusionPipeline.config_name).is_file()
+    )
 
 
 def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
@@ -96,13 +113,17 @@ def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
     return min(image.shape[2:]), image.shape[1]
 
 
-def _load_reference(
-    options: argparse.Namespace, resolution: int, channels: int
-) -> tuple[PixelDataset, PixelDataset | None]:
-    train, held_out = (
-        prepare_pixels(split, resolution, channels, options.image_column) if split is not None else None
-        for split in load_images(options.dataset, options.dataset_config_name)
-    )
+def _are_images(path: Path) -> bool:
+    """Whether an `.npz` file is there for its images. Where it has statistics too, these count."""
+    names = array_names(path)
+    return SAMPLES in names and not set(STATISTICS) <= set(names)
+
+
+def _load_reference(options: argparse.Namespace, resolution: int) -> tuple[PixelDataset, PixelDataset | None]:
+    train, held_out = load_images(options.dataset, options.dataset_config_name)
+    train = prepare_pixels(train, resolution, image_column=options.image_column)
+    if held_out is not None:
+        held_out = prepare_pixels(held_out, resolution, train.channels, options.image_column)
     return train, held_out
 
 
@@ -110,7 +131,7 @@ def _write(
     options: argparse.Namespace,
     scores: dict[str, Any],
     generated: FolderImages | PipelineImages,
-    reference: PixelDataset | Reference,
+    reference: PixelDataset | ArchiveImages | Reference,
     extractor: FeatureExtractor,
 ) -> None:
     scores = {"command": shlex.join(["dia", *sys.argv[1:]]), "what": options.what, "dataset": options.dataset} | scores
@@ -126,5 +147,5 @@ def _write(
     if options.output is not None:
         replace_text(options.output, json.dumps(scores, indent=2) + "\n")
     if options.report is not None:
-        images = reference if isinstance(reference, PixelDataset) else None
+        images = reference if not isinstance(reference, Reference) else None
         write_report(options.report, scores, generated, images, extractor)

@@ -20,16 +20,16 @@ from ..data import PixelDataset
 from ..errors import UsageError
 from .extraction import extract
 from .features import FeatureExtractor
-from .frechet import GROUPS, Moments, frechet_distance, frechet_uncertainty
+from .frechet import GROUPS, FrechetDistanceTo, Moments, frechet_uncertainty, is_uncertainty_too_long
 from .generated import FolderImages, PipelineImages
-from .metrics import inception_score, kernel_distance, precision_recall
+from .metrics import FEWEST_FOR_INCEPTION_SCORE, inception_score, kernel_distance, precision_recall
 from .reference import Reference, make_reference
 
 METRICS = ("fid", "kid", "is", "precision", "recall")
 DEFAULT_METRICS = ("fid", "kid", "precision", "recall")
 _NEED_FEATURES = frozenset({"kid", "precision", "recall"})
 # Part of the settings hash: raise it whenever the same features would give other scores.
-_DEFINITIONS = {"version": 1, "kid": "cubic kernel, 100 subsets of 1000", "is_splits": 10, "nearest_neighbours": 3}
+_DEFINITIONS = {"version": 2, "kid": "cubic kernel, 100 subsets of 1000", "is_splits": 10, "nearest_neighbours": 3}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def evaluate(
     first = next(batches)
     features_wanted = bool(_NEED_FEATURES & set(metrics))
     before = time.perf_counter()
-    if isinstance(reference, PixelDataset):
+    if not isinstance(reference, Reference):
         reference = make_reference(reference, extractor, features_wanted, state=state)
     held = make_reference(held_out, extractor, True, "is" in metrics, state) if held_out is not None else None
     seconds = {"sampling": 0.0, "features": 0.0, "reference": time.perf_counter() - before}
@@ -108,8 +108,9 @@ def evaluate(
 
     sample = Sample(moments, torch.cat(features) if features else None, torch.cat(logits) if logits else None)
     before = time.perf_counter()
-    scores = _score(sample, reference, extractor, generated.settings, metrics)
-    floor = _score(_held_out_sample(held), reference, extractor, {}, metrics) if held is not None else None
+    distance = FrechetDistanceTo(reference.gaussian) if "fid" in metrics else None
+    scores = _score(sample, reference, distance, extractor, generated.settings, metrics)
+    floor = _score(_held_out_sample(held), reference, distance, extractor, {}, metrics) if held is not None else None
     if floor is not None:
         del floor["settings"]
     seconds["metrics"] = time.perf_counter() - before
@@ -121,7 +122,7 @@ def evaluate(
         "versions": _versions(),
         "seconds": {name: round(duration, 3) for name, duration in seconds.items()},
         "bytes_kept": sum(tensor.nbytes for tensor in kept if tensor is not None),
-        "warnings": _warnings((len(moments), reference.gaussian.count), extractor) if "fid" in metrics else [],
+        "warnings": _warnings(moments, reference.gaussian.count, extractor, metrics),
     }
 
 
@@ -145,7 +146,12 @@ def check_metrics(
 
 
 def _score(
-    sample: Sample, reference: Reference, extractor: FeatureExtractor, sampling: dict[str, Any], metrics: Sequence[str]
+    sample: Sample,
+    reference: Reference,
+    distance: FrechetDistanceTo | None,
+    extractor: FeatureExtractor,
+    sampling: dict[str, Any],
+    metrics: Sequence[str],
 ) -> dict[str, Any]:
     settings = {
         "num_images": len(sample.moments),
@@ -158,13 +164,13 @@ def _score(
         "fid fid_interval fid_infinity kid_mean kid_std is_mean is_std precision recall".split()
     )
     if "fid" in metrics:
-        scores["fid"] = frechet_distance(reference.gaussian, sample.moments.gaussian())
-        uncertainty = frechet_uncertainty(reference.gaussian, sample.moments)
+        scores["fid"] = distance(sample.moments.gaussian())
+        uncertainty = frechet_uncertainty(distance, sample.moments)
         if uncertainty is not None:
             scores["fid_interval"], scores["fid_infinity"] = list(uncertainty.interval), uncertainty.infinity
     if "kid" in metrics:
         scores["kid_mean"], scores["kid_std"] = kernel_distance(reference.features, sample.features)
-    if "is" in metrics:
+    if "is" in metrics and len(sample.moments) >= FEWEST_FOR_INCEPTION_SCORE:
         scores["is_mean"], scores["is_std"] = inception_score(sample.logits)
     if {"precision", "recall"} & set(metrics):
         both = dict(zip(("precision", "recall"), precision_recall(reference.features, sample.features), strict=True))
@@ -189,11 +195,21 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}
 
 
-def _warnings(counts: Sequence[int | None], extractor: FeatureExtractor) -> list[str]:
+def _warnings(moments: Moments, real: int | None, extractor: FeatureExtractor, metrics: Sequence[str]) -> list[str]:
     """Of the numbers of generated and of real images, as far as they are known."""
-    return [
-        f"{count} {kind}images are too few for the covariance of {extractor.num_features} features: most of the "
-        "Fréchet distance is then bias, and it can be compared with scores of as many images only."
-        for count, kind in zip(counts, ("", "reference "), strict=True)
-        if count is not None and count <= extractor.num_features
-    ]
+    count, features, found = len(moments), extractor.num_features, []
+    if "fid" in metrics:
+        found += [
+            f"{number} {kind}images are too few for the covariance of {features} features: most of the Fréchet "
+            "distance is then bias, and it can be compared with scores of as many images only."
+            for number, kind in ((count, ""), (real, "reference "))
+            if number is not None and number <= features
+        ]
+        if is_uncertainty_too_long(moments):
+            found.append(f"the interval of the Fréchet distance would take minutes with {features} features: left out.")
+    if "is" in metrics and count < FEWEST_FOR_INCEPTION_SCORE:
+        found.append(
+            f"{count} images are too few for an Inception Score, which takes the mean of ten parts and cannot be more "
+            f"than there are images in a part: left out. It needs {FEWEST_FOR_INCEPTION_SCORE} at least."
+        )
+    return found

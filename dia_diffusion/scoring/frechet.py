@@ -14,6 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 GROUPS = 20
+# The interval takes the roots of twenty matrices of as many rows: a minute for this many.
+_LARGEST_INTERVAL = 2048
 _SEED = 0
 
 
@@ -28,6 +30,8 @@ class Gaussian(NamedTuple):
 class Moments:
     """Running sums of features in float64, whose size does not grow with the number of images.
 
+    The first images, up to as many as there are features, are kept as they are: that takes less than the sums.
+
     Args:
         num_features (`int`): Number of features F. The sums take `8 * groups * F * (F + 1)` bytes.
         groups (`int`, *optional*, defaults to 1): Into how many random groups the images are divided.
@@ -36,7 +40,10 @@ class Moments:
     def __init__(self, num_features: int, groups: int = 1):
         self.counts = torch.zeros(groups, dtype=torch.double)
         self.sums = torch.zeros(groups, num_features, dtype=torch.double)
-        self.products = torch.zeros(groups, num_features, num_features, dtype=torch.double)
+        self.products = torch.zeros(groups, 0, 0, dtype=torch.double)
+        # Around the first image, and the group of each.
+        self.rows = torch.zeros(0, num_features, dtype=torch.double)
+        self.row_groups = torch.zeros(0, dtype=torch.long)
         self.origin: Tensor | None = None
 
     def __len__(self) -> int:
@@ -48,12 +55,18 @@ class Moments:
         if self.origin is None:
             # Sums of squares lose the digits that the mean takes up, so they are taken around the first image.
             self.origin = features[0].clone()
-        features = features - self.origin
-        groups = self._groups(len(self), len(features))
+        features, groups = features - self.origin, self._groups(len(self), len(features))
+        self.counts += torch.bincount(groups, minlength=len(self.counts))
+        self.sums.index_add_(0, groups, features)
+        if not self.products.numel():
+            features, groups = torch.cat([self.rows, features]), torch.cat([self.row_groups, groups])
+            if len(features) <= features.shape[1]:
+                self.rows, self.row_groups = features, groups
+                return
+            self.rows, self.row_groups = features[:0].clone(), groups[:0].clone()
+            self.products = torch.zeros(len(self.counts), *features.shape[1:] * 2, dtype=torch.double)
         for group in groups.unique().tolist():
             rows = features[groups == group]
-            self.counts[group] += len(rows)
-            self.sums[group] += rows.sum(0)
             self.products[group].addmm_(rows.T, rows)
 
     def _groups(self, start: int, count: int) -> Tensor:
@@ -73,7 +86,11 @@ class Moments:
             weights.zero_()[list(groups)] = 1
         count = weights @ self.counts
         mean = weights @ self.sums / count
-        products = torch.einsum("g,gij->ij", weights, self.products)
+        if self.products.numel():
+            products = torch.einsum("g,gij->ij", weights, self.products)
+        else:
+            rows = self.rows[weights[self.row_groups] > 0]
+            products = rows.T @ rows
         covariance = (products - count * torch.outer(mean, mean)) / (count - 1)
         return Gaussian(mean + self.origin, covariance, int(count))
 
@@ -99,6 +116,33 @@ class FrechetDistanceTo:
         return max(((self.reference.mean - generated.mean).square().sum() + spread).item(), 0.0)
 
 
+class _FewImages:
+    """`FrechetDistanceTo` for parts of no more images than there are features: the trace of the root of
+    `C1^(1/2) X' X C1^(1/2)` is that of `X C1 X'`, which has a row for each image instead of one for each feature.
+
+    Args:
+        distance (`FrechetDistanceTo`): To which Gaussian.
+        images (`Moments`): Which still keep their rows.
+    """
+
+    def __init__(self, distance: FrechetDistanceTo, images: Moments):
+        self.distance, self.images = distance, images
+        rooted = images.rows @ distance.root
+        self.inner = rooted @ rooted.T
+        self.squares = images.rows.square().sum(1)
+
+    def without(self, group: int) -> float:
+        """The distance of the images that are not of this group."""
+        kept = self.images.row_groups != group
+        mean, reference = self.images.rows[kept].mean(0), self.distance.reference
+        inner, count = self.inner[kept][:, kept], int(kept.sum())
+        inner = inner - inner.mean(0) - inner.mean(1, keepdim=True) + inner.mean()
+        roots = torch.linalg.eigvalsh(inner / (count - 1)).clamp(min=0).sqrt().sum()
+        own = (self.squares[kept].sum() - count * mean.square().sum()) / (count - 1)
+        apart = (reference.mean - self.images.origin - mean).square().sum()
+        return max((apart + reference.covariance.trace() + own - 2 * roots).item(), 0.0)
+
+
 class Uncertainty(NamedTuple):
     """What `frechet_uncertainty` finds: a 95% interval `(low, high)`, and the distance for infinitely many images."""
 
@@ -106,13 +150,14 @@ class Uncertainty(NamedTuple):
     infinity: float
 
 
-def frechet_distance(reference: Gaussian, generated: Gaussian) -> float:
-    """See `FrechetDistanceTo`."""
-    return FrechetDistanceTo(reference)(generated)
+def is_uncertainty_too_long(generated: Moments) -> bool:
+    """Whether `frechet_uncertainty` is left out because it would take minutes."""
+    return min(generated.sums.shape[1], len(generated)) > _LARGEST_INTERVAL
 
 
-def frechet_uncertainty(reference: Gaussian, generated: Moments) -> Uncertainty | None:
-    """How far a Fréchet distance can be trusted; `None` where there are not two images for each group.
+def frechet_uncertainty(distance: FrechetDistanceTo, generated: Moments) -> Uncertainty | None:
+    """How far a Fréchet distance can be trusted; `None` where there are not two images for each group, and where it
+    would take minutes: for more than 2,048 features of as many images.
 
     Each group of images is left out in turn (the jackknife of Quenouille and Tukey, for d images at a time).
 
@@ -125,12 +170,19 @@ def frechet_uncertainty(reference: Gaussian, generated: Moments) -> Uncertainty 
       group left out. The reference keeps its number, so that a small bias remains; the result may be below zero.
     """
     groups = len(generated.counts)
-    if groups < 2 or len(generated) < 2 * groups:
+    if groups < 2 or len(generated) < 2 * groups or is_uncertainty_too_long(generated):
         return None
-    distance = FrechetDistanceTo(reference)
-    value = distance(generated.gaussian())
+    if generated.products.numel():
+        value = distance(generated.gaussian())
+
+        def without(group: int) -> float:
+            return distance(generated.gaussian([other for other in range(groups) if other != group]))
+
+    else:
+        without = _FewImages(distance, generated).without
+        value = without(-1)  # There is no such group.
     left_out = tqdm(range(groups), desc="Uncertainty of the Fréchet distance", unit="group", leave=False)
-    values = np.array([distance(generated.gaussian([g for g in range(groups) if g != out])) for out in left_out])
+    values = np.array([without(group) for group in left_out])
     error = np.sqrt((groups - 1) * values.var())
     infinity = groups * value - (groups - 1) * values.mean()
     margin = t.ppf(0.975, groups - 1) * error

@@ -1,12 +1,15 @@
 """Generated images by number: from a pipeline as they are asked for, or from files."""
 
+import io
 import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
@@ -14,10 +17,13 @@ from torch import Tensor, nn
 from ..data import UNREADABLE, PixelDataset
 from ..errors import UsageError
 from ..files import replace_file, replace_text
-from ..sampling import sample_batch
+from ..sampling import check_sampling, sample_batch
+from .archives import ArchiveImages
 from .features.extractor import weights_checksum
 
 _RECORD = "settings.json"
+# The tag of EXIF that says how a picture is turned, and where that swaps height and width.
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 
 
 class PipelineImages:
@@ -45,6 +51,7 @@ class PipelineImages:
     ):
         if num_images < 2:
             raise UsageError(f"scores need at least 2 generated images, but num_images is {num_images}.")
+        check_sampling(pipeline, steps)
         self.pipeline = pipeline
         self.num_images = num_images
         self.steps = steps
@@ -119,10 +126,10 @@ class FolderImages:
     """Images that lie in files already.
 
     Args:
-        pixels (`PixelDataset`): What `prepare_pixels` made of them.
+        pixels (`PixelDataset` or `ArchiveImages`): What `prepare_pixels` made of them, or an `.npz` file.
     """
 
-    def __init__(self, pixels: PixelDataset):
+    def __init__(self, pixels: PixelDataset | ArchiveImages):
         if len(pixels) < 2:
             raise UsageError(f"scores need at least 2 generated images, but there are {len(pixels)}.")
         self.numbered = pixels.numbered
@@ -132,6 +139,30 @@ class FolderImages:
 
     def __len__(self) -> int:
         return self._count
+
+
+def check_one_size(dataset: Dataset) -> None:
+    """Refuses a folder of generated images of several sizes: what the scores are would hang on one of them.
+
+    Raises:
+        UsageError: with two of the sizes, and the names of two files.
+    """
+    first = None
+    for number, cell in enumerate(dataset.with_format(None).cast_column("image", datasets.Image(decode=False))):
+        encoded = cell["image"]
+        try:
+            with Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]) as image:
+                size = image.size[::-1] if image.getexif().get(_ORIENTATION) in _TURNED else image.size
+        except UNREADABLE:
+            continue  # It is named when it is decoded.
+        name = encoded["path"] or f"image {number}"
+        first = first or (size, name)
+        if size != first[0]:
+            (one, other), names = (" x ".join(map(str, each)) for each in (first[0], size)), (first[1], name)
+            raise UsageError(
+                f"the images to score have several sizes: '{names[0]}' is {one}, '{names[1]}' is {other}. Images of a "
+                "model have one size: resize them as they are meant to be seen, or score each size by itself."
+            )
 
 
 def _read(path: Path) -> Tensor:

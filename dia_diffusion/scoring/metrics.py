@@ -11,6 +11,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 _LARGEST_KID_SUBSET = 1000
 _SPLITS = 10
+# Ten for each part: a part of n images has a score of n at most.
+FEWEST_FOR_INCEPTION_SCORE = 10 * _SPLITS
 _SEED = 0
 # Distances held at once by `precision_recall`: 128 MiB of doubles.
 _DISTANCES_IN_MEMORY = 2**24

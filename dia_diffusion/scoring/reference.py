@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..data import PixelDataset
 from ..errors import UsageError
 from ..files import cache_dir, replace_file
+from .archives import STATISTICS, UNREADABLE, ArchiveImages, unreadable
 from .extraction import extract
 from .features import FeatureExtractor
 from .frechet import Gaussian, Moments
@@ -44,7 +46,7 @@ class Reference:
 
 
 def make_reference(
-    data: PixelDataset,
+    data: PixelDataset | ArchiveImages,
     extractor: FeatureExtractor,
     with_features: bool,
     with_logits: bool = False,
@@ -56,7 +58,7 @@ def make_reference(
     settings of the extractor, a checksum of its weights included.
 
     Args:
-        data (`PixelDataset`): The images.
+        data (`PixelDataset` or `ArchiveImages`): The images.
         extractor (`FeatureExtractor`): How to see them.
         with_features (`bool`): Whether their features are wanted as well (`4 * N * F` bytes).
         with_logits (`bool`, *optional*, defaults to `False`): Whether the logits of a classifier are wanted as well.
@@ -84,7 +86,11 @@ def make_reference(
 
 
 def _compute(
-    data: PixelDataset, extractor: FeatureExtractor, with_features: bool, with_logits: bool, state: PartialState | None
+    data: PixelDataset | ArchiveImages,
+    extractor: FeatureExtractor,
+    with_features: bool,
+    with_logits: bool,
+    state: PartialState | None,
 ) -> dict[str, Tensor]:
     if len(data) < 2:
         raise UsageError(f"scores need at least 2 reference images, but there are {len(data)}.")
@@ -125,10 +131,14 @@ def read_published(path: Path, extractor: FeatureExtractor) -> Reference:
         UsageError: if the file holds no such statistics, or those of other features.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            mean, covariance = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"'{path}' is not a readable .npz file with the arrays 'mu' and 'sigma': {error}") from error
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            arrays = [file[key] for key in STATISTICS]
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
+    if not all(array.dtype.kind in "fiu" for array in arrays):
+        kinds = " and ".join(str(array.dtype) for array in arrays)
+        raise UsageError(f"'mu' and 'sigma' of '{path}' must hold real numbers, but are {kinds}.")
+    mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays)
     count = extractor.num_features
     if mean.shape != (count,) or covariance.shape != (count, count):
         raise UsageError(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from diffusers import UNet2DModel
 
 from ..errors import UsageError
-from ..training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, read_yaml
+from ..training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, parse_mapping, read_yaml
 
 # Options that a study sets itself, and what to use instead.
 _RESERVED = {
@@ -125,7 +125,9 @@ class Study:
             for name, value in given.items():
                 if name in _RESERVED:
                     raise UsageError(f"'{name}' cannot be set for the runs of a study: {_RESERVED[name]}.")
-                if name in OPTION_NAMES:
+                if name == "unet_arguments":
+                    options[name] = options[name] | (parse_mapping(name, value) or {})
+                elif name in OPTION_NAMES:
                     options[name] = value
                 elif name in _UNET_ARGUMENTS:
                     options["unet_arguments"] = options["unet_arguments"] | {name: value}

@@ -15,6 +15,14 @@ from .description import Study, StudyRun
 from .single_run import SPIKES, read_result, read_timing
 
 SCORES = {"held_out_loss": "held-out loss", "fid": "Fréchet distance"}
+# What must be the same for a score to be compared: the images, and for a loss what it measures. Losses of zero models
+# are 1.0 for noise, 0.8 for velocities and 20.2 for samples.
+_IMAGES = (
+    "dataset_name dataset_config_name train_data_dir image_column resolution channels center_crop "
+    "preserve_input_precision on_bad_image"
+).split()
+_OBJECTIVE = "prediction_type snr_gamma ddpm_num_steps ddpm_beta_schedule rescale_betas_zero_snr".split()
+_MUST_AGREE = {"held_out_loss": _IMAGES + _OBJECTIVE, "fid": _IMAGES}
 _CONFIDENCE = 0.95
 
 
@@ -24,16 +32,21 @@ def summarise(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
     Returns:
         `dict`: `study`: its description. `runs`: the results as they are. `variants`: for each variant `parameters`,
         `attention_parameters`, `step_time_ratio`, `finished`, `diverged` (numbers of runs), `loss_spikes` (a run, on
-        average), and for each score the figures of `compare`. What there is no figure for yet is `None`.
+        average), `not_compared` (for each score that is another quantity than the baseline's, the options that make it
+        so), and for each score the figures of `compare`. What there is no figure for yet is `None`.
     """
     results = [result for run in runs if (result := read_result(run)) is not None]
     ratios = {run.variant: read_timing(run) for run in reversed(runs)} | {study.baseline: 1.0}
     by_variant = {name: [result for result in results if result["variant"] == name] for name in study.variants}
+    apart = {name: _differences(study, name) for name in study.variants}
     variants = {}
     for name, of_variant in by_variant.items():
         trained = [result for result in of_variant if "diverged_at_step" not in result]
         scores = {
-            score: compare(_by_seed(of_variant, score), _by_seed(by_variant[study.baseline], score)) for score in SCORES
+            score: compare(
+                _by_seed(of_variant, score), {} if apart[name][score] else _by_seed(by_variant[study.baseline], score)
+            )
+            for score in SCORES
         }
         variants[name] = {
             "parameters": trained[0]["parameters"] if trained else None,
@@ -42,9 +55,16 @@ def summarise(study: Study, runs: Sequence[StudyRun]) -> dict[str, Any]:
             "finished": len(of_variant),
             "diverged": len(of_variant) - len(trained),
             "loss_spikes": statistics.mean(result["loss_spikes"] for result in of_variant) if of_variant else None,
+            "not_compared": {score: names for score, names in apart[name].items() if names},
             **scores,
         }
     return {"study": study.description(), "variants": variants, "runs": results}
+
+
+def _differences(study: Study, variant: str) -> dict[str, list[str]]:
+    """For each score the options that make it another quantity than the baseline's."""
+    mine, other = (study.config(name, study.seeds[0], Path()).public_dict() for name in (variant, study.baseline))
+    return {score: [name for name in names if mine[name] != other[name]] for score, names in _MUST_AGREE.items()}
 
 
 def _by_seed(results: Sequence[dict[str, Any]], score: str) -> dict[int, float]:
@@ -104,7 +124,7 @@ def format_table(summary: dict[str, Any]) -> str:
             row += _score_cells(variant[score], name == summary["study"]["baseline"])
         rows.append([*row, str(variant["finished"]), str(variant["diverged"]), _number(variant["loss_spikes"], ".1f")])
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
-    return "\n".join([*lines, "", _legend(summary["study"])])
+    return "\n".join([*lines, "", _legend(summary["study"]), *_not_compared(summary["variants"])])
 
 
 def _legend(study: dict[str, Any]) -> str:
@@ -119,6 +139,15 @@ def _legend(study: dict[str, Any]) -> str:
         f"Step time is a ratio to that of `{study['baseline']}`, measured in alternation. {SPIKES}",
     ]
     return "\n".join(line for line in lines if line) + "\n"
+
+
+def _not_compared(variants: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Not compared: the {SCORES[score]} of `{variant}`, which has another {' and '.join(names)}."
+        for variant, figures in variants.items()
+        for score, names in figures["not_compared"].items()
+    ]
+    return [*lines, ""] if lines else []
 
 
 def _score_cells(figures: dict[str, Any] | None, is_baseline: bool) -> list[str]:
@@ -155,11 +184,11 @@ def save_figure(summary: dict[str, Any], path: Path) -> None:
         reference = _by_seed([run for run in summary["runs"] if run["variant"] == baseline], score)
         for row, name in enumerate(names):
             values = _by_seed([run for run in summary["runs"] if run["variant"] == name], score)
+            figures = summary["variants"][name][score]
+            if figures is None or figures["difference"] is None:
+                continue
             dots = [values[seed] - reference[seed] for seed in values if seed in reference]
             axis.plot(dots, [row] * len(dots), "o", color="black", fillstyle="none", markersize=4, zorder=3)
-            figures = summary["variants"][name][score]
-            if not dots:
-                continue
             axis.plot(figures["difference"], row, "D", color="tab:blue", markersize=6)
             if figures["difference_interval"]:
                 axis.plot(figures["difference_interval"], [row, row], color="tab:blue", linewidth=2)

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ..data import to_unit_range
-from ..errors import NotFiniteError, UsageError
+from ..errors import NotFiniteError, NotFiniteImagesError, UsageError
 from ..files import replace_text
 from ..pipelines import DIAUNetPipeline
 from ..scoring import PipelineImages, evaluate, get_extractor
@@ -54,6 +54,8 @@ def complete(run: StudyRun) -> None:
         shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
     except NotFiniteError as error:
         result |= {"diverged_at_step": error.step}
+    except NotFiniteImagesError:
+        result |= {"diverged_at_step": run.config.optimisation.max_train_steps}
     losses = [line["loss"] for line in read_metrics(run.folder / METRICS_LOG) if "loss" in line]
     _write_json(run.folder / RESULT, result | {"loss_spikes": count_spikes(losses)})
 

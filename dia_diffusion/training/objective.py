@@ -57,8 +57,8 @@ def make_noise_scheduler(options: ObjectiveOptions) -> DDPMScheduler:
         beta_schedule=options.ddpm_beta_schedule,
         prediction_type=options.prediction_type,
         rescale_betas_zero_snr=options.rescale_betas_zero_snr,
-        # Without it sampling would not begin at the timestep that has no signal.
-        timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
+        # Sampling begins at the highest noise level with any scheduler made from this one (Lin et al. 2023).
+        timestep_spacing="trailing",
     )
 
 

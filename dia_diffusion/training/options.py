@@ -87,7 +87,7 @@ class ModelOptions(_Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.unet_arguments = _parse_mapping("unet_arguments", self.unet_arguments)
+        self.unet_arguments = parse_mapping("unet_arguments", self.unet_arguments)
 
     def dia_arguments(self) -> dict[str, Any]:
         """What the flags say about the shared attention."""
@@ -209,6 +209,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.model.dia_attention == "srm" and self.optimisation.train_batch_size == 1:
             raise UsageError("dia_attention 'srm' normalises over the batch: it needs a train_batch_size of 2 or more.")
+        steps, most = self.output.ddpm_num_inference_steps, self.objective.ddpm_num_steps
+        if steps > most:
+            raise UsageError(
+                f"ddpm_num_inference_steps {steps} is more than ddpm_num_steps {most}: sampling has no more steps than "
+                "the model has timesteps."
+            )
 
     @classmethod
     def from_flat(cls, **options: Any) -> "TrainingConfig":
@@ -240,7 +246,7 @@ def _parse_float(name: str, text: str) -> float:
         raise UsageError(f"{name} must be a number, but is '{text}'.") from None
 
 
-def _parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
     """A mapping as it stands in a file, or as the text of a flag."""
     try:
         parsed = yaml.safe_load(value) if isinstance(value, str) else value

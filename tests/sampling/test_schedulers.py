@@ -14,6 +14,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     KarrasVePipeline,
@@ -85,6 +86,18 @@ class GaussianUNet(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=outputs[self.config.kind].to(sample.dtype))
 
 
+class ShrinkingUNet(GaussianUNet):
+    """Tiny images, and a prediction that a scheduler of any schedule can do something with."""
+
+    factor = 0.1
+
+    def __init__(self):
+        super().__init__(sample_size=4)
+
+    def forward(self, sample, timestep, class_labels=None):
+        return UNet2DOutput(sample=self.factor * sample)
+
+
 class EDMGaussianUNet(GaussianUNet):
     """The same as seen through EDM's preconditioning (arXiv 2206.00364, table 1), with `c_noise = log(sigma) / 4`."""
 
@@ -134,11 +147,99 @@ def test_a_scheduler_lands_on_the_distribution(name, kind):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("name", ["ddim", "euler", "dpm", "heun", "lms"])
-def test_every_timestep_spacing(name, spacing):
-    scheduler = make_scheduler(name, DDPMScheduler(timestep_spacing=spacing, clip_sample=False).config)
-    assert scheduler.config.timestep_spacing == spacing
-    assert_is_the_distribution(draw(GaussianUNet(), scheduler))
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_every_timestep_spacing_of_a_scheduler_that_is_given(scheduler_class, spacing):
+    config = DDPMScheduler(timestep_spacing=spacing, clip_sample=False).config
+    assert_is_the_distribution(draw(GaussianUNet(), scheduler_class.from_config(config)))
+
+
+@pytest.mark.parametrize("steps", [61, 223, 600, 1000])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "pndm", "dpm_sde", "unipc"])
+def test_any_number_of_steps_from_the_highest_noise_level(name, steps):
+    """61 and 223: rounding gives diffusers a timestep -1. 600: does not divide 1,000, half of it would start at 599."""
+    scheduler = make_scheduler(name, DDPMScheduler(timestep_spacing="leading", clip_sample=False).config)
+    assert_is_the_distribution(draw(GaussianUNet(sample_size=16), scheduler, steps=steps))
+    assert scheduler.timesteps[0] == 999
+    assert scheduler.timesteps.min() == 0 or steps < 1000
+    assert len(scheduler.timesteps.unique()) == steps
+    assert scheduler.config.num_train_timesteps == 1000
+
+
+def test_a_model_in_a_folder_starts_at_the_last_timestep_whatever_it_was_saved_with():
+    saved = json.loads(make_scheduler("dpm", DDPMScheduler(timestep_spacing="leading").config).to_json_string())
+    for name in SCHEDULERS:
+        scheduler = make_scheduler(name, saved | {"timestep_spacing": "leading"})
+        scheduler.set_timesteps(500)
+        assert scheduler.timesteps[0] == 999, name
+
+
+@pytest.mark.parametrize("saved_by", SCHEDULERS)
+def test_every_scheduler_starts_from_what_every_other_saved(saved_by):
+    """Options of one sampler have other values in another: algorithm_type, solver_type, orders, noise levels."""
+    trained = DDPMScheduler(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    config = json.loads(make_scheduler(saved_by, trained.config).to_json_string())
+    for name in SCHEDULERS:
+        fresh = make_scheduler(name, trained.config)
+        for steps in (1, 2, 5, 20):
+            # Bounded predictions, whatever the model.
+            images = draw(ShrinkingUNet(), make_scheduler(name, config), steps=steps)
+            assert torch.equal(images, draw(ShrinkingUNet(), fresh, steps=steps)), (name, steps)
+            assert images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"algorithm_type": "dpmsolver", "solver_type": "heun", "solver_order": 3, "final_sigmas_type": "sigma_min"},
+        {"use_karras_sigmas": True, "euler_at_final": True, "lower_order_final": False},
+        {"use_exponential_sigmas": True, "use_lu_lambdas": True, "timestep_spacing": "linspace"},
+        {"predictor_order": 9, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1},
+    ],
+)
+def test_options_of_another_sampler_do_not_reach_the_one_that_is_named(options):
+    plain = json.loads(DDPMScheduler(clip_sample=False).to_json_string())
+    for name in SCHEDULERS:
+        expected = draw(ShrinkingUNet(), make_scheduler(name, plain), steps=4)
+        assert torch.equal(draw(ShrinkingUNet(), make_scheduler(name, plain | options), steps=4), expected), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [({"beta_schedule": "sigmoid"}, "epsilon"), ({"rescale_betas_zero_snr": True}, "v_prediction")],
+)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_noise_schedule_that_not_all_samplers_can_make(name, schedule, kind):
+    trained = DDPMScheduler(clip_sample=False, prediction_type=kind, **schedule)
+    unet, signal = GaussianUNet(kind, sample_size=16), trained.alphas_cumprod.double().clamp(min=2**-24)
+    unet.sigmas = ((1 - signal) / signal).sqrt()
+    images = draw(unet, make_scheduler(name, trained.config))
+    assert images.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert images.std().item() == pytest.approx(STD, abs=0.06)
+
+
+@pytest.mark.parametrize("config", [EDMEulerScheduler().config, {"beta_schedule": "linear", "use_flow_sigmas": True}])
+def test_a_model_of_another_kind_of_noise_is_refused(config):
+    with pytest.raises(UsageError, match="scheduler 'ddim' does not fit this model"):
+        make_scheduler("ddim", config)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 21])
+def test_steps_that_there_are_not(steps):
+    scheduler = make_scheduler("dpm_sde", DDPMScheduler(num_train_timesteps=20).config)
+    with pytest.raises(UsageError, match=rf"num_inference_steps {steps} does not fit .* \(20\)"):
+        draw(ShrinkingUNet(), scheduler, steps=steps)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clip", [True, False])
+def test_values_that_are_not_finite_are_no_images(value, clip):
+    """An infinite prediction, clipped, would be a white image."""
+    unet = ShrinkingUNet()
+    unet.factor = value
+    for output_type in ("pil", "np", "pt"):
+        with pytest.raises(UsageError, match="the model 'ShrinkingUNet' gives values that are not finite"):
+            draw(unet, DDIMScheduler(clip_sample=clip), steps=2, output_type=output_type)
+    assert draw(unet, DDIMScheduler(clip_sample=clip), steps=2).shape == (4, 1, 4, 4)
 
 
 @pytest.mark.parametrize("sigmas", ["use_karras_sigmas", "use_exponential_sigmas"])
@@ -207,10 +308,11 @@ def test_a_scheduler_whose_package_is_missing():
     code = """
 import sys
 sys.modules["scipy"] = None  # As if it were not installed.
+import diffusers
 from dia_diffusion.errors import UsageError
 from dia_diffusion.sampling import make_scheduler
 try:
-    make_scheduler("lms", {})
+    make_scheduler("lms", diffusers.DDPMScheduler().config)
 except UsageError as error:
     print(error)
 """

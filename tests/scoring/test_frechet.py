@@ -1,5 +1,7 @@
 """Fréchet distance and its uncertainty: against the closed form, and against what repeated samples show."""
 
+import time
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -8,10 +10,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dia_diffusion.scoring.frechet import (
     GROUPS,
+    FrechetDistanceTo,
     Gaussian,
     Moments,
-    frechet_distance,
     frechet_uncertainty,
+    is_uncertainty_too_long,
 )
 
 
@@ -31,7 +34,7 @@ def moments(features, groups=1, batch_size=64):
 def distance(x, y):
     """The distance that is reported, with which torchmetrics must agree."""
     real, generated = moments(x).gaussian(), moments(y).gaussian()
-    value = frechet_distance(real, generated)
+    value = FrechetDistanceTo(real)(generated)
     scale = (real.covariance.trace() + generated.covariance.trace()).item()
     assert distance_of_torchmetrics(x, y) == pytest.approx(value, rel=1e-4, abs=1e-6 * scale)
     return value
@@ -137,12 +140,12 @@ def test_uncertainty_is_what_repeated_samples_show(dim, shift, count):
     """The second case has few images for its features: most of the distance is bias there."""
     mixing = torch.randn(dim, dim, dtype=torch.double) / dim**0.5
     real = Gaussian(torch.zeros(dim).double(), mixing.T @ mixing, None)
-    true = frechet_distance(real, Gaussian(real.mean + shift, 1.1 * real.covariance, None))
+    true = FrechetDistanceTo(real)(Gaussian(real.mean + shift, 1.1 * real.covariance, None))
     plain, errors, infinity = [], [], []
     for _ in range(40):
         generated = moments(1.1**0.5 * torch.randn(count, dim).double() @ mixing + shift, GROUPS)
-        plain.append(frechet_distance(real, generated.gaussian()))
-        (low, high), extrapolated = frechet_uncertainty(real, generated)
+        plain.append(FrechetDistanceTo(real)(generated.gaussian()))
+        (low, high), extrapolated = frechet_uncertainty(FrechetDistanceTo(real), generated)
         assert (low + high) / 2 == pytest.approx(plain[-1], abs=1e-6)
         errors.append((high - low) / 2 / 2.093)
         infinity.append(extrapolated)
@@ -154,11 +157,55 @@ def test_uncertainty_is_what_repeated_samples_show(dim, shift, count):
 
 def test_too_few_images_have_no_uncertainty():
     real = moments(gaussian(50, 3)).gaussian()
-    assert frechet_uncertainty(real, moments(gaussian(2 * GROUPS - 1, 3), GROUPS)) is None
-    assert frechet_uncertainty(real, moments(gaussian(2 * GROUPS, 3), GROUPS)) is not None
+    assert frechet_uncertainty(FrechetDistanceTo(real), moments(gaussian(2 * GROUPS - 1, 3), GROUPS)) is None
+    assert frechet_uncertainty(FrechetDistanceTo(real), moments(gaussian(2 * GROUPS, 3), GROUPS)) is not None
 
 
 def test_memory_does_not_grow_with_the_number_of_images():
     few, many = moments(gaussian(100, 5), GROUPS), moments(gaussian(5000, 5), GROUPS)
     size = [sum(value.nbytes for value in vars(m).values()) for m in (few, many)]
     assert size[0] == size[1]
+
+
+def jackknife_written_out(x, y, groups):
+    """The interval and the extrapolated value, from the closed form with each group left out."""
+    value = frechet_by_nuclear_norm(x, y)
+    values = np.array([frechet_by_nuclear_norm(x, y[groups != group]) for group in range(GROUPS)])
+    half = 2.0930 * ((GROUPS - 1) * values.var()) ** 0.5
+    return value - half, value + half, GROUPS * value - (GROUPS - 1) * values.mean()
+
+
+def frechet_by_nuclear_norm(x, y):
+    a, b = (x - x.mean(0)) / (len(x) - 1) ** 0.5, (y - y.mean(0)) / (len(y) - 1) ** 0.5
+    means = (x.mean(0) - y.mean(0)).square().sum()
+    return (means + a.square().sum() + b.square().sum() - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")).item()
+
+
+@pytest.mark.parametrize(("count", "dim"), [(40, 200), (50, 50), (51, 50), (90, 30)])
+def test_uncertainty_written_out_for_fewer_and_for_more_images_than_features(count, dim):
+    x, y = gaussian(120, dim), gaussian(count, dim, 1.3, 0.2)
+    generated = moments(y, GROUPS, 17)
+    groups = generated._groups(0, count).numpy()
+    interval, infinity = frechet_uncertainty(FrechetDistanceTo(moments(x).gaussian()), generated)
+    assert (*interval, infinity) == pytest.approx(jackknife_written_out(x, y, groups), rel=1e-4)
+
+
+def test_forty_images_in_three_thousand_features_do_not_take_minutes():
+    """Twenty roots of 3,072 rows took more than two minutes: with forty images there are forty rows."""
+    generated = moments(torch.randn(40, 3072), GROUPS)
+    assert sum(value.nbytes for value in vars(generated).values()) < 3e6
+    distance = FrechetDistanceTo(Gaussian(torch.zeros(2), torch.eye(2), None))
+    # As it would be computed in half a minute.
+    distance.reference = Gaussian(torch.zeros(3072).double(), torch.eye(3072).double(), None)
+    distance.root = distance.reference.covariance
+    start = time.process_time()
+    assert frechet_uncertainty(distance, generated) is not None
+    assert time.process_time() - start < 10
+
+
+def test_an_interval_that_would_take_minutes_is_left_out():
+    generated = Moments(2049, 1)
+    generated.counts += 5000
+    assert is_uncertainty_too_long(generated)
+    generated.counts.fill_(2048)
+    assert not is_uncertainty_too_long(generated)

@@ -1,11 +1,11 @@
 """Large pretrained networks, here with random weights in the same files."""
 
+import json
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.utils import is_torchvision_available
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -14,10 +14,13 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    ConvNextImageProcessorPil,
     Dinov2Config,
     Dinov2Model,
+    MobileViTImageProcessorPil,
     ResNetConfig,
     ResNetModel,
+    ViTImageProcessorPil,
 )
 
 from dia_diffusion.errors import UsageError
@@ -87,14 +90,20 @@ def test_without_an_inception_network_the_message_says_how_to_get_one(tmp_path, 
         get_extractor("inception", inception_path=tmp_path / "nowhere.pt")
 
 
-def processor(size):
-    return BitImageProcessorPil(
-        size={"shortest_edge": size + 4},
-        crop_size={"height": size, "width": size},
+PROCESSORS = {
+    "crop": BitImageProcessorPil(
+        size={"shortest_edge": 32},
+        crop_size={"height": 28, "width": 28},
         image_mean=[0.4, 0.5, 0.6],
         image_std=[0.2, 0.3, 0.4],
         resample=Image.Resampling.BICUBIC,
-    )
+    ),
+    "not normalised": ViTImageProcessorPil(size={"height": 28, "width": 28}, do_normalize=False),
+    "rescaled otherwise": ViTImageProcessorPil(size={"height": 28, "width": 28}, rescale_factor=1 / 127.5, resample=0),
+    "not rescaled": ViTImageProcessorPil(size={"height": 28, "width": 28}, do_rescale=False, do_normalize=False),
+    "blue first": MobileViTImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+    "a share of it": ConvNextImageProcessorPil(size={"shortest_edge": 28}, crop_pct=0.7, resample=1),
+}
 
 
 def vision_model(kind):
@@ -113,22 +122,24 @@ def vision_model(kind):
     return CLIPModel(config), lambda model, pixels: model.visual_projection(model.vision_model(pixels).pooler_output)
 
 
-@pytest.mark.skipif(is_torchvision_available(), reason="then transformers prefers another processor")
-@pytest.mark.parametrize("kind", ["dinov2", "resnet", "clip"])
-@pytest.mark.parametrize("size", [28, 50, 12])
+@pytest.mark.parametrize(
+    ("kind", "preparation"),
+    [("dinov2", name) for name in PROCESSORS] + [("resnet", "crop"), ("clip", "not normalised")],
+)
 @torch.no_grad()
-def test_vision_models_see_the_image_as_their_processor_prepares_it(tmp_path, kind, size):
+def test_vision_models_see_the_image_as_their_processor_prepares_it(tmp_path, kind, preparation):
     model, expected = vision_model(kind)
     model.eval().save_pretrained(tmp_path / "model")
-    processor(28).save_pretrained(tmp_path / "model")
+    processor = PROCESSORS[preparation]
+    processor.save_pretrained(tmp_path / "model")
     extractor = get_extractor(str(tmp_path / "model"))
-    images = torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
-    # The whole image, by Pillow.
-    resized = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize((28, 28), Image.BICUBIC) for image in images]
-    pixels = processor(28)(resized, do_resize=False, return_tensors="pt").pixel_values
-    features = extractor(images)
-    assert features.shape == (3, extractor.num_features)
-    # Pillow rounds to eight bits after resizing.
-    torch.testing.assert_close(features, expected(model, pixels), rtol=0.02, atol=1e-5 if size == 28 else 0.02)
-    assert extractor.settings["resizing"] == "bicubic, antialiased, to 28x28"
+    for size, channels in ((28, 3), (50, 3), (12, 1)):
+        images = torch.randint(256, (3, channels, size, size), dtype=torch.uint8)
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.expand(-1, 3, -1, -1)]
+        pixels = processor(pictures, return_tensors="pt").pixel_values
+        features = extractor(images)
+        assert features.shape == (3, extractor.num_features)
+        torch.testing.assert_close(features, expected(model, pixels))
+    assert extractor.settings["processor"]["rescale_factor"] == processor.rescale_factor
     assert extractor.settings["weights"] is not None
+    json.dumps(extractor.settings)

@@ -20,7 +20,7 @@ from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
 from dia_diffusion.study import compare, run_study
 from dia_diffusion.study.description import load_study
-from dia_diffusion.study.report import format_table, summarise
+from dia_diffusion.study.report import format_table, save_figure, summarise
 from dia_diffusion.study.single_run import complete, count_spikes, read_result, read_timing, time_step
 from dia_diffusion.training import build_unet, loop
 from training_runs import fresh_state
@@ -176,6 +176,55 @@ def test_statistics_agree_with_formulas_and_with_scipy():
     assert (single["interval"], single["difference_interval"], single["p_value"]) == (None, None, None)
     itself = compare(baseline, baseline)
     assert (itself["difference"], itself["difference_interval"], itself["p_value"]) == (0, None, None)
+
+
+def test_unet_arguments_of_common_and_of_a_variant_are_merged(tmp_path):
+    """A variant says what it has otherwise, whichever way the arguments are written."""
+    variants = {
+        "plain": {},
+        "text": {"unet_arguments": "{norm_num_groups: 8}"},
+        "flat": {"norm_eps": 0.1, "act_fn": "relu"},
+        "both": {"unet_arguments": {"norm_eps": 0.1}, "act_fn": "relu"},
+    }
+    common = {"unet_arguments": {"norm_num_groups": 16, "norm_eps": 1e-3}, "act_fn": "gelu"}
+    path = write_study(tmp_path / "study.yaml", variants, common, seeds=[0])
+    arguments = {run.variant: run.config.model.unet_arguments for run in runs_of(path, tmp_path)[1]}
+    assert arguments["plain"] == {"norm_num_groups": 16, "norm_eps": 1e-3, "act_fn": "gelu"}
+    assert arguments["text"] == {"norm_num_groups": 8, "norm_eps": 1e-3, "act_fn": "gelu"}
+    assert arguments["flat"] == arguments["both"] == {"norm_num_groups": 16, "norm_eps": 0.1, "act_fn": "relu"}
+
+
+@pytest.mark.parametrize(
+    ("options", "differing"),
+    [
+        ({"prediction_type": "sample"}, {"held_out_loss": ["prediction_type"]}),
+        ({"snr_gamma": 5.0}, {"held_out_loss": ["snr_gamma"]}),
+        ({"ddpm_num_steps": 500}, {"held_out_loss": ["ddpm_num_steps"]}),
+        ({"ddpm_beta_schedule": "sigmoid"}, {"held_out_loss": ["ddpm_beta_schedule"]}),
+        ({"resolution": 16}, {"held_out_loss": ["resolution"], "fid": ["resolution"]}),
+        ({"dataset_name": "mnist5k"}, {"held_out_loss": ["dataset_name"], "fid": ["dataset_name"]}),
+        ({"learning_rate": 0.1, "dia_attention": "se", "dropout": 0.5}, {}),
+    ],
+)
+def test_what_is_not_the_same_quantity_is_not_compared(tmp_path, options, differing):
+    path = write_study(tmp_path / "study.yaml", {"plain": {}, "other": options}, num_images=9)
+    study, runs = runs_of(path, tmp_path)
+    for number, run in enumerate(runs):
+        run.folder.mkdir(parents=True)
+        figures = {"held_out_loss": 1.0 + number**2, "fid": 2.0 + number**3, "parameters": 1, "attention_parameters": 0}
+        result = {"variant": run.variant, "seed": run.config.optimisation.seed, "scoring": run.scoring._asdict()}
+        (run.folder / "result.json").write_text(json.dumps(result | figures | {"loss_spikes": 0}))
+    summary = summarise(study, runs)
+    other, table = summary["variants"]["other"], format_table(summary)
+    assert other["not_compared"] == differing
+    for score in ("held_out_loss", "fid"):
+        assert other[score]["mean"] > 1
+        assert (other[score]["p_value"] is None) == (other[score]["difference"] is None) == (score in differing)
+    line = next(line for line in table.splitlines() if line.startswith("| other"))
+    assert line.count("| - | - |") == len(differing)
+    assert table.count("Not compared: the") == len(differing)
+    assert all(f"has another {names[0]}" in table for names in differing.values())
+    save_figure(summary, tmp_path / "study.png")
 
 
 def test_spikes_are_counted():

@@ -135,3 +135,11 @@ def test_any_argument_of_unet2dmodel_can_be_given(tmp_path):
     ):
         with pytest.raises(UsageError, match=words):
             build_unet(parse_arguments(["--unet_arguments", text]).model, 8, 1, None)
+
+
+def test_more_sampling_steps_than_training_steps_are_refused_before_the_work():
+    with pytest.raises(UsageError, match="ddpm_num_inference_steps 51 is more than ddpm_num_steps 50"):
+        parse_arguments(["--ddpm_num_steps", "50", "--ddpm_num_inference_steps", "51"])
+    assert (
+        parse_arguments(["--ddpm_num_steps", "50", "--ddpm_num_inference_steps", "50"]).objective.ddpm_num_steps == 50
+    )

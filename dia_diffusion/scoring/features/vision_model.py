@@ -1,5 +1,6 @@
 """Features of the vision models of transformers."""
 
+import json
 from typing import Any
 
 import torch
@@ -9,16 +10,13 @@ from torch import Tensor
 from ...errors import UsageError
 from .extractor import FeatureExtractor
 
-# Values of PIL.Image.Resampling, which processors of transformers store.
-_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-
 
 class VisionModelFeatures(FeatureExtractor):
     """Features of any vision model of transformers, such as `facebook/dinov2-large` (FD-DINOv2, Stein et al. 2023).
 
-    The whole image is resized to the input size of the model, without cropping, and normalised as its preprocessor
-    says. The feature is the pooled output, or the mean of the last hidden state where the model has none; for models of
-    images and text, such as CLIP, the embedding of the image.
+    Images are prepared by the image processor that was saved with the model. The feature is the pooled output, or the
+    mean of the last hidden state where the model has none; for models of images and text, such as CLIP, the embedding
+    of the image.
 
     Args:
         name_or_path (`str`): Folder or Hub id of the model.
@@ -31,32 +29,44 @@ class VisionModelFeatures(FeatureExtractor):
 
     def __init__(self, name_or_path: str):
         super().__init__()
-        from transformers import AutoModel, ImageProcessingMixin
+        from transformers import AutoImageProcessor, AutoModel
 
         self.name = name_or_path
         try:
-            processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+            # The one that needs no torchvision, everywhere: the two differ in how they resize.
+            self.processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
             self.model = AutoModel.from_pretrained(name_or_path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise UsageError(
                 f"'{name_or_path}' is neither the name of features (digits, inception, pixels) nor a vision model of "
                 f"transformers that can be loaded: {str(error).splitlines()[0].split('. ')[0]}."
             ) from error
-        self.resolution = _input_size(processor, self.model.config)
-        self.interpolation = _INTERPOLATIONS.get(processor.get("resample"), "bicubic")
-        for name in ("mean", "std"):
-            values = processor.get(f"image_{name}", [0.5] * 3)
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
         self.requires_grad_(False).eval()
         self.num_features = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[1]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As those of all extractors, and what the processor does, whose own the resizing and the values are."""
+        told = {name: value for name, value in self.processor.to_dict().items() if value is not None}
+        return {
+            "num_features": self.num_features,
+            "channels": self.channels,
+            "processor": json.loads(json.dumps(told, default=str, sort_keys=True)),
+            "weights": self.checksum(),
+        }
+
+    def convert(self, images: Tensor) -> Tensor:
+        """The images as their processor prepares them, `(B, 3, H, W)`, on the device of the model."""
+        images = self.check(images).expand(-1, 3, -1, -1)
+        pictures = list(images.permute(0, 2, 3, 1).cpu().numpy())
+        pixels = self.processor(pictures, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+        return pixels.to(images.device)
+
     def features(self, images: Tensor) -> Tensor:
-        # Bicubic interpolation overshoots, which eight-bit images would not hold.
-        pixels = (images.clamp(0, 1) - self.mean) / self.std
         if hasattr(self.model, "get_image_features"):
-            output = self.model.get_image_features(pixel_values=pixels)
+            output = self.model.get_image_features(pixel_values=images)
         else:
-            output = self.model(pixel_values=pixels)
+            output = self.model(pixel_values=images)
         if isinstance(output, Tensor):
             return output
         pooled = getattr(output, "pooler_output", None)
@@ -64,14 +74,3 @@ class VisionModelFeatures(FeatureExtractor):
             return pooled.flatten(1)
         hidden = output.last_hidden_state
         return hidden.mean(1) if hidden.ndim == 3 else F.adaptive_avg_pool2d(hidden, 1).flatten(1)
-
-
-def _input_size(processor: dict[str, Any], config: Any) -> int:
-    """The side of the square that the model was made for."""
-    for size in (processor.get("crop_size") if processor.get("do_center_crop") else None, processor.get("size")):
-        if isinstance(size, int):
-            return size
-        for key in ("height", "shortest_edge"):
-            if size and key in size:
-                return size[key]
-    return getattr(config, "image_size", 224)
