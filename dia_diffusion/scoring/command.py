@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ..data import DIGITS, PixelDataset, load_dataset_splits, load_images, prepare_at_own_size, prepare_pixels
-from ..distributed import make_state
+from ..distributed import find_device, make_state
 from ..errors import UsageError
 from ..files import replace_text
 from ..sampling import load_pipeline, sample_batch
@@ -48,7 +48,7 @@ def score(options: argparse.Namespace) -> None:
         raise UsageError("save_images belongs to a pipeline; these images lie in a folder already.")
 
     state = make_state()
-    device = options.device or state.device
+    device = find_device(options.device, state)
     pixels = None
     if _is_folder_of_images(options.what):
         with state.main_process_first():

@@ -187,6 +187,9 @@ def _check_unchanged(run: StudyRun) -> None:
         return
     before, now = load_recipe(record), run.config.public_dict()
     elsewhere = {"output_dir", "cache_dir", "resume_from_checkpoint"}
+    if now["init_from"] is not None or now["model_config_name_or_path"] is not None:
+        # The record says what that model is, where the study leaves it open.
+        elsewhere |= {name for name in now if name.startswith("dia_") and now[name] is None}
     changed = [name for name in before if name not in elsewhere and before[name] != now[name]]
     if changed:
         lines = "; ".join(f"{name} is {now[name]}, was {before[name]}" for name in changed)

@@ -178,6 +178,8 @@ def test_a_pretrained_unet_is_fine_tuned(train_only, tmp_path):
         tmp_path / "run",
         init_from=str(tmp_path / "pretrained"),
         channels=3,
+        block_out_channels=None,
+        layers_per_block=None,
         use_ema=False,
         max_train_steps=2,
         **options,
