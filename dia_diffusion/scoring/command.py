@@ -90,7 +90,7 @@ def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """Resolution (the shorter side) and number of channels of the images of a pipeline."""
     if set(pipeline.components) == {"unet", "scheduler"}:
         size = pipeline.unet.config.sample_size
-        return size if isinstance(size, int) else min(size), pipeline.unet.config.out_channels
+        return size if isinstance(size, int) else min(size), pipeline.unet.config.in_channels
     # With a decoder behind the UNet, only an image tells.
     image = sample_batch(pipeline, [0], steps=1)
     return min(image.shape[2:]), image.shape[1]

@@ -212,7 +212,9 @@ class OutputOptions(_Options):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output_dir)
+        path = Path(self.output_dir)
+        # The model is named after it, and `.` is no name.
+        return path if path.name not in ("", "..") else path.resolve()
 
 
 @dataclass
