@@ -125,7 +125,13 @@ def test_training_runs_or_says_why_not(images, options, in_file):
         patch.chdir(place)
         folder = Path(place) / "run"
         base = TINY | {"train_data_dir": str(images), "resolution": 8, "block_out_channels": [8, 8]}
-        base |= {"max_train_steps": 2, "eval_num_images": 8, "score_num_images": 8, "output_dir": str(folder)}
+        base |= {
+            "max_train_steps": 2,
+            "ddpm_num_inference_steps": 1,
+            "eval_num_images": 8,
+            "score_num_images": 8,
+            "output_dir": str(folder),
+        }
         Path("config.yaml").write_text(yaml.safe_dump(base | (options if in_file else {})))
         status, errors = status_and_errors(
             train_main, ["--config", "config.yaml", *([] if in_file else as_flags(options))]

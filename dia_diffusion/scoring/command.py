@@ -37,6 +37,9 @@ def score(options: argparse.Namespace) -> None:
         raise UsageError(f"name the features to compare in: --features {', '.join(FEATURES)}.")
     if options.batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, but is {options.batch_size}.")
+    places = [path.resolve() for path in (options.output, options.report, options.save_images) if path is not None]
+    if len(set(places)) < len(places):
+        raise UsageError("output, report and save_images must be different places.")
     for path in (options.output, options.report):
         if path is not None:
             # Not at the end of a long run.

@@ -230,6 +230,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.model.dia_attention == "srm" and self.optimisation.train_batch_size == 1:
             raise UsageError("dia_attention 'srm' normalises over the batch: it needs a train_batch_size of 2 or more.")
+        if self.output.ddpm_num_inference_steps > self.objective.ddpm_num_steps:
+            raise UsageError(
+                f"ddpm_num_inference_steps {self.output.ddpm_num_inference_steps} is more than ddpm_num_steps "
+                f"{self.objective.ddpm_num_steps}: a sampler has no more steps than the noise schedule."
+            )
 
     @classmethod
     def from_flat(cls, **options: Any) -> "TrainingConfig":
