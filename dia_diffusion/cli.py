@@ -1,6 +1,7 @@
 """The command lines: `dia sample`, `dia evaluate`, `dia analyze`, `dia study`, and what `train_unet.py` calls."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 
 from .errors import UsageError
 from .process import Interrupted, end_with_launcher, start_missing_processes, tune_process
+from .ranges import COUNT, NATURAL, Range, number_type
 
 # Imports of torch and diffusers stand inside the functions: `dia --help` should not wait for them.
 
@@ -16,27 +18,29 @@ from .process import Interrupted, end_with_launcher, start_missing_processes, tu
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Trains; returns the exit status: 0, 2 after a mistake, 128 plus the signal after an interruption."""
     end_with_launcher()
-    start_missing_processes()
-    tune_process()
     return _run(_train, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `dia` command; returns the exit status."""
     options = make_parser().parse_args(arguments)
-    start_missing_processes()
-    tune_process()
     return _run(options.function, options)
 
 
 def _run(function: Callable, argument: object) -> int:
     try:
+        start_missing_processes()
+        tune_process()
         function(argument)
-    except UsageError as error:
+    except (UsageError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        print(f"error: out of memory: take fewer or smaller images at a time. {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -69,10 +73,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="generate images", description="Generate images as PNG files.")
     sample.set_defaults(function=_sample)
-    sample.add_argument("model", help="folder or Hub id of a pipeline")
+    sample.add_argument("model", type=os.path.expanduser, help="folder or Hub id of a pipeline")
     _add_sampling_options(sample, num_images=64)
-    sample.add_argument("--class_label", type=int, help="class of all images; by default all classes in turn")
-    sample.add_argument("--output_dir", type=Path, default=Path("out"), help="where the images go (default: out)")
+    sample.add_argument(
+        "--class_label", type=number_type(int, NATURAL), help="class of all images; by default all classes in turn"
+    )
+    sample.add_argument("--output_dir", type=_path, default=Path("out"), help="where the images go (default: out)")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -81,9 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
         "evaluate ...",
     )
     evaluate.set_defaults(function=_evaluate)
-    evaluate.add_argument("what", help="folder or Hub id of a pipeline, a folder of images, or samples (.npz)")
+    evaluate.add_argument(
+        "what", type=os.path.expanduser, help="folder or Hub id of a pipeline, a folder of images, or samples (.npz)"
+    )
     evaluate.add_argument(
         "--dataset",
+        type=os.path.expanduser,
         default="digits",
         help="what to compare with: digits, mnist5k, a Hub id, a folder of images, or statistics or samples (.npz)",
     )
@@ -94,14 +103,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--features",
+        type=os.path.expanduser,
         help="features to compare in: digits (default for digits), inception, pixels, or folder or Hub id of a vision "
         "model of transformers",
     )
-    evaluate.add_argument("--inception_path", help="TorchScript file of the Inception network")
-    evaluate.add_argument("--output", type=Path, help="JSON file for the scores")
-    evaluate.add_argument("--report", type=Path, help="HTML file for the scores and pictures")
+    evaluate.add_argument("--inception_path", type=os.path.expanduser, help="TorchScript file of the Inception network")
+    evaluate.add_argument("--output", type=_path, help="JSON file for the scores")
+    evaluate.add_argument("--report", type=_path, help="HTML file for the scores and pictures")
     evaluate.add_argument(
-        "--save_images", type=Path, metavar="DIR", help="write the images there; interrupted scoring goes on with them"
+        "--save_images", type=_path, metavar="DIR", help="write the images there; interrupted scoring goes on with them"
     )
     _add_sampling_options(evaluate, num_images=10000)
 
@@ -111,33 +121,63 @@ def make_parser() -> argparse.ArgumentParser:
         description="Correlation and CKA between the attention maps of a model's blocks, and their change with time.",
     )
     analyze.set_defaults(function=_analyze)
-    analyze.add_argument("model", help="folder or Hub id of a pipeline")
-    analyze.add_argument("--dataset", default="digits", help="images to look at: digits, mnist5k, a Hub id or a folder")
-    analyze.add_argument("--num_images", type=int, default=512, help="how many, held-out if there are (default: 512)")
-    analyze.add_argument("--num_timesteps", type=int, default=10, help="spread over the schedule (default: 10)")
-    analyze.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
-    analyze.add_argument("--output_dir", type=Path, default=Path("out"), help="where to (default: out)")
+    analyze.add_argument("model", type=os.path.expanduser, help="folder or Hub id of a pipeline")
+    analyze.add_argument(
+        "--dataset",
+        type=os.path.expanduser,
+        default="digits",
+        help="images to look at: digits, mnist5k, a Hub id or a folder",
+    )
+    analyze.add_argument(
+        "--num_images", type=number_type(int, COUNT), default=512, help="how many, held-out if there are (default: 512)"
+    )
+    analyze.add_argument(
+        "--num_timesteps", type=number_type(int, COUNT), default=10, help="spread over the schedule (default: 10)"
+    )
+    analyze.add_argument(
+        "--batch_size", type=number_type(int, COUNT), default=64, help="images at a time (default: 64)"
+    )
+    analyze.add_argument("--output_dir", type=_path, default=Path("out"), help="where to (default: out)")
     analyze.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
 
     study = commands.add_parser(
         "study", help="compare variants over seeds", description="Train and score variants of a model over seeds."
     )
     study.set_defaults(function=_study)
-    study.add_argument("config", type=Path, help="YAML file: baseline, seeds, common, variants; see studies/")
-    study.add_argument("--output_dir", type=Path, help="folder of the runs and the report (default: runs/NAME)")
-    study.add_argument("--jobs", type=int, help="runs side by side, of one thread each (default: one for each core)")
+    study.add_argument("config", type=_path, help="YAML file: baseline, seeds, common, variants; see studies/")
+    study.add_argument("--output_dir", type=_path, help="folder of the runs and the report (default: runs/NAME)")
+    study.add_argument(
+        "--jobs",
+        type=number_type(int, COUNT),
+        help="runs side by side, of one thread each (default: one for each core)",
+    )
     return parser
 
 
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (Path's own fails for a user that there is not)
+
+
 def _add_sampling_options(parser: argparse.ArgumentParser, num_images: int) -> None:
-    parser.add_argument("--num_images", type=int, default=num_images, help=f"how many (default: {num_images})")
-    parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
+    parser.add_argument(
+        "--num_images", type=number_type(int, COUNT), default=num_images, help=f"how many (default: {num_images})"
+    )
+    parser.add_argument("--steps", type=number_type(int, COUNT), default=25, help="denoising steps (default: 25)")
     parser.add_argument(
         "--scheduler", help="sampler, for example dpm_sde, dpm, ddim or ddpm; by default the pipeline's own"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default: 0)")
-    parser.add_argument("--batch_size", type=int, default=250, help="images at a time (default: 250)")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance (default: 1, none)")
+    parser.add_argument(
+        "--seed", type=number_type(int, NATURAL), default=0, help="the same seed gives the same images (default: 0)"
+    )
+    parser.add_argument(
+        "--batch_size", type=number_type(int, COUNT), default=250, help="images at a time (default: 250)"
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=number_type(float, Range()),
+        default=1.0,
+        help="classifier-free guidance (default: 1, none)",
+    )
     parser.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
 
 

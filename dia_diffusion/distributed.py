@@ -3,6 +3,7 @@
 import os
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
@@ -44,9 +45,24 @@ def check_launcher() -> None:
 
 def check_processes(accelerator: Accelerator | PartialState) -> None:
     """Processes that do not know of each other would write over each other's files."""
-    hint = "For several processes on a CPU: accelerate launch --cpu --num_processes N ..."
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
-        raise UsageError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. {hint}")
-    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ:
-        raise UsageError(f"accelerate launch was asked for several processes, but started one only. {hint}")
+        raise UsageError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. For several "
+            "processes on a CPU: accelerate launch --cpu --num_processes N ..."
+        )
+
+
+def find_device(name: str | None, state: PartialState) -> torch.device:
+    """The device of this name, by default that of the process.
+
+    Raises:
+        UsageError: if there is none, or none that computes.
+    """
+    if name is None:
+        return state.device
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)

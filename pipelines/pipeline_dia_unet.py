@@ -184,17 +184,26 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             )
         try:
             scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-            for nudge in range(1, 100):
-                # For some numbers of steps, such as 61, rounding lets "trailing" timesteps go on below the last one.
-                if config.get("timestep_spacing") != "trailing" or scheduler.timesteps.min() >= 0:
-                    break
-                scheduler.register_to_config(num_train_timesteps=timesteps * (1 + 1e-9 * nudge))
-                scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         except (ValueError, IndexError) as error:
             raise UsageError(f"num_inference_steps {num_inference_steps} does not fit {name}: {error}") from error
-        finally:
-            if scheduler.config.get("num_train_timesteps") != timesteps:
-                scheduler.register_to_config(num_train_timesteps=timesteps)
+        if config.get("timestep_spacing") == "trailing":
+            self._check_trailing(name, timesteps / num_inference_steps)
+
+    def _check_trailing(self, name: str, stride: float) -> None:
+        """Refuses numbers of steps with which diffusers would not step from each timestep to the next."""
+        if self.scheduler.timesteps.min() < 0:
+            reason = "rounding makes it go on below the last timestep"
+        elif name in ("DDIMScheduler", "PNDMScheduler") and int(stride) < 0.95 * stride:
+            # They go down by the same whole number each time.
+            reason = f"it goes down by {int(stride)} timesteps where the next one is {stride:.2f} below"
+        else:
+            return
+        timesteps = self.scheduler.config.num_train_timesteps
+        near = next(steps for steps in range(int(timesteps / stride), 0, -1) if timesteps % steps == 0)
+        raise UsageError(
+            f"num_inference_steps {round(timesteps / stride)} does not fit {name}: {reason}. Take a number that divides "
+            f"{timesteps}, such as {near}, or another scheduler."
+        )
 
     def _prepare_labels(self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int) -> Tensor | None:
         if self.unet.class_embedding is None:

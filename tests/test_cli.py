@@ -136,3 +136,68 @@ def test_help_waits_for_no_heavy_import(arguments):
 def test_the_package_lists_its_classes_before_it_imports_them():
     code = "import sys, dia_diffusion; print('DIAUNet2DModel' in dir(dia_diffusion), 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True False\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "m", "--steps", "-1"], "--steps: it must be at least 1, but is -1"),
+        (["sample", "m", "--num_images", "0"], "--num_images: it must be at least 1"),
+        (["sample", "m", "--seed", "-1"], "--seed: it must be at least 0"),
+        (["sample", "m", "--guidance_scale", "nan"], "--guidance_scale: it must be a number, but is 'nan'"),
+        (["evaluate", "m", "--batch_size", "1.5"], "--batch_size: it must be a whole number, but is '1.5'"),
+        (["analyze", "m", "--num_timesteps", "0"], "--num_timesteps: it must be at least 1"),
+        (["study", "s.yaml", "--jobs", "0"], "--jobs: it must be at least 1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_where_it_is_read(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
+def test_a_device_that_does_not_compute_is_refused(device, model, tmp_path, capsys):
+    for command in ("sample", "evaluate", "analyze"):
+        assert main([command, model, "--device", device]) == 2
+        assert f"error: --device {device} cannot be used here" in capsys.readouterr().err
+    assert main(["evaluate", lonely(tmp_path)[0], "--device", device]) == 2
+
+
+def save_pipeline(folder, sample_size=8, out_channels=3, **scheduler):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=sample_size,
+        out_channels=out_channels,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    DDPMPipeline(unet, DDPMScheduler(**scheduler)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_pipeline_that_learned_its_variance_is_sampled_as_diffusers_does(tmp_path, capsys):
+    model = save_pipeline(tmp_path / "m", out_channels=6, variance_type="learned_range")
+    options = ["--steps", "2", "--num_images", "4"]
+    assert main(["sample", model, *options, "--output_dir", str(tmp_path / "out")]) == 0
+    assert [image.shape for image in images_in(tmp_path / "out")] == [(8, 8, 3)] * 4
+    assert main(["evaluate", model, *options, "--features", "pixels", "--metrics", "fid"]) == 0
+    assert main(["sample", model, *options, "--scheduler", "ddim"]) == 2
+    assert "predicts the variance besides the noise, which DDIMScheduler cannot use" in capsys.readouterr().err
+
+
+def test_a_pipeline_that_does_not_say_its_size_is_refused_by_all_commands(tmp_path, capsys):
+    model = save_pipeline(tmp_path / "m", sample_size=None)
+    for command in ("sample", "evaluate", "analyze"):
+        assert main([command, model]) == 2
+        assert "set sample_size in its unet/config.json" in capsys.readouterr().err
+
+
+def test_the_home_of_the_user_is_found_by_the_commands(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(model).parent))
+    options = ["--steps", "1", "--num_images", "1", "--output_dir", "~/pictures"]
+    assert main(["sample", f"~/{Path(model).name}", *options]) == 0
+    assert len(images_in(Path(model).parent / "pictures")) == 1

@@ -3,7 +3,7 @@
 import argparse
 
 from ..data import load_images, prepare_pixels
-from ..distributed import make_state
+from ..distributed import find_device, make_state
 from ..errors import UsageError
 from ..sampling import load_pipeline, make_scheduler
 from .maps import collect_maps
@@ -19,7 +19,7 @@ def analyze(options: argparse.Namespace) -> None:
     for name in ("num_images", "num_timesteps", "batch_size"):
         if getattr(options, name) < 1:
             raise UsageError(f"{name} must be at least 1, but is {getattr(options, name)}.")
-    pipeline = load_pipeline(options.model, device=options.device or make_state().device)
+    pipeline = load_pipeline(options.model, device=find_device(options.device, make_state()))
     unet = pipeline.unet
     if getattr(unet, "dia", None) is None:
         raise UsageError(f"'{options.model}' has no attention maps: it was trained without DIA (dia_attention).")

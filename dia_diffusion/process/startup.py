@@ -4,9 +4,12 @@ import ctypes
 import os
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import psutil
+
+from ..errors import UsageError
 
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -32,24 +35,41 @@ def start_missing_processes() -> None:
 
     Without MPI accelerate starts one only, and does not tell it how many were asked for. The command line of accelerate
     does; this process then becomes torch's launcher of as many, which also passes on signals.
+
+    Raises:
+        UsageError: where accelerate was asked for several processes otherwise, and started one only.
     """
-    if not (_launched_alone() and "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU") == "True"):
+    # Clusters export the address of a master too, whether or not there are several processes.
+    asked = _launcher_arguments() if _launched_alone() and "MASTER_ADDR" in os.environ else None
+    if asked is None:
         return
-    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    path = asked.config_file or default_config_file
+    config = load_config_from_file(path) if Path(path).is_file() else None
+    processes, machines = (
+        getattr(asked, name) or getattr(config, name, 1) for name in ("num_processes", "num_machines")
+    )
+    if processes == 1 and machines == 1:
+        return
+    if machines != 1 or os.environ.get("ACCELERATE_USE_CPU") != "True":
+        raise UsageError(
+            "accelerate launch was asked for several processes, but started one only. On the CPU of one machine: "
+            "accelerate launch --cpu --num_processes N ...; on several machines: torchrun."
+        )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--master_port", os.environ.get("MASTER_PORT", "29500"), *(["--module"] if asked.module else [])]
+    os.execv(sys.executable, [*command, asked.training_script, *asked.training_script_args])
+
+
+def _launcher_arguments() -> Namespace | None:
+    """What `accelerate launch` was told that started this process."""
     from accelerate.commands.launch import launch_command_parser
 
     launcher = psutil.Process(os.getppid()).cmdline()
     names = ("launch", "accelerate-launch", "accelerate.commands.launch")
     start = next((i for i, word in enumerate(launcher) if Path(word).name in names), None)
-    if start is None:
-        return
-    asked = launch_command_parser().parse_args(launcher[start + 1 :])
-    if asked.num_machines not in (None, 1):
-        return
-    count = asked.num_processes or load_config_from_file(asked.config_file).num_processes
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-    command += ["--master_port", os.environ["MASTER_PORT"], *(["--module"] if asked.module else [])]
-    os.execv(sys.executable, [*command, asked.training_script, *asked.training_script_args])
+    return None if start is None else launch_command_parser().parse_args(launcher[start + 1 :])
 
 
 def _launched_alone() -> bool:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ..data import image_grid
-from ..distributed import make_state
+from ..distributed import find_device, make_state
 from .loading import load_pipeline
 from .numbered import check_sampling, sample_images
 
@@ -17,7 +17,7 @@ def sample(options: argparse.Namespace) -> None:
     Raises:
         UsageError: for a pipeline that cannot be loaded, or cannot do what was asked for.
     """
-    pipeline = load_pipeline(options.model, options.scheduler, options.device or make_state().device)
+    pipeline = load_pipeline(options.model, options.scheduler, find_device(options.device, make_state()))
     check_sampling(pipeline, options.steps)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     shown = []

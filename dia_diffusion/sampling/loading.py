@@ -1,5 +1,6 @@
 """Pipelines from a folder or from the Hub."""
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -42,10 +43,27 @@ def load_pipeline(
         pipeline.unet.to(memory_format=torch.channels_last)
     if scheduler is not None:
         pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
+    _check_unet(name_or_path, pipeline)
     try:
         return pipeline.to(device or "cpu")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _check_unet(name_or_path: str, pipeline: DiffusionPipeline) -> None:
+    """Refuses in words what the pipeline would fail at when it is called."""
+    config = getattr(getattr(pipeline, "unet", None), "config", {})
+    if "sample_size" in config and config["sample_size"] is None:
+        raise UsageError(
+            f"'{name_or_path}' does not say of which size its images are: set sample_size in its unet/config.json."
+        )
+    scheduler = type(getattr(pipeline, "scheduler", None))
+    learned = config.get("out_channels") == 2 * config.get("in_channels", 0)
+    if learned and "variance_type" not in inspect.signature(scheduler.__init__).parameters:
+        raise UsageError(
+            f"'{name_or_path}' predicts the variance besides the noise, which {scheduler.__name__} cannot use: choose "
+            "--scheduler ddpm or dpm."
+        )
 
 
 def _why_not_loaded(name_or_path: str, error: Exception) -> str:

@@ -2,13 +2,11 @@
 
 import inspect
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
-from torch import Tensor
 
 from ..errors import UsageError
 
@@ -24,40 +22,6 @@ _PREDICTIONS = ("epsilon", "sample", "v_prediction")
 _COMMON_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # Of the signal that is left where none should be: as in diffusers, so that noise levels stay finite.
 _LAST_SIGNAL = 2**-24
-
-
-class DDIMScheduler(diffusers.DDIMScheduler):
-    """diffusers' own goes down by the same whole number of timesteps each time, which is not where its next step is
-    unless the number of steps divides that of the timesteps."""
-
-    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        number = int((self.timesteps == timestep).nonzero()[0])
-        _go_down(self, number)
-        return super().step(model_output, timestep, sample, *args, **kwargs)
-
-    step.__signature__ = inspect.signature(diffusers.DDIMScheduler.step)
-
-
-class PNDMScheduler(diffusers.PNDMScheduler):
-    """As `DDIMScheduler`. Without Runge-Kutta steps its second timestep comes twice, for a step that is repeated."""
-
-    def step_plms(self, *args: Any, **kwargs: Any) -> Any:
-        _go_down(self, {0: 0, 1: 0}.get(self.counter, self.counter))
-        return super().step_plms(*args, **kwargs)
-
-
-for _class in (DDIMScheduler, PNDMScheduler):
-    # A pipeline with one of them is saved as with diffusers' own.
-    _class.__module__ = getattr(diffusers, _class.__name__).__module__
-
-
-def _go_down(scheduler: SchedulerMixin, number: int) -> None:
-    """Makes the step with this number end at the next timestep, in schedulers that divide the number of timesteps by
-    that of steps."""
-    timesteps, total = scheduler.timesteps, scheduler.config.num_train_timesteps
-    now = int(timesteps[number])
-    below = int(next((t for t in timesteps[number + 1 :] if t < now), -1))
-    scheduler.num_inference_steps = Fraction(total, now - below)
 
 
 # Short names. Missing are those for distilled models (LCM, TCD), those that run a diffusion backwards, EDM's and flow
@@ -107,7 +71,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
             "kind of noise. Leave the scheduler out to use its own."
         )
     class_name, options = SCHEDULERS[name]
-    scheduler_class = {"ddim": DDIMScheduler, "pndm": PNDMScheduler}.get(name) or getattr(diffusers, class_name)
+    scheduler_class = getattr(diffusers, class_name)
     own = inspect.signature(scheduler_class.__init__).parameters
     settings = {key: config[key] for key in _OF_THE_MODEL if key in config} | options
     if "timestep_spacing" in own:

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ..data import DIGITS, PixelDataset, load_dataset_splits, load_images, prepare_at_own_size, prepare_pixels
-from ..distributed import make_state
+from ..distributed import find_device, make_state
 from ..errors import UsageError
 from ..files import replace_text
 from ..sampling import check_sampling, load_pipeline, sample_batch
@@ -39,6 +39,9 @@ def score(options: argparse.Namespace) -> None:
         raise UsageError(f"name the features to compare in: --features {', '.join(FEATURES)}.")
     if options.batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, but is {options.batch_size}.")
+    places = [path.resolve() for path in (options.output, options.report, options.save_images) if path is not None]
+    if len(set(places)) < len(places):
+        raise UsageError("output, report and save_images must be different places.")
     for path in (options.output, options.report):
         if path is not None:
             # Not at the end of a long run.
@@ -50,7 +53,7 @@ def score(options: argparse.Namespace) -> None:
         raise UsageError("save_images belongs to a pipeline; these images lie in a folder already.")
 
     state = make_state()
-    device = options.device or state.device
+    device = find_device(options.device, state)
     pixels = None
     if options.what.endswith(ARCHIVE):
         pixels = ArchiveImages(Path(options.what))
@@ -107,7 +110,7 @@ def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """Resolution (the shorter side) and number of channels of the images of a pipeline."""
     if set(pipeline.components) == {"unet", "scheduler"}:
         size = pipeline.unet.config.sample_size
-        return size if isinstance(size, int) else min(size), pipeline.unet.config.out_channels
+        return size if isinstance(size, int) else min(size), pipeline.unet.config.in_channels
     # With a decoder behind the UNet, only an image tells.
     image = sample_batch(pipeline, [0], steps=1)
     return min(image.shape[2:]), image.shape[1]

@@ -5,15 +5,18 @@ timesteps and noise in the same order (`training.objective.draw_step`), so that 
 """
 
 import inspect
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers import UNet2DModel
 
 from ..errors import UsageError
-from ..training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, parse_mapping, read_yaml
+from ..ranges import COUNT, NATURAL, SEED, to_number
+from ..training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, read_mapping, read_yaml
 
 # Options that a study sets itself, and what to use instead.
 _RESERVED = {
@@ -101,13 +104,15 @@ class Study:
         for name, options in {"common": self.common, **self.variants}.items():
             if not isinstance(options, dict | None):
                 raise UsageError(f"'{name}' must list options, each with its value, but is {options}.")
-        if not isinstance(self.seeds, list) or not self.seeds or not all(_is_at_least(0, seed) for seed in self.seeds):
+        if not isinstance(self.seeds, list) or not self.seeds:
             raise UsageError(f"seeds must be a list of numbers from 0, for example [0, 1, 2], but is {self.seeds}.")
+        set_value = partial(object.__setattr__, self)
+        set_value("seeds", [to_number("each of the seeds", seed, int, SEED) for seed in self.seeds])
         if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"seeds must be a list of different numbers, for example [0, 1, 2], but is {self.seeds}.")
-        for name, least in (("loss_draws", 1), ("num_images", 0), ("timing_rounds", 0)):
-            if not _is_at_least(least, getattr(self, name)):
-                raise UsageError(f"{name} must be at least {least}, but is {getattr(self, name)}.")
+        for name, within in (("loss_draws", COUNT), ("num_images", NATURAL), ("timing_rounds", NATURAL)):
+            set_value(name, to_number(name, getattr(self, name), int, within))
+        set_value("features", os.path.expanduser(str(self.features)))  # noqa: PTH111 (Path would change Hub ids)
         in_variants = any("max_train_steps" in (options or {}) for options in self.variants.values())
         if in_variants or not (self.common or {}).get("max_train_steps"):
             raise UsageError("a study compares at equal steps: set max_train_steps in 'common', and in no variant.")
@@ -126,7 +131,7 @@ class Study:
                 if name in _RESERVED:
                     raise UsageError(f"'{name}' cannot be set for the runs of a study: {_RESERVED[name]}.")
                 if name == "unet_arguments":
-                    options[name] = options[name] | (parse_mapping(name, value) or {})
+                    options[name] = options[name] | ({} if value is None else read_mapping(name, value))
                 elif name in OPTION_NAMES:
                     options[name] = value
                 elif name in _UNET_ARGUMENTS:
@@ -157,10 +162,6 @@ class Study:
         return runs
 
 
-def _is_at_least(least: int, value: object) -> bool:
-    return isinstance(value, int) and value >= least
-
-
 _UNET_ARGUMENTS = inspect.signature(UNet2DModel.__init__).parameters.keys() - {"self"}
 
 
@@ -189,6 +190,9 @@ def _check_unchanged(run: StudyRun) -> None:
         return
     before, now = load_recipe(record), run.config.public_dict()
     elsewhere = {"output_dir", "cache_dir", "resume_from_checkpoint"}
+    if now["init_from"] is not None or now["model_config_name_or_path"] is not None:
+        # The record says what that model is, where the study leaves it open.
+        elsewhere |= {name for name in now if name.startswith("dia_") and now[name] is None}
     changed = [name for name in before if name not in elsewhere and before[name] != now[name]]
     if changed:
         lines = "; ".join(f"{name} is {now[name]}, was {before[name]}" for name in changed)

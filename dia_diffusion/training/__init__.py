@@ -10,8 +10,9 @@ __getattr__, __all__ = open_door(
     log="METRICS_LOG read_metrics",
     loop="accumulate_gradients train",
     objective="diffusion_loss draw_step held_out_loss make_noise_scheduler",
-    options="OPTION_NAMES DataOptions OptimisationOptions TrainingConfig parse_mapping",
+    options="OPTION_NAMES DataOptions OptimisationOptions TrainingConfig",
     parsing="CONFIG load_recipe parse_arguments read_yaml",
     accelerator="make_accelerator",
     state="TrainingState",
+    values="read_mapping",
 )

@@ -5,11 +5,13 @@ import time
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DynamoBackend,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
+    parse_flag_from_env,
 )
 
 from ..distributed import PATIENCE, check_launcher, check_processes
@@ -32,6 +34,12 @@ def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerato
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
     if not available[options.logger]():
         raise UsageError(f"--logger {options.logger} needs the package of that name: pip install {options.logger}.")
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UsageError(
+                f"accelerate is configured for {name}, which divides the model between processes; here each has all of "
+                "it. Run `accelerate config` again, or name another file with `accelerate launch --config_file`."
+            )
     folder = options.folder
     try:
         accelerator = Accelerator(
@@ -45,6 +53,8 @@ def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerato
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("mixed_precision 'fp16' needs a GPU; on a CPU use bf16 or no.")
     check_processes(accelerator)
+    if accelerator.state.dynamo_plugin.backend is not DynamoBackend.NO:
+        accelerator.print(f"compiled with {accelerator.state.dynamo_plugin.backend.value}, as accelerate was told.")
     return accelerator
 
 

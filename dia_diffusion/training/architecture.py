@@ -1,16 +1,28 @@
 """The UNet of a training run: the one that a configuration names, or one that suits the resolution."""
 
-import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
+import torch
 from diffusers import UNet2DModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UsageError
 from ..models import DIAUNet2DModel
 from .options import ModelOptions
+from .values import read_value
+
+# What diffusers takes, or ignores, where its signature says `str`.
+_CHOICES = {
+    "time_embedding_type": Literal["positional", "fourier", "learned"],
+    "mid_block_type": Literal["UNetMidBlock2D"],
+    "downsample_type": Literal["conv", "resnet"],
+    "upsample_type": Literal["conv", "resnet"],
+    "class_embed_type": Literal["timestep", "identity"],
+}
 
 
 def default_architecture(resolution: int) -> dict[str, Any]:
@@ -39,99 +51,139 @@ def _block_types(levels: int, attending: tuple[int, ...] = ()) -> dict[str, Any]
     }
 
 
-def build_unet(options: ModelOptions, resolution: int, channels: int, num_classes: int | None) -> DIAUNet2DModel:
-    """A fresh UNet for a run.
+def build_unet(
+    options: ModelOptions, resolution: int, channels: int, num_classes: int | None, num_timesteps: int = 1000
+) -> DIAUNet2DModel:
+    """A fresh UNet for a run, or a saved one to go on with.
+
+    What was given about it is obeyed; where a saved model cannot follow, it is refused.
 
     Args:
         options (`ModelOptions`): Say which.
         resolution, channels (`int`): Of the images.
         num_classes (`int`, *optional*): Makes the UNet class-conditional; one more embedding stands for "no class".
+        num_timesteps (`int`, *optional*, defaults to 1000): Of the noise schedule.
 
     Raises:
         UsageError: if the options do not go together, or the levels do not divide the resolution.
     """
-    flags = options.unet_flags()
-    _check_unet_arguments(options.unet_arguments or {})
+    flags = _read_unet_arguments(options.unet_arguments or {}) | options.unet_flags()
+    from_data = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+    from_data["num_class_embeds"] = None if num_classes is None else num_classes + 1
     if options.init_from is not None:
-        unet = _load_unet(options.init_from, flags, options.dia_arguments())
-        _check_fit(unet, resolution, channels, num_classes)
+        unet = _load_unet(options.init_from, flags)
+        _check_fit(unet, from_data, num_timesteps)
         unet.register_to_config(sample_size=resolution)
         return unet
     if options.model_config_name_or_path is not None:
-        arguments = flags | _load_model_config(options.model_config_name_or_path) | _given(flags)
+        arguments = _load_model_config(options.model_config_name_or_path)
     else:
         arguments = default_architecture(resolution)
         if options.block_out_channels is not None:
             arguments |= _block_types(len(options.block_out_channels))
-        arguments |= flags
-    arguments |= {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
-    arguments["num_class_embeds"] = None if num_classes is None else num_classes + 1
+    arguments |= flags | from_data
+    _try(arguments, from_data, num_timesteps)
+    return DIAUNet2DModel.from_config(arguments)
+
+
+def _try(arguments: dict[str, Any], from_data: dict[str, Any], num_timesteps: int) -> None:
+    """Builds the UNet and runs it once on tensors that have a shape and nothing else: whatever diffusers or torch
+    cannot do shows, and costs neither memory nor random numbers."""
     try:
-        unet = DIAUNet2DModel.from_config(arguments)
-    except ValueError as error:
-        raise UsageError(f"no UNet can be built as asked: {error}") from error
-    _check_fit(unet, resolution, channels, num_classes)
-    return unet
+        with FakeTensorMode(), torch.no_grad():
+            unet = DIAUNet2DModel.from_config(arguments)
+            _check_fit(unet, from_data, num_timesteps)
+            zeros = torch.zeros(2, dtype=torch.long)
+            size = from_data["sample_size"]
+            sample = torch.zeros(2, from_data["in_channels"], size, size)
+            unet(sample, zeros, zeros if from_data["num_class_embeds"] else None)
+    except UsageError:
+        raise
+    except Exception as error:  # Whatever the arguments made diffusers or torch do.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UsageError(
+            f"no UNet can be built as asked: {reason}. Look at --block_out_channels (multiples of norm_num_groups, "
+            f"{arguments.get('norm_num_groups', 32)} here), and at --unet_arguments or the model's configuration."
+        ) from error
 
 
-def _check_unet_arguments(arguments: dict[str, Any]) -> None:
+def _read_unet_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     from_data = {"sample_size", "in_channels", "out_channels", "num_class_embeds"}
-    known = inspect.signature(UNet2DModel.__init__).parameters.keys() - {"self"}
-    free = known - from_data - {item.name for item in fields(ModelOptions)}
+    hints = get_type_hints(UNet2DModel.__init__) | _CHOICES
+    free = hints.keys() - {"return"} - from_data - {item.name for item in fields(ModelOptions)}
     for name in arguments.keys() - free:
-        if name in known:
+        if name in hints:
             raise UsageError(f"unet_arguments may not hold '{name}': it has a flag of its own or comes from the data.")
         raise UsageError(f"UNet2DModel has no argument '{name}'. unet_arguments may hold: {', '.join(sorted(free))}.")
+    return {
+        name: None if value is None else read_value(f"{name} in unet_arguments", value, hints[name])
+        for name, value in arguments.items()
+    }
 
 
-def _check_fit(unet: DIAUNet2DModel, resolution: int, channels: int, num_classes: int | None) -> None:
-    factor = unet.downsampling_factor
+def _check_fit(unet: DIAUNet2DModel, from_data: dict[str, Any], num_timesteps: int) -> None:
+    config, factor = unet.config, unet.downsampling_factor
+    resolution, channels, embeddings = (from_data[name] for name in ("sample_size", "in_channels", "num_class_embeds"))
     if resolution % factor:
         raise UsageError(
             f"resolution {resolution} does not fit a UNet whose levels halve it down to 1/{factor}: choose a "
             f"multiple of {factor}, or fewer levels with --block_out_channels."
         )
-    if unet.config.in_channels != channels:
+    _check_channels(config)
+    if config.in_channels != channels:
         raise UsageError(
-            f"the UNet has {unet.config.in_channels} channels, the images have {channels}: add --channels "
-            f"{unet.config.in_channels}."
+            f"the UNet has {config.in_channels} channels, the images have {channels}: add --channels "
+            f"{config.in_channels}."
         )
-    embeddings = None if num_classes is None else num_classes + 1
-    if unet.config.num_class_embeds != embeddings:
+    if config.num_class_embeds != embeddings:
         raise UsageError(
-            f"the UNet has {unet.config.num_class_embeds} class embeddings, but the data needs {embeddings} (one for "
+            f"the UNet has {config.num_class_embeds} class embeddings, but the data needs {embeddings} (one for "
             "each class and one for 'no class', with --class_conditional)."
         )
+    if config.time_embedding_type == "learned" and config.num_train_timesteps < num_timesteps:
+        raise UsageError(
+            f"the UNet knows {config.num_train_timesteps} timesteps (num_train_timesteps), fewer than "
+            f"--ddpm_num_steps {num_timesteps}."
+        )
 
 
-def _load_unet(name_or_path: str, flags: dict[str, Any], dia_arguments: dict[str, Any]) -> DIAUNet2DModel:
+def _check_channels(config: Mapping[str, Any]) -> None:
+    inside, outside = (config.get(name, 3) for name in ("in_channels", "out_channels"))
+    if inside != outside:
+        raise UsageError(
+            f"the UNet predicts {outside} channels for images of {inside}: it learned more than the noise, for "
+            "example the variance, and cannot be trained here. Choose another model."
+        )
+
+
+def _load_unet(name_or_path: str, flags: dict[str, Any]) -> DIAUNet2DModel:
     """A trained UNet, with its own DIA, or with that of the flags if it has none."""
+    # Dropout has no weights.
+    free = {name: value for name, value in flags.items() if name == "dropout"}
+    dia = {name: value for name, value in flags.items() if name.startswith("dia_")}
     try:
         location = _find_unet(name_or_path)
         config = UNet2DModel.load_config(name_or_path, **location)
+        _check_class(name_or_path, config)
         if config["_class_name"] == DIAUNet2DModel.__name__:
-            unet = DIAUNet2DModel.from_pretrained(name_or_path, **location)
+            unet = DIAUNet2DModel.from_pretrained(name_or_path, **location, **free)
             _check_flags(unet, flags)
             return unet
-        unet = UNet2DModel.from_pretrained(name_or_path, **location)
+        unet = UNet2DModel.from_pretrained(name_or_path, **location, **free)
+        _check_flags(unet, {name: value for name, value in flags.items() if name not in dia})
+        return DIAUNet2DModel.from_unet(unet, **dia)
     except UsageError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UsageError(f"cannot load a UNet from '{name_or_path}': {str(error).splitlines()[0]}") from error
-    return DIAUNet2DModel.from_unet(unet, **dia_arguments)
 
 
-def _check_flags(unet: DIAUNet2DModel, flags: dict[str, Any]) -> None:
-    """A flag that a loaded model does not follow would make the record of the run wrong."""
-    for name, value in _given(flags).items():
-        if value != unet.config[name]:
-            raise UsageError(f"--{name} {value} does not fit the loaded model, which has {unet.config[name]}: omit it.")
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that differ from their defaults, and so were given."""
-    defaults = ModelOptions().unet_flags()
-    return {name: value for name, value in flags.items() if value != defaults.get(name)}
+def _check_flags(unet: UNet2DModel, flags: dict[str, Any]) -> None:
+    """What a loaded model does not follow would make the record of the run wrong."""
+    for name, value in flags.items():
+        has = unet.config[name]
+        if value != (list(has) if isinstance(has, tuple) else has):
+            raise UsageError(f"{name} {value} does not fit the loaded model, which has {has}: omit it.")
 
 
 def _load_model_config(name_or_path: str) -> dict[str, Any]:
@@ -141,9 +193,19 @@ def _load_model_config(name_or_path: str) -> dict[str, Any]:
             config = json.loads(path.read_text())
         else:
             config = UNet2DModel.load_config(name_or_path, **_find_unet(name_or_path))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no 'name: value' pairs")
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read a UNet configuration from '{name_or_path}': {error}") from error
+    _check_class(name_or_path, config)
+    _check_channels(config)
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _check_class(name_or_path: str, config: dict[str, Any]) -> None:
+    name = config.get("_class_name", UNet2DModel.__name__)
+    if name not in (UNet2DModel.__name__, DIAUNet2DModel.__name__):
+        raise UsageError(f"'{name_or_path}' is a {name}; what can be trained here is a UNet2DModel.")
 
 
 def _find_unet(name_or_path: str) -> dict[str, str]:

@@ -109,7 +109,7 @@ def launch_command(secret: str | None = None) -> str:
 def _data_name(options: DataOptions) -> tuple[str, bool]:
     """The name of the data, and whether the Hub has it. Of a folder on this machine only the last part is shown."""
     if options.dataset_name is None or Path(options.dataset_name).exists():
-        return Path(options.dataset_name or options.train_data_dir).name, False
+        return Path(options.dataset_name or options.train_data_dir).resolve().name, False
     return options.dataset_name, options.dataset_name not in EMBEDDED
 
 

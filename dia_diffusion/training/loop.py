@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     epoch_steps = -(-len(data) // plan.images)
     total_steps = optimisation.max_train_steps or optimisation.num_epochs * epoch_steps
     torch.manual_seed(seed)
-    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes)
+    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes, objective.ddpm_num_steps)
+    config = replace(config, model=config.model.as_built(unet))
     training = TrainingState(optimisation, accelerator, unet, total_steps)
 
     # 2. go on where an earlier run stopped

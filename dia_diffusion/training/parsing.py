@@ -1,8 +1,10 @@
 """The description of a run from the command line and from YAML files, and its record."""
 
+import argparse
 import json
-import sys
+import os
 from collections.abc import Sequence
+from dataclasses import MISSING
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import yaml
 from ..data import DIGITS
 from ..errors import UsageError
 from ..files import replace_text
-from .options import OPTION_NAMES, PARTS, TrainingConfig
+from .options import MODEL_OPTION_NAMES, OPTION_NAMES, PARTS, TrainingConfig
 
 RECIPES = files(__package__) / "recipes"
 CONFIG = "training_config.yaml"
@@ -24,7 +26,7 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UsageError(f"cannot read the configuration '{path}': {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}' is not valid YAML: {str(error).splitlines()[0]}.") from error
 
 
@@ -35,12 +37,15 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"'{path}' must hold 'option: value' lines.")
     unknown = options.keys() - OPTION_NAMES
     if unknown:
-        raise UsageError(f"'{path}' names unknown options: {', '.join(sorted(unknown))}. See --help for those known.")
+        raise UsageError(
+            f"'{path}' names unknown options: {', '.join(sorted(map(str, unknown)))}. See --help for those known."
+        )
     return options
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
-    """Reads the command line. `--config FILE` gives defaults, which flags override.
+    """Reads the command line. `--config FILE` gives options, which flags override; `--num_epochs` overrides the
+    `max_train_steps` of a file too.
 
     Without a configuration, and without data or with `--dataset_name digits`, the recipe for the embedded digits
     gives the defaults.
@@ -53,17 +58,35 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
         allow_abbrev=False,
         description="Train a diffusion UNet with shared attention. Without arguments: on the embedded digits.",
     )
-    parser.add_argument("--config", help="YAML file with any of these options.")
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    given, _ = parser.parse_known_args(arguments)
-    no_data = given.dataset_name is None and given.train_data_dir is None
-    if given.config is not None:
-        parser.set_defaults(**load_recipe(given.config))
-    elif no_data or given.dataset_name == DIGITS:
-        parser.set_defaults(**load_recipe(RECIPES / "digits.yaml"))
-    options = vars(parser.parse_args(arguments))
-    options.pop("config")
+    parser.add_argument("--config", type=os.path.expanduser, help="YAML file with any of these options.")
+    parser.add_argument(
+        "--no_dia_time_conditioned", "--no-dia-time-conditioned", dest="dia_time_conditioned", action="store_false"
+    )
+    # What stays as it is here was not given.
+    nothing = argparse.Namespace(**dict.fromkeys([*OPTION_NAMES, "config"], MISSING))
+    parsed = vars(parser.parse_args(arguments, nothing))
+    given = {name: value for name, value in parsed.items() if value is not MISSING}
+    options = _defaults(given) | given
+    options.pop("config", None)
+    if "num_epochs" in given and "max_train_steps" in given:
+        print(f"max_train_steps {given['max_train_steps']} counts, and not num_epochs {given['num_epochs']}.")
+    elif "num_epochs" in given:
+        options["max_train_steps"] = None  # Of the configuration.
     return TrainingConfig.from_flat(**options)
+
+
+def _defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that the configuration holds, or the recipe for the digits."""
+    if "config" in given:
+        return load_recipe(given["config"])
+    no_data = "dataset_name" not in given and "train_data_dir" not in given
+    if not no_data and given.get("dataset_name") != DIGITS:
+        return {}
+    recipe = load_recipe(RECIPES / "digits.yaml")
+    if given.keys() & {"init_from", "model_config_name_or_path"}:
+        # What the recipe says of a model was not said of that one.
+        return {name: value for name, value in recipe.items() if name not in MODEL_OPTION_NAMES}
+    return recipe
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:

@@ -1,5 +1,6 @@
 """What training changes: the weights, their moving average and the optimizer; to and from checkpoints."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,7 @@ class TrainingState:
         """Applies the gradients of step number `step`, counted from 1. Returns their norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.options.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.unet.parameters(), self.options.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:

@@ -19,7 +19,7 @@ def test_outputs_and_gradients_are_those_of_version_0_1_0(name, arguments):
         return
     for kind, value in zip(("output", "gradients"), compute(arguments), strict=True):
         expected = SAVED[f"{name}: {kind}"]
-        # To 2e-6 of the largest of them; on another CPU the last bits add up otherwise. SRM divides by the spread over a
-        # batch, which of two images is small where they are alike, and makes more of the last bits.
+        # To 2e-6 of the largest; on another CPU the last bits add up otherwise. SRM divides by the spread over
+        # a batch, which of two images is small where they are alike, and makes more of the last bits.
         error = 1e-3 if name.startswith("srm") else 2e-6
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=error * expected.abs().max().item(), msg=kind)

@@ -153,16 +153,31 @@ def test_every_timestep_spacing_of_a_scheduler_that_is_given(scheduler_class, sp
     assert_is_the_distribution(draw(GaussianUNet(), scheduler_class.from_config(config)))
 
 
-@pytest.mark.parametrize("steps", [61, 223, 600, 1000])
+@pytest.mark.parametrize("steps", [40, 500, 1000])
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "pndm", "dpm_sde", "unipc"])
 def test_any_number_of_steps_from_the_highest_noise_level(name, steps):
-    """61 and 223: rounding gives diffusers a timestep -1. 600: does not divide 1,000, half of it would start at 599."""
+    """As "leading" 500 steps would start at timestep 500 in some samplers, and 1,000 would be too many."""
     scheduler = make_scheduler(name, DDPMScheduler(timestep_spacing="leading", clip_sample=False).config)
     assert_is_the_distribution(draw(GaussianUNet(sample_size=16), scheduler, steps=steps))
     assert scheduler.timesteps[0] == 999
     assert scheduler.timesteps.min() == 0 or steps < 1000
     assert len(scheduler.timesteps.unique()) == steps
     assert scheduler.config.num_train_timesteps == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "words"),
+    [
+        ("ddpm", 61, "below the last timestep.*such as 50"),
+        ("dpm_sde", 223, "below the last timestep.*such as 200"),
+        ("ddim", 600, "goes down by 1 timesteps where the next one is 1.67 below.*such as 500"),
+        ("pndm", 600, "such as 500"),
+    ],
+)
+def test_steps_that_diffusers_would_not_take_from_one_timestep_to_the_next_are_refused(name, steps, words):
+    scheduler = make_scheduler(name, DDPMScheduler().config)
+    with pytest.raises(UsageError, match=words):
+        draw(GaussianUNet(sample_size=16), scheduler, steps=steps)
 
 
 def test_a_model_in_a_folder_starts_at_the_last_timestep_whatever_it_was_saved_with():

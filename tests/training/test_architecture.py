@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
+from dia_diffusion.errors import UsageError
 from dia_diffusion.training import build_unet
 from dia_diffusion.training.options import ModelOptions
 from training_runs import fresh_state, run
@@ -178,6 +180,8 @@ def test_a_pretrained_unet_is_fine_tuned(train_only, tmp_path):
         tmp_path / "run",
         init_from=str(tmp_path / "pretrained"),
         channels=3,
+        block_out_channels=None,
+        layers_per_block=None,
         use_ema=False,
         max_train_steps=2,
         **options,
@@ -187,3 +191,86 @@ def test_a_pretrained_unet_is_fine_tuned(train_only, tmp_path):
     changed = [name for name, tensor in unet.state_dict().items() if not torch.equal(tensor, weights[name])]
     assert not changed if train_only == "dia" else len(changed) > 0.9 * len(weights)
     assert any((gate != 1).any() for gate in tuned.attention_maps(torch.randn(1, 3, 32, 32), 5).values())
+
+
+def saved_unets(folder):
+    """A plain UNet2DModel and one with SE, in folders of these names."""
+    pretrained().save_pretrained(folder / "plain")
+    DIAUNet2DModel.from_unet(pretrained(), dia_attention="se", dia_hidden_size=16).save_pretrained(folder / "se")
+    return str(folder / "plain"), str(folder / "se")
+
+
+def test_what_is_given_about_a_saved_model_is_obeyed_or_refused(tmp_path):
+    plain, se = saved_unets(tmp_path)
+
+    def build(**options):
+        return build_unet(ModelOptions(**options), 32, channels=3, num_classes=None)
+
+    for source in (plain, se):
+        unet = build(init_from=source, dropout=0.3, layers_per_block=2, block_out_channels=[32, 64, 64, 64])
+        assert unet.config.dropout == 0.3
+        assert {block.dropout.p for block in unet.modules() if hasattr(block, "time_emb_proj")} == {0.3}
+        for name, value in {
+            "layers_per_block": 7,
+            "block_out_channels": [32, 32],
+            "resnet_time_scale_shift": "scale_shift",
+            "norm_num_groups": 8,
+        }.items():
+            options = {"unet_arguments": {name: value}} if name == "norm_num_groups" else {name: value}
+            with pytest.raises(UsageError, match=f"{name} .* does not fit the loaded model, which has"):
+                build(init_from=source, **options)
+    assert build(init_from=plain).config.dia_attention == "lstm"
+    assert build(init_from=plain, dia_attention="eca").config.dia_attention == "eca"
+    assert build(init_from=se).config.dia_attention == "se"
+    with pytest.raises(UsageError, match="dia_attention lstm does not fit the loaded model, which has se"):
+        build(init_from=se, dia_attention="lstm")
+    # The default, asked for.
+    config = str(tmp_path / "se" / "config.json")
+    assert build(model_config_name_or_path=config).config.dia_attention == "se"
+    assert build(model_config_name_or_path=config, dia_attention="lstm").config.dia_attention == "lstm"
+
+
+def test_the_record_of_a_run_says_what_the_model_is(tmp_path):
+    _, se = saved_unets(tmp_path)
+    fresh_state()
+    options = {"init_from": se, "channels": 3, "block_out_channels": None, "layers_per_block": None}
+    options |= {"dia_hidden_size": None, "max_train_steps": 2, "use_ema": False}
+    run(tmp_path / "run", **options)
+    record = yaml.safe_load((tmp_path / "run" / "training_config.yaml").read_text())
+    assert (record["dia_attention"], record["dia_hidden_size"]) == ("se", 16)
+    assert "(`se`, sharing `network`)" in (tmp_path / "run" / "README.md").read_text()
+    state = tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json"
+    assert json.loads(state.read_text())["config"]["dia_attention"] == "se"
+
+
+def test_a_model_that_learned_the_variance_or_is_of_another_class_is_refused(tmp_path):
+    UNet2DModel.from_config(PRETRAINED["ddpm-cifar10-32"] | {"out_channels": 6}).save_pretrained(tmp_path)
+    for name in ("init_from", "model_config_name_or_path"):
+        with pytest.raises(UsageError, match="predicts 6 channels for images of 3"):
+            build_unet(ModelOptions(**{name: str(tmp_path)}), 32, channels=3, num_classes=None)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    for name in ("init_from", "model_config_name_or_path"):
+        with pytest.raises(UsageError, match="is a UNet2DConditionModel"):
+            build_unet(ModelOptions(**{name: str(tmp_path)}), 32, channels=3, num_classes=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"block_out_channels": [10, 20]}, "multiples of norm_num_groups"),
+        ({"unet_arguments": {"norm_num_groups": 0}}, "no UNet can be built"),
+        ({"unet_arguments": {"norm_num_groups": "many"}}, "norm_num_groups in unet_arguments must be a whole number"),
+        ({"unet_arguments": {"act_fn": "loud"}}, "no UNet can be built as asked"),
+        ({"unet_arguments": {"time_embedding_type": "sine"}}, "must be one of positional, fourier, learned"),
+        ({"unet_arguments": {"time_embedding_type": "learned"}}, "no UNet can be built as asked"),
+        (
+            {"unet_arguments": {"time_embedding_type": "learned", "num_train_timesteps": 10}},
+            "knows 10 timesteps .*fewer than --ddpm_num_steps 1000",
+        ),
+        ({"unet_arguments": {"center_input_sample": "no"}}, "must be true or false"),
+        ({"unet_arguments": {"class_embed_type": "timestep"}}, "class-conditional"),
+    ],
+)
+def test_a_unet_that_cannot_be_is_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        build_unet(ModelOptions(**({"block_out_channels": [32, 32]} | options)), 8, channels=1, num_classes=None)

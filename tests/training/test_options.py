@@ -1,5 +1,8 @@
 """Flags, YAML and the saved record are one and the same."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -137,9 +140,112 @@ def test_any_argument_of_unet2dmodel_can_be_given(tmp_path):
             build_unet(parse_arguments(["--unet_arguments", text]).model, 8, 1, None)
 
 
-def test_more_sampling_steps_than_training_steps_are_refused_before_the_work():
-    with pytest.raises(UsageError, match="ddpm_num_inference_steps 51 is more than ddpm_num_steps 50"):
-        parse_arguments(["--ddpm_num_steps", "50", "--ddpm_num_inference_steps", "51"])
-    assert (
-        parse_arguments(["--ddpm_num_steps", "50", "--ddpm_num_inference_steps", "50"]).objective.ddpm_num_steps == 50
-    )
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("learning_rate", -1, "at least 0"),
+        ("learning_rate", "nan", "a number, but is 'nan'"),
+        ("learning_rate", True, "a number, but is 'True'"),
+        ("learning_rate", None, "has no value"),
+        ("adam_beta1", 1, "below 1"),
+        ("adam_beta2", -0.1, "at least 0"),
+        ("adam_weight_decay", -1, "at least 0"),
+        ("adam_epsilon", -1, "above 0"),
+        ("dataloader_num_workers", -1, "at least 0"),
+        ("layers_per_block", 0, "at least 1"),
+        ("block_out_channels", [0, 8], "at least 1, but is 0"),
+        ("block_out_channels", 8, "a list"),
+        ("lr_scheduler", "piecewise_constant", "one of linear, cosine"),
+        ("snr_gamma", 0, "above 0"),
+        ("snr_gamma", float("inf"), "a number, but is 'inf'"),
+        ("dropout", 1.5, "below 1"),
+        ("label_dropout", 2, "at most 1"),
+        ("ema_max_decay", 2, "at most 1"),
+        ("lr_warmup_steps", -1, "at least 0"),
+        ("ddpm_num_steps", 1, "at least 2"),
+        ("score_num_images", 1, "at least 2"),
+        ("seed", 2**64, "at most 18446744073709551615"),
+        ("max_train_steps", 1.5, "a whole number, but is '1.5'"),
+        ("max_train_steps", [100], "a whole number"),
+        ("use_ema", "yes", "true or false"),
+        ("output_dir", 2024, "text"),
+        ("channels", 2, "one of 1, 3"),
+    ],
+)
+def test_a_value_out_of_its_range_or_type_is_refused(name, value, words):
+    with pytest.raises(UsageError, match=f"{name} .*{words}"):
+        TrainingConfig.from_flat(**{name: value})
+
+
+def test_every_number_has_its_range():
+    from typing import get_type_hints
+
+    from dia_diffusion.training.options import PARTS
+
+    hints = {name: hint for part in PARTS for name, hint in get_type_hints(part, include_extras=True).items()}
+    numbers = [name for name, hint in hints.items() if {"int", "float"} & set(re.findall(r"\w+", str(hint)))]
+    assert len(numbers) > 35
+    assert [name for name in numbers if "Range(" not in str(hints[name])] == []
+
+
+def test_numbers_of_yaml_that_look_like_text_or_fractions_are_numbers(tmp_path):
+    text = "max_train_steps: 1.0e+4\nlearning_rate: 1e-3\nlr_warmup_steps: 1e2\nmixed_precision: no\noutput_dir: ~/x\n"
+    (tmp_path / "run.yaml").write_text(text)
+    options = parse_arguments(["--config", str(tmp_path / "run.yaml")]).public_dict()
+    names = ("max_train_steps", "learning_rate", "lr_warmup_steps", "mixed_precision", "output_dir")
+    assert [options[name] for name in names] == [10_000, 1e-3, 100, "no", str(Path.home() / "x")]
+    assert type(options["max_train_steps"]) is int
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "epochs"),
+    [
+        ([], 2500, 100),
+        (["--num_epochs", "5"], None, 5),
+        # Equal to the default, and given nevertheless.
+        (["--num_epochs", "100"], None, 100),
+        (["--num_epochs", "5", "--max_train_steps", "7"], 7, 5),
+    ],
+)
+def test_epochs_that_were_given_count_more_than_the_steps_of_the_recipe(arguments, steps, epochs, capsys):
+    options = parse_arguments(arguments).optimisation
+    assert (options.max_train_steps, options.num_epochs) == (steps, epochs)
+    assert ("max_train_steps 7 counts, and not num_epochs 5" in capsys.readouterr().out) == (steps == 7)
+
+
+def test_the_choice_of_the_launcher_counts_unless_the_flag_is_given(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    options = parse_arguments([]).optimisation
+    assert (options.mixed_precision, options.gradient_accumulation_steps) == ("bf16", 4)
+    options = parse_arguments(["--mixed_precision", "no", "--gradient_accumulation_steps", "1"]).optimisation
+    assert (options.mixed_precision, options.gradient_accumulation_steps) == ("no", 1)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UsageError, match="mixed_precision must be one of no, fp16, bf16, but is 'fp8'"):
+        parse_arguments([])
+
+
+def test_the_timestep_condition_is_switched_as_before():
+    for words, value in (
+        ([], True),
+        (["--dia_time_conditioned"], True),
+        (["--dia_time_conditioned", "false"], False),
+        (["--no_dia_time_conditioned"], False),
+        (["--no-dia-time-conditioned"], False),
+    ):
+        assert parse_arguments(words).model.dia_time_conditioned is value
+
+
+def test_the_home_of_the_user_is_found_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    names = (
+        "dataset_name train_data_dir cache_dir model_config_name_or_path init_from output_dir resume_from_checkpoint "
+        "score_features"
+    ).split()
+    options = parse_arguments([word for name in names for word in (f"--{name}", "~/place")]).public_dict()
+    assert {name: options[name] for name in names} == dict.fromkeys(names, "/home/someone/place")
+
+
+def test_the_present_folder_has_a_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments(["--output_dir", "."]).output.folder.name == tmp_path.name

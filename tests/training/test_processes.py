@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from dia_diffusion.errors import UsageError
 from dia_diffusion.training.checkpoint import find_latest
 from training_runs import ROOT, configure, fresh_state, launch, losses, run, wait_for_lines, weights
 
@@ -128,3 +129,41 @@ def test_accelerate_launch_starts_as_many_processes_on_a_cpu_as_it_was_asked_for
     for (step, *figures), (expected_step, *expected) in zip(losses(tmp_path / "two"), one, strict=True):
         assert step == expected_step
         assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
+
+
+def test_one_process_of_torchrun_trains(tmp_path):
+    process = launch(configure(tmp_path / "run", max_train_steps=2), 1)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["step"] == 2
+
+
+def test_the_address_of_a_master_alone_says_nothing_of_several_processes(tmp_path, monkeypatch):
+    """Clusters export it to every job."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert run(tmp_path / "run", max_train_steps=2)[0]["step"] == 2
+
+
+def test_the_precision_of_accelerate_launch_counts_on_a_cluster_too(tmp_path):
+    config = configure(tmp_path / "run", max_train_steps=2)
+    command = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
+    process = subprocess.run(
+        [sys.executable, *command, "--mixed_precision", "bf16", "train_unet.py", "--config", str(config)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MASTER_ADDR": "127.0.0.1"},
+    )
+    assert process.returncode == 0, process.stderr
+    assert "mixed_precision: bf16" in (tmp_path / "run" / "training_config.yaml").read_text()
+
+
+def test_accelerate_that_divides_the_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match="accelerate is configured for FSDP"):
+        run(tmp_path / "run")
+
+
+def test_the_backend_of_accelerate_launch_compiles(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    run(tmp_path / "run", max_train_steps=1)
+    assert "compiled with EAGER, as accelerate was told." in capsys.readouterr().out
