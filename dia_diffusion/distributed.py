@@ -31,3 +31,9 @@ def check_processes(accelerator: Accelerator | PartialState) -> None:
         raise UsageError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. {hint}")
     if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ:
         raise UsageError(f"accelerate launch was asked for several processes, but started one only. {hint}")
+
+
+def say(text: str) -> None:
+    """Prints on the main process of those that `accelerate` or `torchrun` launched."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)

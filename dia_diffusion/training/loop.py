@@ -17,7 +17,7 @@ from ..process import Interrupted, catch_interrupts
 from ..scoring import get_extractor
 from .accelerator import any_process, check_same_start, make_accelerator
 from .architecture import build_unet
-from .batches import Batch, BatchPlan, load_pixels, make_loader, prepare_batches
+from .batches import Batch, BatchPlan, describe_data, load_pixels, make_loader, prepare_batches
 from .card import launch_command, write_model_card
 from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint, set_aside_newer
 from .log import METRICS_LOG, RunLog
@@ -61,6 +61,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     scheduler = make_noise_scheduler(objective)
     with accelerator.main_process_first():
         data, held_out = load_pixels(config.data)
+    accelerator.print(f"{describe_data(config.data, data, held_out)}\nDevice: {device}.")
     if output.score_features is not None:
         # A mistake in its name should not be noticed at the end of the run.
         get_extractor(output.score_features, data.resolution, data.channels)
