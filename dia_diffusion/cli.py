@@ -71,8 +71,11 @@ def make_parser() -> argparse.ArgumentParser:
     sample.set_defaults(function=_sample)
     sample.add_argument("model", help="folder or Hub id of a pipeline")
     _add_sampling_options(sample, num_images=64)
-    sample.add_argument("--class_label", type=int, help="class of all images; by default all classes in turn")
-    sample.add_argument("--output_dir", type=Path, default=Path("out"), help="where the images go (default: out)")
+    sample.add_argument("--class_label", help="name or number of the class of all images; by default all in turn")
+    sample.add_argument(
+        "--output_dir", type=Path, default=Path("out"), help="folder for the images alone (default: out)"
+    )
+    sample.add_argument("--overwrite", action="store_true", help="replace the images of an earlier call there")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -85,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--dataset",
         default="digits",
-        help="what to compare with: digits, mnist5k, a Hub id, a folder of images, or statistics (.npz)",
+        help="what to compare with: digits, mnist5k, a folder, a Hub id, or statistics (.npz)",
     )
     evaluate.add_argument("--dataset_config_name", help="configuration of a data set that has several")
     evaluate.add_argument("--image_column", help="column of the images, where it cannot be guessed")
@@ -112,11 +115,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     analyze.set_defaults(function=_analyze)
     analyze.add_argument("model", help="folder or Hub id of a pipeline")
-    analyze.add_argument("--dataset", default="digits", help="images to look at: digits, mnist5k, a Hub id or a folder")
+    analyze.add_argument("--dataset", default="digits", help="images to look at: digits, mnist5k, a folder or a Hub id")
     analyze.add_argument("--num_images", type=int, default=512, help="how many, held-out if there are (default: 512)")
     analyze.add_argument("--num_timesteps", type=int, default=10, help="spread over the schedule (default: 10)")
     analyze.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
-    analyze.add_argument("--output_dir", type=Path, default=Path("out"), help="where to (default: out)")
+    analyze.add_argument("--output_dir", type=Path, default=Path("analysis"), help="where to (default: analysis)")
     analyze.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
 
     study = commands.add_parser(

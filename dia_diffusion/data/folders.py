@@ -150,20 +150,25 @@ def _load_images(folder: Path, images: list[Path], metadata: list[Path]) -> Data
         splits = [TRAIN_SPLIT] * len(images)
     columns: dict[str, list[Any]] = {"image": [str(path) for path in images]}
     features = {"image": datasets.Image()}
+    names, several = [], len(set(splits)) > 1
     if metadata:
         more, of_them = read_metadata(metadata, images)
         columns, features = columns | more, features | of_them
     else:
         folders = [place[0] if place[1:] else None for place in places]
         names = _class_names(folders, splits)
-        if names[1:]:
+        if names:
             columns["label"] = [None if name is None else names.index(name) for name in folders]
-            features["label"] = datasets.ClassLabel(names=names)
     loaded = {}
     for split in sorted(set(splits), key=lambda name: name != TRAIN_SPLIT):
         rows = [row for row, of in enumerate(splits) if of == split]
         chosen = {name: [values[row] for row in rows] for name, values in columns.items()}
-        loaded[split] = Dataset.from_dict(chosen, datasets.Features(features), split=split)
+        if names and split == TRAIN_SPLIT:
+            # Training knows no other classes than those of its images.
+            features["label"] = datasets.ClassLabel(names=names[: max(chosen["label"]) + 1])
+        elif names:
+            features["label"] = datasets.ClassLabel(names=names)
+        loaded[split] = Dataset.from_dict(chosen, datasets.Features(features), split=split if several else None)
     return DatasetDict(loaded)
 
 
@@ -171,7 +176,9 @@ def _class_names(folders: list[str | None], splits: list[str]) -> list[str]:
     """The classes, those of the training images first, where each of these lies in the folder of one."""
     trained = {name for name, split in zip(folders, splits, strict=True) if split == TRAIN_SPLIT}
     trained = trained or set(folders)
-    return [] if None in trained else sort_class_names(trained) + sort_class_names(set(folders) - trained - {None})
+    if None in trained or len({*folders} - {None}) == 1:
+        return []
+    return sort_class_names(trained) + sort_class_names(set(folders) - trained - {None})
 
 
 def sort_class_names(names: set[str]) -> list[str]:

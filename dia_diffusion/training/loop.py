@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from ..data import PixelDataset
 from ..errors import NotFiniteError
 from ..process import Interrupted, catch_interrupts
 from ..scoring import get_extractor
@@ -22,7 +23,7 @@ from .card import launch_command, write_model_card
 from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint, set_aside_newer
 from .log import METRICS_LOG, RunLog
 from .objective import diffusion_loss, make_noise_scheduler
-from .options import TrainingConfig
+from .options import DataOptions, TrainingConfig
 from .parsing import CONFIG, save_config
 from .publishing import make_hub_repository, push_run
 from .results import RunResults, prepare_output_dir
@@ -81,7 +82,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     record = config.public_dict() | {"global_batch_size": plan.images, "data_digest": data.digest()}
     record["unet"] = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     record = json.loads(json.dumps(record))
-    checkpoint = find_checkpoint_to_resume(output, record)
+    checkpoint = find_checkpoint_to_resume(output, record, _digest_without_labels(data, config.data))
     start, pending = 0, []
     if checkpoint is not None:
         training.restore(checkpoint)
@@ -135,11 +136,20 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     if main:
         figures = results.finish(total_steps, plan.images)
         command, start_from = launch_command(output.hub_token), config.model.init_from
-        write_model_card(folder, unet, figures, command, config.data, start_from, output.license, hub_id)
+        names = data.class_names
+        write_model_card(folder, unet, figures, command, config.data, start_from, output.license, hub_id, names)
         if hub_id is not None:
             push_run(output, hub_id)
     accelerator.wait_for_everyone()
     return figures
+
+
+def _digest_without_labels(data: PixelDataset, options: DataOptions) -> str | None:
+    """As a version knew the data that numbered folders in the order of their names as text, 10 before 2."""
+    names = data.class_names or []
+    renumbered = sorted(names) != names and all(map(str.isdecimal, names))
+    in_folders = Path(options.dataset_name or options.train_data_dir).is_dir()
+    return None if renumbered and in_folders else data.digest(with_labels=False)
 
 
 def accumulate_gradients(

@@ -24,12 +24,15 @@ MAY_CHANGE = frozenset(
 )
 
 
-def find_checkpoint_to_resume(options: OutputOptions, record: dict[str, Any]) -> Checkpoint | None:
+def find_checkpoint_to_resume(
+    options: OutputOptions, record: dict[str, Any], digest_without_labels: str | None = None
+) -> Checkpoint | None:
     """The checkpoint that `--resume_from_checkpoint` names, verified and loaded; `None` to start anew.
 
     Args:
         options (`OutputOptions`): Name the checkpoint.
         record (`dict`): What the checkpoints of the run that is about to start will say of it.
+        digest_without_labels (`str`, *optional*): What an earlier version would have said of its data.
 
     Raises:
         UsageError: if the checkpoint is damaged, or belongs to another experiment.
@@ -47,7 +50,10 @@ def find_checkpoint_to_resume(options: OutputOptions, record: dict[str, Any]) ->
     else:
         path = Path(options.resume_from_checkpoint)
     checkpoint = load_checkpoint(path)
-    check_same_experiment(checkpoint.state["config"], record)
+    before = checkpoint.state["config"]
+    if before.get("data_digest") == digest_without_labels is not None:
+        before = before | {"data_digest": record.get("data_digest")}
+    check_same_experiment(before, record)
     say(f"resuming from {path} at step {checkpoint.state['step']}.")
     return checkpoint
 
