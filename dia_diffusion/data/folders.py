@@ -14,10 +14,12 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict
+from datasets.fingerprint import Hasher
 from PIL import Image
 
 from ..distributed import say
 from ..errors import UsageError
+from .columns import find_image_column
 from .contents import hash_files
 from .metadata import METADATA, read_metadata
 
@@ -67,12 +69,26 @@ def load_folder(folder: Path, config_name: str | None = None, cache_dir: str | N
         tables = [path for path in files if path.suffix in _TABLES]
         if tables:
             return _load_tables(folder, tables, cache_dir)
-    place = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "dia_folders" / hash_files(files)
+    content = hash_files(files)
     try:
-        loaded = datasets.load_dataset(str(folder), config_name, cache_dir=str(place))
+        loaded = datasets.load_dataset(str(folder), config_name, cache_dir=_cache(cache_dir, content))
+        find_image_column(next(iter(loaded.values())))
     except Exception as error:
-        raise UsageError(f"cannot load images from '{folder}': {_what_is_there(folder, files, error)}") from error
-    return loaded if isinstance(loaded, dict) else DatasetDict({TRAIN_SPLIT: loaded})
+        raise UsageError(f"cannot load images from '{folder}': {_what_is_there(files, error)}") from error
+    return _follow(loaded, content)
+
+
+def _cache(cache_dir: str | None, content: str) -> str:
+    """`datasets` knows files by their times; here it has a place for each content."""
+    return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "dia_folders" / content)
+
+
+def _follow(loaded: DatasetDict, content: str) -> DatasetDict:
+    for name, rows in loaded.items():
+        # What was saved to a disk has forgotten it.
+        rows._split = datasets.NamedSplit(name) if len(loaded) > 1 else None
+        rows._fingerprint = Hasher.hash((rows._fingerprint, content))
+    return loaded
 
 
 def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -122,7 +138,7 @@ def _say_what_is_not_used(folder: Path, others: set[Path]) -> None:
         )
 
 
-def _what_is_there(folder: Path, files: Sequence[Path], error: Exception) -> str:
+def _what_is_there(files: Sequence[Path], error: Exception) -> str:
     if not files:
         return "no images were found in that folder: it is empty."
     kinds = Counter(path.suffix.lower() or "no ending" for path in files).most_common(5)
@@ -198,9 +214,9 @@ def _load_tables(folder: Path, tables: list[Path], cache_dir: str | None) -> Dat
         split: [glob.escape(str(path)) for path, of in zip(tables, splits, strict=True) if of == split]
         for split in dict.fromkeys(splits)
     }
-    place = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "dia_folders" / hash_files(tables)
+    content = hash_files(tables)
     try:
-        return datasets.load_dataset(kind, data_files=files, cache_dir=str(place))
+        return _follow(datasets.load_dataset(kind, data_files=files, cache_dir=_cache(cache_dir, content)), content)
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UsageError(f"cannot load images from '{folder}': its {kind} files cannot be read: {reason}") from error
@@ -216,11 +232,8 @@ def _load_saved(folder: Path) -> DatasetDict:
         loaded = datasets.load_from_disk(str(folder))
         if not isinstance(loaded, DatasetDict):
             loaded = DatasetDict({TRAIN_SPLIT: loaded})
-        for name, rows in loaded.items():
-            # As it says in its folder, whatever was done to the files.
-            rows._fingerprint = hash_files([Path(file["filename"]) for file in rows.cache_files], rows._fingerprint)
-            rows._split = datasets.NamedSplit(name)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"cannot load the data set that was saved to '{folder}': {reason}") from error
-    return loaded
+    files = [file["filename"] for rows in loaded.values() for file in rows.cache_files]
+    return _follow(loaded, hash_files(files))

@@ -14,11 +14,11 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from ..errors import UsageError
+from .columns import find_image_column, find_label_column
 from .contents import hash_files
 from .decoding import DTYPES, GREY_MODES, UNREADABLE, image_to_pixels, on_white, open_header, open_image
 from .labels import read_labels
 from .pixels import PixelDataset
-from .sources import find_image_column, find_label_column
 
 # Part of the cache key: raise it whenever the same image would give other pixels.
 _PREPROCESSING_VERSION = 2

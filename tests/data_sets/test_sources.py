@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dia_diffusion.data import load_dataset_splits, prepare_pixels
+from dia_diffusion.data.columns import find_image_column, find_label_column
 from dia_diffusion.data.embedded import load_digits_dataset, load_mnist5k_dataset
-from dia_diffusion.data.sources import find_image_column, find_label_column
 from dia_diffusion.errors import UsageError
 
 
