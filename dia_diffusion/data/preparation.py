@@ -113,7 +113,7 @@ def prepare_pixels(
                 raise UsageError(f"{why}: leave such images out with --on_bad_image skip.")
             left_out.append(f"{why}, and were left out")
             rows, labels = rows.select(np.flatnonzero(known)), labels[known]
-    if len(rows) == 0:
+    if len(rows) == 0 and trained is None:
         raise UsageError(f"no image could be used: {'; '.join(left_out) or 'the data set is empty'}.")
     if channels is None:
         first = rows[0]
