@@ -15,7 +15,7 @@ ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no -
 
 demo: $(READY)
 	@test -f $(DEMO)/metrics.json || $(BIN)/accelerate launch $(ONE_PROCESS) train_unet.py --resume_from_checkpoint latest
-	@test -f $(DEMO)/images/grid.png || $(BIN)/dia sample $(DEMO) --num_images 100 --output_dir $(DEMO)/images
+	@test -f $(DEMO)/images.png || $(BIN)/dia sample $(DEMO) --num_images 100 --output_dir $(DEMO)/images --overwrite
 	@echo "Digits from the trained model: $(DEMO)/samples.png (one column a digit), $(DEMO)/images/"
 	@echo "Training curves: $(DEMO)/curves.png. Scores: $(DEMO)/metrics.json. Model card: $(DEMO)/README.md"
 

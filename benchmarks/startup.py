@@ -27,7 +27,17 @@ def make_commands(folder: Path) -> dict[str, list[str]]:
     model = folder / "model"
     DIAUNetPipeline(DIAUNet2DModel(**SIZES["digits"][0]), DDIMScheduler()).save_pretrained(model)
     imports = (TORCH, "from diffusers import DDIMPipeline", "import dia_diffusion")
-    sample = ["sample", str(model), "--num_images", "1", "--steps", "1", "--output_dir", str(folder / "out")]
+    sample = [
+        "sample",
+        str(model),
+        "--num_images",
+        "1",
+        "--steps",
+        "1",
+        "--output_dir",
+        str(folder / "out"),
+        "--overwrite",
+    ]
     return {name: [sys.executable, "-c", name] for name in imports} | {
         "dia --help": [*DIA_COMMAND, "--help"],
         "dia sample, one image": DIA_COMMAND + sample,

@@ -75,10 +75,11 @@ def make_parser() -> argparse.ArgumentParser:
     sample.set_defaults(function=_sample)
     sample.add_argument("model", type=os.path.expanduser, help="folder or Hub id of a pipeline")
     _add_sampling_options(sample, num_images=64)
+    sample.add_argument("--class_label", help="name or number of the class of all images; by default all in turn")
     sample.add_argument(
-        "--class_label", type=number_type(int, NATURAL), help="class of all images; by default all classes in turn"
+        "--output_dir", type=_path, default=Path("out"), help="folder for the images alone (default: out)"
     )
-    sample.add_argument("--output_dir", type=_path, default=Path("out"), help="where the images go (default: out)")
+    sample.add_argument("--overwrite", action="store_true", help="replace the images of an earlier call there")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -94,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dataset",
         type=os.path.expanduser,
         default="digits",
-        help="what to compare with: digits, mnist5k, a Hub id, a folder of images, or statistics or samples (.npz)",
+        help="what to compare with: digits, mnist5k, a folder, a Hub id, or statistics or samples (.npz)",
     )
     evaluate.add_argument("--dataset_config_name", help="configuration of a data set that has several")
     evaluate.add_argument("--image_column", help="column of the images, where it cannot be guessed")
@@ -126,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dataset",
         type=os.path.expanduser,
         default="digits",
-        help="images to look at: digits, mnist5k, a Hub id or a folder",
+        help="images to look at: digits, mnist5k, a folder or a Hub id",
     )
     analyze.add_argument(
         "--num_images", type=number_type(int, COUNT), default=512, help="how many, held-out if there are (default: 512)"
@@ -137,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
     analyze.add_argument(
         "--batch_size", type=number_type(int, COUNT), default=64, help="images at a time (default: 64)"
     )
-    analyze.add_argument("--output_dir", type=_path, default=Path("out"), help="where to (default: out)")
+    analyze.add_argument("--output_dir", type=_path, default=Path("analysis"), help="where to (default: analysis)")
     analyze.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
 
     study = commands.add_parser(

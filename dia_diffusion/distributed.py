@@ -66,3 +66,9 @@ def find_device(name: str | None, state: PartialState) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return torch.device(name)
+
+
+def say(text: str) -> None:
+    """Prints on the main process of those that `accelerate` or `torchrun` launched."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)

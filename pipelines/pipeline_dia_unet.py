@@ -27,14 +27,24 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         unet ([`DIAUNet2DModel`]): Predicts noise, sample or velocity, as `scheduler.config.prediction_type` says. With
             labels and guidance, its last class embedding stands for "no class".
         scheduler ([`~diffusers.SchedulerMixin`]): Any diffusers scheduler for such a prediction.
+        id2label (`dict[int, str]`, *optional*): The name of each class by its number, as in `DiTPipeline`.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents",)
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, id2label: dict | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        if id2label is not None:
+            # JSON, in which it is saved, has no numbers for keys.
+            self.register_to_config(id2label={int(number): name for number, name in id2label.items()})
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes, in the order of their numbers. `None` where they are not known."""
+        names = self.config.get("id2label")
+        return None if names is None else [names[number] for number in sorted(names)]
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "DIAUNetPipeline":
@@ -201,8 +211,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         timesteps = self.scheduler.config.num_train_timesteps
         near = next(steps for steps in range(int(timesteps / stride), 0, -1) if timesteps % steps == 0)
         raise UsageError(
-            f"num_inference_steps {round(timesteps / stride)} does not fit {name}: {reason}. Take a number that divides "
-            f"{timesteps}, such as {near}, or another scheduler."
+            f"num_inference_steps {round(timesteps / stride)} does not fit {name}: {reason}. Take a number that "
+            f"divides {timesteps}, such as {near}, or another scheduler."
         )
 
     def _prepare_labels(self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int) -> Tensor | None:

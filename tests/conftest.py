@@ -5,6 +5,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small gain nothing from threads, and threads of several processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
+import datasets
 import pytest
 import torch
 
@@ -22,6 +25,8 @@ def seed():
 def cache(tmp_path_factory):
     """Tests neither see nor fill the user's cache."""
     os.environ["DIA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("data_sets"))
+    datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
 
 
 @pytest.fixture(scope="session")

@@ -42,12 +42,13 @@ def images_in(folder):
     return [np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))]
 
 
-def test_sample_writes_numbered_images_and_a_grid(model, tmp_path):
+def test_sample_writes_numbered_images_and_a_grid_beside_them(model, tmp_path):
     options = ["--steps", "2", "--num_images", "5", "--seed", "3"]
     assert main(["sample", model, *options, "--output_dir", str(tmp_path / "a")]) == 0
     assert main(["sample", model, *options, "--output_dir", str(tmp_path / "b"), "--batch_size", "2"]) == 0
-    expected = ["00000.png", "00001.png", "00002.png", "00003.png", "00004.png", "grid.png"]
+    expected = ["00000.png", "00001.png", "00002.png", "00003.png", "00004.png"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == expected
+    assert (tmp_path / "a.png").is_file()
     for one, other in zip(images_in(tmp_path / "a"), images_in(tmp_path / "b"), strict=True):
         assert one.shape == (8, 8)
         assert np.abs(one.astype(int) - other).max() <= 1
@@ -64,6 +65,38 @@ def test_sample_takes_a_class_and_a_scheduler(model, tmp_path):
         assert main(["sample", model, *options]) == 0
     pictures = {name: np.stack(images_in(tmp_path / name)).tobytes() for name in ("any", "four", "dpm", "guided")}
     assert len(set(pictures.values())) == 4
+
+
+def test_a_folder_of_samples_holds_those_of_one_call(model, tmp_path, capsys):
+    options = ["--steps", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(["sample", model, *options, "--num_images", "3"]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for more in ([], ["--overwrite", "--class_label", "12"], ["--overwrite", "--scheduler", "fast"]):
+        assert main(["sample", model, *options, "--num_images", "2", "--seed", "1", *more]) == 2
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert "holds 3 samples already" in capsys.readouterr().err
+    assert main(["sample", model, *options, "--num_images", "2", "--seed", "1", "--overwrite"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png"]
+    (tmp_path / "out" / "thesis.txt").write_text("")
+    assert main(["sample", model, *options, "--num_images", "1", "--overwrite"]) == 2
+    assert "holds something else than samples (thesis.txt)" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_class_goes_by_its_name_or_number(model, tmp_path, capsys):
+    pipeline = DIAUNetPipeline.from_pretrained(model)
+    names = {number: str(10 * number) if number < 3 else f"class {number}" for number in range(10)}
+    DIAUNetPipeline(pipeline.unet, pipeline.scheduler, names).save_pretrained(tmp_path / "named")
+    assert DIAUNetPipeline.from_pretrained(tmp_path / "named").class_names == list(names.values())
+    for label, number in (("class 4", 4), ("4", 4), ("10", 1), ("0", 0)):
+        options = ["--steps", "1", "--num_images", "1", "--output_dir", str(tmp_path / "out"), "--overwrite"]
+        assert main(["sample", str(tmp_path / "named"), *options, "--class_label", label]) == 0
+        assert f"of class {number} ({names[number]}) from" in capsys.readouterr().out
+        given = images_in(tmp_path / "out")[0]
+        assert main(["sample", model, *options, "--class_label", str(number)]) == 0
+        assert np.array_equal(images_in(tmp_path / "out")[0], given)
+    assert main(["sample", str(tmp_path / "named"), *options, "--class_label", "cat"]) == 2
+    assert "no class named 'cat'; its classes are: 0, 10, 20, class 3" in capsys.readouterr().err
 
 
 def lonely(tmp_path):

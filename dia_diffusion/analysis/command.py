@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..data import load_images, prepare_pixels
+from ..data import describe_images, load_dataset_splits, prepare_pixels
 from ..distributed import find_device, make_state
 from ..errors import UsageError
 from ..sampling import load_pipeline, make_scheduler
@@ -16,19 +16,31 @@ def analyze(options: argparse.Namespace) -> None:
     Raises:
         UsageError: for a model without attention maps, or options that cannot work.
     """
-    for name in ("num_images", "num_timesteps", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"{name} must be at least 1, but is {getattr(options, name)}.")
     pipeline = load_pipeline(options.model, device=find_device(options.device, make_state()))
     unet = pipeline.unet
     if getattr(unet, "dia", None) is None:
         raise UsageError(f"'{options.model}' has no attention maps: it was trained without DIA (dia_attention).")
-    train, held_out = load_images(options.dataset)
-    images = train if held_out is None else held_out
     if not isinstance(unet.config.sample_size, int):
         raise UsageError(f"only models of square images can be analyzed, not of {unet.config.sample_size}.")
+    names = getattr(pipeline, "class_names", None)
     with_labels = unet.config.num_class_embeds is not None
-    pixels = prepare_pixels(images, unet.config.sample_size, unet.config.in_channels, with_labels=with_labels)
+    train, held_out = load_dataset_splits(options.dataset, with_labels=with_labels)
+    pixels = prepare_pixels(
+        train if held_out is None else held_out,
+        unet.config.sample_size,
+        unet.config.in_channels,
+        with_labels=with_labels,
+        on_bad_image="skip",
+        trained=(names, range(len(names))) if with_labels and names else None,
+    )
+    if len(pixels) == 0:
+        raise UsageError(f"no image of '{options.dataset}' can be used: {'; '.join(pixels.left_out)}.")
+    if with_labels and pixels.labels.max() >= unet.config.num_class_embeds - 1:
+        raise UsageError(
+            f"'{options.dataset}' has {pixels.num_classes} classes; the model knows no more than "
+            f"{unet.config.num_class_embeds - 1}."
+        )
+    print(f"Images: {describe_images(pixels, options.dataset)} Device: {pipeline.device}.")
     scheduler = make_scheduler("ddpm", pipeline.scheduler.config)
     maps, timesteps = collect_maps(
         unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size

@@ -1,49 +1,142 @@
 """From image files to pixels, and from pixels to what a model sees and back."""
 
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
-import datasets
+import fsspec
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
-_DEEP_MODES = ("I", "I;16", "I;16B")
+_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 # Modes of Pillow that hold no colour.
-GREY_MODES = frozenset({"1", "L", "LA", "F", *_DEEP_MODES})
-# What Pillow's many decoders raise at a broken file, and this module at one that it cannot use.
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+GREY_MODES = frozenset({"1", "L", "LA", "La", "F", *_DEEP_MODES})
+# Pillow's many decoders raise anything at a broken file: struct.error, KeyError, zlib.error, MemoryError and more.
+UNREADABLE = (Exception,)
 DTYPES = {8: np.uint8, 16: np.uint16}
+# Formats whose 16-bit grey is known to be unsigned, and those whose "I" is such grey.
+_DEEP_FORMATS = {None, "PNG", "TIFF", "PPM", "JPEG2000"}
+_DEEP_IN_32_BITS = {"PNG", "PPM"}
+_MOST_PIXELS = 1 << 28
+# What undoes an orientation tag (Exif 2.32, 4.6.4).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def open_image(encoded: dict[str, Any] | None) -> Image.Image:
-    """Decodes a cell of an image column, as `datasets` stores it: `bytes` or a `path`.
+def open_header(encoded: dict[str, Any] | None) -> Image.Image:
+    """Opens a cell of an image column, as `datasets` stores it (`bytes` or a `path`), without decoding its pixels.
 
     Raises:
         One of `UNREADABLE`: if it cannot be read.
     """
-    if encoded is None:
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         raise ValueError("the cell is empty")
-    # Orientation tags are applied here as well.
-    return datasets.Image().decode_example(encoded)
+    if encoded["bytes"] is not None:
+        return Image.open(BytesIO(encoded["bytes"]))
+    if "://" in encoded["path"] and not Path(encoded["path"]).exists():
+        # Inside of an archive, as data sets of the Hub may have them.
+        with fsspec.open(encoded["path"], "rb") as file:
+            return Image.open(BytesIO(file.read()))
+    return Image.open(encoded["path"])
+
+
+def open_image(encoded: dict[str, Any] | None) -> Image.Image:
+    """As `open_header`, decoded and turned as its orientation tag says.
+
+    Raises:
+        One of `UNREADABLE`: if it cannot be read.
+    """
+    with open_header(encoded) as image:
+        layout = str(getattr(image, "tile", ""))
+        image.load()
+        image = _scale_to_mode(image, layout)
+    if image.mode == "I" and image.format not in _DEEP_IN_32_BITS:
+        raise ValueError("32-bit integer pixels have no known range; save the image with 8 or 16 bits")
+    if image.mode in _DEEP_MODES and image.format not in _DEEP_FORMATS:
+        raise ValueError(f"16-bit pixels of {image.format} have no known range; save the image as PNG")
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        # Broken metadata says nothing about the pixels.
+        turn = None
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.format = image.format
+    return turned
+
+
+def _scale_to_mode(image: Image.Image, layout: str) -> Image.Image:
+    """Brings to the range of its mode what Pillow leaves in that of the file.
+
+    Args:
+        image (`PIL.Image.Image`), layout (`str`): The image, and how its file held the pixels (`image.tile`).
+    """
+    key = image.info.get("transparency")
+    if "'L;2'" in layout and isinstance(key, int):
+        image.info["transparency"] = key * 85
+    elif "'L;4'" in layout and isinstance(key, int):
+        image.info["transparency"] = key * 17
+    elif "RGB;16" in layout and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    elif "'I;12'" in layout:
+        scaled = Image.fromarray((np.asarray(image).astype(np.uint32) * 65535 // 4095).astype(np.uint16))
+        scaled.format, scaled.info = image.format, image.info
+        return scaled
+    return image
+
+
+def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
+    """An image without transparency, composited on white where it had any, and whether it had."""
+    if not image.has_transparency_data:
+        return image, False
+    if image.mode in _DEEP_MODES:
+        pixels = np.asarray(image)
+        clear = pixels == image.info["transparency"]
+        white = Image.fromarray(np.where(clear, 65535, pixels).astype(np.uint16))
+        return white, bool(clear.any())
+    has_colour = image.mode not in GREY_MODES
+    # Pillow converts premultiplied grey to nothing else.
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    transparent = image.getchannel("A").getextrema()[0] < 255
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    return white.convert("RGB" if has_colour else "L"), transparent
 
 
 def image_to_pixels(image: Image.Image, resolution: int, channels: int, bits: int = 8) -> np.ndarray:
     """Pixels of one image: uint8 or uint16 of shape `(channels, H, W)`, of which the shorter side is `resolution`.
 
-    Sixteen-bit grey is scaled to eight bits, which Pillow's own conversion would clip; alpha is dropped; of an
-    animation the first picture counts.
+    Sixteen-bit grey is scaled to eight bits, which Pillow's own conversion would clip; what is transparent lies on
+    white; of an animation the first picture counts.
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save the image with 8 or 16 bits")
     short = min(image.size)
+    if short == 0:
+        raise ValueError("the image has no pixels")
     size = tuple(max(resolution, round(side * resolution / short)) for side in image.size)
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise ValueError(f"it is too long for its width: {size[0]}x{size[1]} pixels at resolution {resolution}")
+    image, _ = on_white(image)
     if image.mode in _DEEP_MODES:
         # Pillow resizes deep images only as floats.
         deep = Image.fromarray(np.asarray(image).astype(np.float32).clip(0, 65535))
         resized = np.asarray(deep.resize(size, Image.Resampling.BILINEAR) if size != image.size else deep)
         pixels = np.repeat(resized[None], channels, axis=0) / (1 if bits == 16 else 257)
         return np.rint(pixels).astype(DTYPES[bits])
+    if channels == 1 and image.mode == "LAB":
+        # Which Pillow converts to colour only.
+        image = image.convert("RGB")
     image = image.convert("L" if channels == 1 else "RGB")
     pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR) if size != image.size else image)
     pixels = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -51,7 +51,9 @@ def _split(pixels: np.ndarray, labels: np.ndarray) -> DatasetDict:
     return DatasetDict(
         {
             split: Dataset.from_dict(
-                {"image": [Image.fromarray(image) for image in pixels[rows]], "label": labels[rows]}, features
+                {"image": [Image.fromarray(image) for image in pixels[rows]], "label": labels[rows]},
+                features,
+                split=split,
             )
             for split, rows in (("train", np.sort(train)), ("test", np.sort(held_out)))
         }

@@ -111,6 +111,18 @@ def _name(pipeline: DiffusionPipeline) -> str:
     return pipeline.name_or_path or type(pipeline).__name__
 
 
+def find_class(pipeline: DiffusionPipeline, name: str) -> int:
+    """The number of a class from its name, or from its number where no class has that for its name."""
+    names = getattr(pipeline, "class_names", None) or []
+    if name in names:
+        return names.index(name)
+    try:
+        return int(name)
+    except ValueError:
+        known = f"its classes are: {', '.join(names[:50])}" if names else "it knows no names of classes; give a number"
+        raise UsageError(f"the model has no class named '{name}'; {known}.") from None
+
+
 def _check_unconditional(pipeline: DiffusionPipeline) -> None:
     name, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     if "batch_size" not in accepted:

@@ -10,8 +10,16 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..data import DIGITS, PixelDataset, load_dataset_splits, load_images, prepare_at_own_size, prepare_pixels
-from ..distributed import find_device, make_state
+from ..data import (
+    DIGITS,
+    PixelDataset,
+    describe_images,
+    load_all_images,
+    load_images,
+    prepare_at_own_size,
+    prepare_pixels,
+)
+from ..distributed import find_device, make_state, say
 from ..errors import UsageError
 from ..files import replace_text
 from ..sampling import check_sampling, load_pipeline, sample_batch
@@ -59,7 +67,7 @@ def score(options: argparse.Namespace) -> None:
         pixels = ArchiveImages(Path(options.what))
     elif _is_images(options.what):
         with state.main_process_first():
-            images = load_dataset_splits(train_data_dir=options.what)[0]
+            images = load_all_images(options.what)
             check_one_size(images)
             pixels = prepare_at_own_size(images)
     else:
@@ -89,6 +97,8 @@ def score(options: argparse.Namespace) -> None:
             generated = PipelineImages(
                 pipeline, options.num_images, options.steps, options.seed, options.guidance_scale, options.save_images
             )
+    for line in _what_is_used(options, pixels, reference, held_out, name, device):
+        say(line)
     scores = evaluate(generated, reference, extractor, metrics, held_out, options.batch_size, state)
     if scores is not None:
         _write(options, scores, generated, reference, extractor)
@@ -96,14 +106,36 @@ def score(options: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
+def _what_is_used(
+    options: argparse.Namespace,
+    pixels: PixelDataset | None,
+    reference: PixelDataset | Reference,
+    held_out: PixelDataset | None,
+    features: str,
+    device: object,
+) -> list[str]:
+    """What scoring says at its start."""
+    generated = f"{options.num_images:,} of '{options.what}', in {options.steps} steps, seed {options.seed}."
+    return [
+        f"Generated images: {generated if pixels is None else describe_images(pixels, options.what)}",
+        "Reference: "
+        + (
+            describe_images(reference, options.dataset)
+            if isinstance(reference, PixelDataset)
+            else f"the statistics in '{options.dataset}'."
+        ),
+        f"Held-out images: {'none.' if held_out is None else describe_images(held_out, options.dataset)}",
+        f"Features: {features}. Device: {device}.",
+    ]
+
+
 def _parse_metrics(text: str | None, default: Sequence[str]) -> list[str]:
     return list(default) if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _is_images(what: str) -> bool:
-    return what.endswith(ARCHIVE) or (
-        Path(what).is_dir() and not (Path(what) / DiffusionPipeline.config_name).is_file()
-    )
+    folder = Path(what).expanduser()
+    return what.endswith(ARCHIVE) or (folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file())
 
 
 def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from ..data import EMBEDDED
 from ..scoring import format_scores
 from .options import DataOptions
 
+_MOST_CLASSES = 100
 _SCORE_NAMES = {"fid": "Frechet distance", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}
 
 
@@ -24,6 +25,7 @@ def write_model_card(
     init_from: str | None = None,
     license: str | None = None,
     hub_id: str | None = None,
+    class_names: list[str] | None = None,
 ) -> None:
     """Writes `folder/README.md` of a finished run.
 
@@ -34,6 +36,7 @@ def write_model_card(
         init_from (`str`, *optional*): The model that it started from.
         license (`str`, *optional*): An identifier of the Hub.
         hub_id (`str`, *optional*): The repository on the Hub that the folder is for.
+        class_names (`list[str]`, *optional*): The classes that the model knows, in the order of their numbers.
     """
     data, on_hub = _data_name(options)
     scores = figures.get("features") is not None
@@ -47,7 +50,7 @@ A diffusion UNet with shared attention (DIA, [arXiv 2210.16101](https://arxiv.or
 `{data}` at {options.resolution}x{options.resolution} pixels for {figures["step"]:,} steps of
 {figures["global_batch_size"]} images. {parameters:,} parameters, of which attention {attention:,}
 (`{unet.config.dia_attention}`, sharing `{unet.config.dia_sharing}`).
-
+{_classes(class_names)}
 ![samples](samples.png)
 
 ## Use
@@ -104,6 +107,14 @@ def launch_command(secret: str | None = None) -> str:
     """The command line of this process, without what is secret in it."""
     command = shlex.join(["accelerate", "launch", *sys.argv])
     return command if secret is None else command.replace(secret, "TOKEN")
+
+
+def _classes(names: list[str] | None) -> str:
+    if names is None:
+        return ""
+    shown = ", ".join(f"{number} {name}" for number, name in enumerate(names[:_MOST_CLASSES]))
+    more = "; the others are in `model_index.json`" if names[_MOST_CLASSES:] else ""
+    return f"\nClass-conditional, with {len(names)} classes (`pipeline.class_names`): {shown}{more}.\n"
 
 
 def _data_name(options: DataOptions) -> tuple[str, bool]:

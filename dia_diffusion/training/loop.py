@@ -13,18 +13,19 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from ..data import PixelDataset
 from ..errors import NotFiniteError
 from ..process import Interrupted, catch_interrupts
 from .accelerator import Meetings, check_same_start, make_accelerator
 from .architecture import build_unet
-from .batches import Batch, BatchPlan, load_pixels, make_loader, prepare_batches
+from .batches import Batch, BatchPlan, describe_data, load_pixels, make_loader, prepare_batches
 from .card import launch_command, write_model_card
 from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint
 from .checks import check_results
 from .folder import claim, leave_branch, prepare_output_dir
 from .log import METRICS_LOG, RunLog
 from .objective import diffusion_loss, make_noise_scheduler
-from .options import TrainingConfig
+from .options import DataOptions, TrainingConfig
 from .parsing import CONFIG, save_config
 from .publishing import make_hub_repository, push_run
 from .results import RunResults
@@ -65,6 +66,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     scheduler = make_noise_scheduler(objective)
     with accelerator.main_process_first():
         data, held_out = load_pixels(config.data)
+    accelerator.print(f"{describe_data(config.data, data, held_out)}\nDevice: {device}.")
     check_results(output, scheduler, data, held_out)
     plan = BatchPlan(
         optimisation.train_batch_size,
@@ -86,7 +88,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     path = find_checkpoint(output, total_steps)
     start, pending = 0, []
     if path is not None:
-        checkpoint = load_to_resume(path, record, total_steps)
+        checkpoint = load_to_resume(path, record, total_steps, _digest_without_labels(data, config.data))
         training.restore(checkpoint)
         start, pending = checkpoint.state["step"], checkpoint.state["pending_losses"]
     check_same_start(accelerator, start)
@@ -138,11 +140,20 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     if main:
         figures = results.finish(total_steps, plan.images)
         command, start_from = launch_command(output.hub_token), config.model.init_from
-        write_model_card(folder, unet, figures, command, config.data, start_from, output.license, hub_id)
+        names = data.class_names
+        write_model_card(folder, unet, figures, command, config.data, start_from, output.license, hub_id, names)
         if hub_id is not None:
             push_run(output, hub_id)
     accelerator.wait_for_everyone()
     return figures
+
+
+def _digest_without_labels(data: PixelDataset, options: DataOptions) -> str | None:
+    """As a version knew the data that numbered folders in the order of their names as text, 10 before 2."""
+    names = data.class_names or []
+    renumbered = sorted(names) != names and all(map(str.isdecimal, names))
+    in_folders = Path(options.dataset_name or options.train_data_dir).is_dir()
+    return None if renumbered and in_folders else data.digest(with_labels=False)
 
 
 def accumulate_gradients(

@@ -1,5 +1,7 @@
 """The training objective, and the randomness of a step as a function of the seed and the step."""
 
+import itertools
+import math
 from typing import NamedTuple
 
 import torch
@@ -93,27 +95,37 @@ def diffusion_loss(
 def held_out_loss(
     unet: nn.Module, scheduler: DDPMScheduler, dataset: PixelDataset, batch_size: int, limit: int = 1024, draws: int = 1
 ) -> float:
-    """The loss on the first `limit` held-out images, with noise and timesteps that are the same each time.
+    """The loss on up to `limit` held-out images, with noise and timesteps that are the same each time.
 
-    Each image is taken `draws` times. The timesteps are spread evenly over the schedule, so that their choice adds no
+    The images are spread evenly over the data set, which may be sorted by class. Each image
+    is taken `draws` times. The timesteps are spread evenly over the schedule, so that their choice adds no
     variance.
     """
     device = next(unet.parameters()).device
     training = unet.training
     unet.eval()
     count = min(limit, len(dataset))
+    rows = [number * len(dataset) // count for number in range(count)]
+    stride = _shuffling_stride(count * draws)
     shape = (count, dataset.channels, dataset.resolution, dataset.resolution)
     total = 0.0
     for draw in range(draws):
         all_noise = torch.randn(shape, generator=torch.Generator().manual_seed(step_seed(0, draw)))
         for start in range(0, count, batch_size):
-            batch = dataset.fetch(range(start, min(start + batch_size, count)))
+            batch = dataset.fetch(rows[start : start + batch_size])
             images = to_unit_range(batch["images"]).to(device)
             labels = batch["labels"].to(device) if "labels" in batch else None
             noise = all_noise[start : start + len(images)].to(device)
-            # A stride coprime to the number of draws shuffles the timesteps over the images.
-            order = (torch.arange(start, start + len(images)) + draw * count) * 7919 % (count * draws)
+            order = (torch.arange(start, start + len(images)) + draw * count) * stride % (count * draws)
             timesteps = ((order + 0.5) / (count * draws) * scheduler.config.num_train_timesteps).long().to(device)
             total += diffusion_loss(unet, scheduler, images, noise, timesteps, labels).item() * len(images)
     unet.train(training)
     return total / (count * draws)
+
+
+def _shuffling_stride(size: int) -> int:
+    """A stride that visits all of `size` places before it comes back, and does not take neighbours to neighbours."""
+    for stride in itertools.count(7919):
+        step = min(stride % size, -stride % size)
+        if math.gcd(stride, size) == 1 and (8 * step >= size or size == 1):
+            return stride

@@ -128,7 +128,7 @@ class RunResults:
         return evaluate(images, self.data, extractor.to(device), metrics, held_out, options.eval_batch_size)
 
     def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:
-        return DIAUNetPipeline(unet, make_scheduler(DEFAULT_SCHEDULER, self.scheduler.config))
+        return DIAUNetPipeline(unet, make_scheduler(DEFAULT_SCHEDULER, self.scheduler.config), self.data.id2label)
 
     def _sample_grid(self, pipeline: DIAUNetPipeline) -> Image:
         count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps

@@ -72,20 +72,25 @@ def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
     return None
 
 
-def load_to_resume(path: Path, record: dict[str, Any], total_steps: int) -> Checkpoint:
+def load_to_resume(
+    path: Path, record: dict[str, Any], total_steps: int, digest_without_labels: str | None = None
+) -> Checkpoint:
     """Reads the checkpoint that a run goes on from, and makes sure that it is one of this experiment.
 
     Args:
         path (`Path`): Its place.
         record (`dict`): What the checkpoints of the run that is about to start will say of it.
         total_steps (`int`): The end of the run.
+        digest_without_labels (`str`, *optional*): What an earlier version would have said of its data.
 
     Raises:
         UsageError: if the checkpoint is damaged, belongs to another experiment, or lies beyond the end of the run.
     """
     checkpoint = load_checkpoint(path)
-    check_same_experiment(checkpoint.state["config"], record)
-    step = checkpoint.state["step"]
+    before, step = checkpoint.state["config"], checkpoint.state["step"]
+    if before.get("data_digest") == digest_without_labels is not None:
+        before = before | {"data_digest": record.get("data_digest")}
+    check_same_experiment(before, record)
     if step > total_steps:
         raise UsageError(
             f"'{path}' is of step {step}, and the run is to end at step {total_steps}: give a larger "

@@ -124,7 +124,7 @@ def test_crops(tmp_path):
     assert len({image.numpy().tobytes() for image in moving}) > 3
 
 
-def test_a_broken_image_is_named_or_skipped(tmp_path, capsys):
+def test_a_broken_image_is_named_or_skipped(tmp_path):
     root = folder_of(tmp_path / "broken", {f"{i}.png": Image.fromarray(picture(seed=i)) for i in range(4)})
     data = (root / "1.png").read_bytes()
     (root / "1.png").write_bytes(data[: len(data) // 2])
@@ -134,7 +134,7 @@ def test_a_broken_image_is_named_or_skipped(tmp_path, capsys):
         prepare_pixels(train, 8)
     pixels = prepare_pixels(train, 8, on_bad_image="skip")
     assert len(pixels) == 2
-    assert "2 of 4 images could not be read" in capsys.readouterr().out
+    assert "2 of 4 images could not be read" in pixels.left_out[0]
 
 
 def test_prepared_pixels_are_found_again_and_follow_the_data(tmp_path):
@@ -177,7 +177,7 @@ import hashlib, sys
 from dia_diffusion.data import load_dataset_splits
 from dia_diffusion.data import prepare_pixels
 train, _ = load_dataset_splits(train_data_dir=sys.argv[1], cache_dir=sys.argv[2])
-pixels = prepare_pixels(train, 64)
+pixels = prepare_pixels(train, 64, cache_dir=sys.argv[2])
 digest = hashlib.sha256(pixels.numbered(range(len(pixels))).numpy().tobytes())
 print(len(pixels), digest.hexdigest(), pixels.rows.cache_files[0]["filename"])
 """

@@ -1,15 +1,18 @@
 """The objective against its formulas, and the randomness of a step."""
 
+import datasets
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from PIL import Image
 from torch import nn
 
-from dia_diffusion.data import prepare_pixels, to_unit_range
+from dia_diffusion.data import PixelDataset, prepare_pixels, to_unit_range
 from dia_diffusion.data.embedded import load_digits_dataset
 from dia_diffusion.randomness import step_seed
 from dia_diffusion.training import diffusion_loss, draw_step, held_out_loss
+from dia_diffusion.training.objective import _shuffling_stride
 
 
 class Constant(nn.Module):
@@ -112,7 +115,7 @@ def test_held_out_loss_is_the_same_each_time_and_for_each_batch_size():
 
 def test_held_out_loss_with_several_draws_spreads_the_timesteps_of_each_image():
     data = prepare_pixels(load_digits_dataset()["test"], 8)
-    images = to_unit_range(data.fetch(range(10))["images"])
+    images = to_unit_range(data.fetch(range(0, 360, 36))["images"])
     seen = []
 
     class Recording(nn.Module):
@@ -136,3 +139,54 @@ def test_held_out_loss_with_several_draws_spreads_the_timesteps_of_each_image():
     noise = (noisy - signal.sqrt() * images) / (1 - signal).sqrt()
     assert loss == pytest.approx(noise.square().mean().item(), rel=1e-4)
     assert not torch.allclose(noise[0], noise[1], atol=0.1)
+
+
+def class_sorted(count):
+    """Images that say which they are."""
+    images = [Image.new("L", (2, 2), number % 256) for number in range(count)]
+    return prepare_pixels(datasets.Dataset.from_dict({"image": images}, datasets.Features(image=datasets.Image())), 2)
+
+
+def record_held_out_loss(data, **options):
+    """The images that the model was shown, by the noise that was taken off again, and the timesteps."""
+    seen = []
+
+    class Recording(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, sample, timestep, class_labels=None):
+            seen.append(timestep)
+            return UNet2DOutput(sample=torch.zeros_like(sample))
+
+    held_out_loss(Recording(), DDPMScheduler(), data, batch_size=64, **options)
+    return torch.cat(seen)
+
+
+def test_held_out_loss_is_spread_over_the_images(monkeypatch):
+    data = class_sorted(100)
+    fetched = []
+    fetch = data.fetch
+    monkeypatch.setattr(data, "fetch", lambda rows: fetched.extend(rows) or fetch(rows))
+    record_held_out_loss(data, limit=20)
+    assert fetched == list(range(0, 100, 5))
+    fetched.clear()
+    record_held_out_loss(data, limit=100)
+    assert fetched == list(range(100))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 360, 3959, 7918, 7919, 15838])
+def test_the_timesteps_of_the_held_out_loss_are_spread_for_any_number_of_images(count):
+    places = torch.arange(count) * _shuffling_stride(count) % count
+    assert sorted(places.tolist()) == list(range(count))
+    if count >= 360:
+        # Also within any part of the images, such as those of a class.
+        part = places[: count // 4].float() / count
+        assert abs(part.mean() - 0.5) < 0.1
+        assert part.std() > 0.2
+
+
+def test_as_many_images_as_the_stride_are_noised_to_all_timesteps():
+    data = PixelDataset(class_sorted(1).prepared.select([0] * 7919), 2, 1)
+    assert len(record_held_out_loss(data, limit=7919).unique()) == 1000

@@ -1,0 +1,197 @@
+"""From a data set to rows of pixels.
+
+Decoding and resizing happen once. `datasets` keeps the result in its cache as a memory-mapped file, keyed by the
+contents of the data and the preprocessing, so that it may be larger than memory and a later run finds it ready.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+
+from ..errors import UsageError
+from .columns import find_image_column, find_label_column
+from .contents import hash_files
+from .decoding import DTYPES, GREY_MODES, UNREADABLE, image_to_pixels, on_white, open_header, open_image
+from .labels import read_labels
+from .pixels import PixelDataset
+
+# Part of the cache key: raise it whenever the same image would give other pixels.
+_PREPROCESSING_VERSION = 2
+# Of prepared images: their pixels, and what their files were.
+_FEATURES = datasets.Features(
+    pixels=datasets.Value("large_binary"),
+    width=datasets.Value("int32"),
+    height=datasets.Value("int32"),
+    label=datasets.Value("int64"),
+    kind=datasets.Value("string"),
+    file_width=datasets.Value("int32"),
+    file_height=datasets.Value("int32"),
+    transparent=datasets.Value("bool"),
+)
+
+
+def prepare_pixels(
+    dataset: Dataset,
+    resolution: int,
+    channels: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    with_labels: bool = False,
+    on_bad_image: str = "error",
+    bits: int = 8,
+    trained: tuple[Sequence[str], Sequence[int]] | None = None,
+    cache_dir: str | None = None,
+) -> PixelDataset:
+    """Decodes every image of a data set once: the shorter side becomes `resolution` pixels, the rest stays to crop.
+
+    Args:
+        dataset (`datasets.Dataset`): Data with a column of images.
+        resolution (`int`): Pixels of the shorter side; resized bilinearly with antialiasing, as Pillow does it.
+        channels (`int`, *optional*): 1 or 3; by default 3 as soon as one of the images has colour.
+        image_column, label_column (`str`, *optional*): Names of columns, where they cannot be guessed.
+        with_labels (`bool`, *optional*, defaults to `False`): Whether to keep the labels.
+        on_bad_image (`str`, *optional*, defaults to `"error"`):
+            `error` stops at a broken image or one without a label, `skip` leaves it out.
+        bits (`int`, *optional*, defaults to 8): 16 keeps the precision of images that have 16 bits for a pixel.
+        trained (`tuple`, *optional*):
+            The class names that a model knows and the numbers of those that it was trained on: images have the
+            numbers that it knows their classes by, and others are left out.
+        cache_dir (`str`, *optional*): Where prepared images are kept; by default in the cache of `datasets`.
+    """
+    if resolution < 1:
+        raise UsageError(f"resolution must be at least 1, but is {resolution}.")
+    if channels not in (None, 1, 3):
+        raise UsageError(f"channels must be 1 (grey) or 3 (colour), but is {channels}.")
+    if on_bad_image not in ("error", "skip"):
+        raise UsageError(f"on_bad_image must be 'error' or 'skip', but is '{on_bad_image}'.")
+    image_column = find_image_column(dataset, image_column)
+    label_column = find_label_column(dataset, label_column) if with_labels else None
+    raw = dataset.select_columns([image_column] + ([label_column] if label_column else []))
+    raw = raw.cast_column(image_column, datasets.Image(decode=False))
+    settings = {
+        "resolution": resolution,
+        "channels": channels,
+        "image_column": image_column,
+        "label_column": label_column,
+        "on_bad_image": on_bad_image,
+        "bits": bits,
+    }
+    content = hash_files(_files_of(raw, image_column))
+    name = Hasher.hash((dataset._fingerprint, content, (*settings.values(), _PREPROCESSING_VERSION)))
+    place = _cache_file(cache_dir, name)
+    if channels is None and not (place and place.exists()):
+        channels = settings["channels"] = _count_channels(raw, image_column)
+    rows = raw.map(
+        _decode_batch,
+        batched=True,
+        batch_size=100,
+        with_indices=True,
+        remove_columns=raw.column_names,
+        features=_FEATURES,
+        fn_kwargs=settings,
+        new_fingerprint=name,
+        cache_file_name=str(place) if place else None,
+        desc="Preparing images",
+    )
+    left_out = []
+    if len(rows) < len(raw):
+        left_out.append(f"{len(raw) - len(rows)} of {len(raw)} images could not be read and were left out")
+    labels, class_names = None, None
+    if label_column:
+        labels, class_names = read_labels(rows, dataset.features[label_column], trained)
+        known = labels >= 0
+        if not known.all():
+            why = f"{np.sum(~known)} of {len(known)} images have no label in column '{label_column}' (empty or below 0)"
+            if trained is not None:
+                why += " or one that no training image has"
+            elif on_bad_image == "error":
+                raise UsageError(f"{why}: leave such images out with --on_bad_image skip.")
+            left_out.append(f"{why}, and were left out")
+            rows, labels = rows.select(np.flatnonzero(known)), labels[known]
+    if len(rows) == 0 and trained is None:
+        raise UsageError(f"no image could be used: {'; '.join(left_out) or 'the data set is empty'}.")
+    if channels is None:
+        first = rows[0]
+        channels = len(first["pixels"]) // (first["width"] * first["height"] * np.dtype(DTYPES[bits]).itemsize)
+    return PixelDataset(rows, resolution, channels, labels, class_names, bits, left_out)
+
+
+def prepare_at_own_size(dataset: Dataset) -> PixelDataset:
+    """Images as `prepare_pixels` makes them, at the size of the first: generated images all have one size."""
+    column = find_image_column(dataset)
+    try:
+        with open_image(dataset.cast_column(column, datasets.Image(decode=False))[0][column]) as image:
+            resolution = min(image.size)
+    except UNREADABLE as error:
+        raise UsageError(f"the first image cannot be read: {error}.") from error
+    return prepare_pixels(dataset, resolution, image_column=column)
+
+
+def _cache_file(cache_dir: str | None, name: str) -> Path | None:
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "dia_pixels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        # `datasets` keeps it for this process then.
+        return None
+    return folder / f"{name}.arrow"
+
+
+def _files_of(raw: Dataset, image_column: str) -> list[str]:
+    """The files that the data set points to, where it does not hold the images themselves."""
+    files = []
+    for chunk in raw.data.column(image_column).chunks:
+        outside = pc.is_null(pc.struct_field(chunk, "bytes"))
+        files += pc.drop_null(pc.struct_field(chunk, "path").filter(outside)).to_pylist()
+    # What lies in archives came from the Hub, and does not change.
+    return [path for path in files if "://" not in path or Path(path).exists()]
+
+
+def _count_channels(raw: Dataset, image_column: str) -> int:
+    # Headers say which mode an image has, and the first one of colour decides.
+    for row in raw:
+        try:
+            with open_header(row[image_column]) as image:
+                if image.mode not in GREY_MODES:
+                    return 3
+        except UNREADABLE:
+            continue
+    return 1
+
+
+def _decode_batch(
+    batch: dict[str, list],
+    indices: list[int],
+    image_column: str,
+    label_column: str | None,
+    resolution: int,
+    channels: int,
+    bits: int,
+    on_bad_image: str,
+) -> dict[str, list]:
+    out: dict[str, list] = {name: [] for name in _FEATURES}
+    for position, (index, encoded) in enumerate(zip(indices, batch[image_column], strict=True)):
+        try:
+            with open_image(encoded) as image:
+                about = f"{image.format or 'unknown'} {image.mode}", *image.size
+                opaque, transparent = on_white(image)
+                pixels = image_to_pixels(opaque, resolution, channels, bits)
+        except UNREADABLE as error:
+            if on_bad_image == "skip":
+                continue
+            name = f"'{encoded['path']}'" if encoded and encoded.get("path") else "image"
+            reason = str(error) or type(error).__name__
+            raise UsageError(
+                f"{name} (number {index} of the data set) cannot be read: {reason}. "
+                "Repair or remove it, or leave out such images with --on_bad_image skip."
+            ) from error
+        label = batch[label_column][position] if label_column else None
+        values = (pixels.tobytes(), pixels.shape[2], pixels.shape[1], -1 if label is None else label)
+        for name, value in zip(_FEATURES, (*values, *about, transparent), strict=True):
+            out[name].append(value)
+    return out

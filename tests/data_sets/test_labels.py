@@ -1,0 +1,82 @@
+"""Classes keep their names and numbers; images without one are left out, or named."""
+
+import datasets
+import pytest
+from PIL import Image
+
+from dia_diffusion.data import describe_images, prepare_pixels
+from dia_diffusion.errors import UsageError
+from dia_diffusion.training import DataOptions, load_pixels
+
+
+def rows(labels, names=None):
+    kind = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    images = [Image.new("L", (4, 4), number) for number in range(len(labels))]
+    features = datasets.Features(image=datasets.Image(), label=kind)
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features)
+
+
+@pytest.mark.parametrize("missing", [-1, None])
+def test_training_images_without_a_label_are_refused_or_left_out(missing):
+    for data in (rows([0, 1, missing, 1]), rows([0, 1, missing, 1], ["a", "b"])):
+        with pytest.raises(UsageError, match=r"1 of 4 images have no label.*--on_bad_image skip"):
+            prepare_pixels(data, 4, with_labels=True)
+        pixels = prepare_pixels(data, 4, with_labels=True, on_bad_image="skip")
+        assert pixels.labels.tolist() == [0, 1, 1]
+        batch = pixels.fetch([0, 1, 2])
+        assert (batch["labels"].tolist(), batch["images"][:, 0, 0, 0].tolist()) == ([0, 1, 1], [0, 1, 3])
+        assert "1 of 4 images have no label" in describe_images(pixels, "data")
+
+
+def save(folder, **splits):
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return DataOptions(dataset_name=str(folder), resolution=4, class_conditional=True)
+
+
+@pytest.mark.parametrize("labels", [[-1] * 3, [None] * 3])
+def test_a_split_without_labels_gives_way_to_one_with_them(tmp_path, capsys, labels):
+    splits = {"train": rows([0, 1]), "test": rows(labels)}
+    _, held_out = load_pixels(save(tmp_path / "a", **splits))
+    assert held_out is None
+    assert "3 images of split 'test' (held-out images need labels)" in capsys.readouterr().out
+    _, held_out = load_pixels(save(tmp_path / "b", **splits, validation=rows([1])))
+    assert (len(held_out), str(held_out.prepared.split)) == (1, "validation")
+    # Without classes labels do not matter.
+    options = save(tmp_path / "c", **splits)
+    options.class_conditional = False
+    assert len(load_pixels(options)[1]) == 3
+
+
+def test_held_out_labels_that_training_never_saw_are_left_out(tmp_path, capsys):
+    data, held_out = load_pixels(save(tmp_path / "a", train=rows([0, 1, 3]), test=rows([3, 2, 7, None, 1])))
+    assert (data.num_classes, held_out.labels.tolist()) == (4, [3, 1])
+    assert held_out.fetch([0, 1])["images"][:, 0, 0, 0].tolist() == [0, 4]
+    assert "3 of 5 images" in held_out.left_out[0]
+    # Names count, and not the numbers that another split has for them.
+    train, test = rows([0, 1], ["cat", "dog"]), rows([0, 1, 2], ["ant", "cat", "dog"])
+    _, held_out = load_pixels(save(tmp_path / "b", train=train, test=test))
+    assert (held_out.labels.tolist(), held_out.class_names) == ([0, 1], ["cat", "dog"])
+    assert load_pixels(save(tmp_path / "c", train=rows([0, 1]), test=rows([5, 6])))[1] is None
+    assert "No images are held out: 2 of 2 images" in capsys.readouterr().out
+
+
+def test_the_digest_follows_the_labels_and_is_what_it_was_without_them():
+    data = [prepare_pixels(rows(labels), 4, with_labels=True) for labels in ([0, 1, 1], [1, 0, 1], [0, 1, 1])]
+    assert data[0].digest() == data[2].digest() != data[1].digest()
+    assert data[0].digest(with_labels=False) == data[1].digest(with_labels=False)
+    plain = prepare_pixels(rows([0, 1, 1]), 4)
+    assert plain.digest() == plain.digest(with_labels=False) == data[1].digest(with_classes=False)
+
+
+def test_numbers_that_are_no_classes_are_refused():
+    with pytest.raises(UsageError, match="labels go up to 2000000000"):
+        prepare_pixels(rows([0, 2_000_000_000]), 4, with_labels=True)
+
+
+def test_what_a_command_says_about_images():
+    images = [Image.new("L", (4, 6), 1), Image.new("RGBA", (8, 4), (0, 0, 0, 0))]
+    data = datasets.Dataset.from_dict({"image": images}, datasets.Features(image=datasets.Image()), split="test")
+    assert describe_images(prepare_pixels(data, 4), "icons") == (
+        "2 images of 'icons', split test: from 4x4 to 8x6 pixels, 1 PNG L, 1 PNG RGBA; taken as 4x4 in colour; "
+        "1 of them are transparent: they lie on white."
+    )
