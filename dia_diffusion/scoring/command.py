@@ -117,16 +117,20 @@ def _what_is_used(
     """What scoring says at its start."""
     generated = f"{options.num_images:,} of '{options.what}', in {options.steps} steps, seed {options.seed}."
     return [
-        f"Generated images: {generated if pixels is None else describe_images(pixels, options.what)}",
-        "Reference: "
-        + (
-            describe_images(reference, options.dataset)
-            if isinstance(reference, PixelDataset)
-            else f"the statistics in '{options.dataset}'."
-        ),
+        f"Generated images: {generated if pixels is None else _describe(pixels, options.what)}",
+        f"Reference: {_describe(reference, options.dataset)}",
         f"Held-out images: {'none.' if held_out is None else describe_images(held_out, options.dataset)}",
         f"Features: {features}. Device: {device}.",
     ]
+
+
+def _describe(images: PixelDataset | ArchiveImages | Reference, name: str) -> str:
+    if isinstance(images, PixelDataset):
+        return describe_images(images, name)
+    if isinstance(images, Reference):
+        return f"the statistics in '{name}'."
+    kind = "colour" if images.channels == 3 else "grey"
+    return f"{len(images):,} samples in '{name}', {kind}, {images.resolution} pixels on the shorter side."
 
 
 def _parse_metrics(text: str | None, default: Sequence[str]) -> list[str]:

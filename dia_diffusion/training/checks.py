@@ -17,16 +17,13 @@ def check_results(
     Raises:
         UsageError: for what would fail when the run is trained.
     """
-    steps, trained = options.ddpm_num_inference_steps, scheduler.config.num_train_timesteps
-    if steps > trained:
-        raise UsageError(
-            f"ddpm_num_inference_steps is {steps}, but the noise schedule has ddpm_num_steps {trained} only: samples "
-            "cannot have more steps."
-        )
+    steps, sampler = options.ddpm_num_inference_steps, make_scheduler(DEFAULT_SCHEDULER, scheduler.config)
     try:
-        make_scheduler(DEFAULT_SCHEDULER, scheduler.config).set_timesteps(steps)
+        sampler.set_timesteps(steps)
     except (IndexError, ValueError) as error:
         raise UsageError(f"ddpm_num_inference_steps {steps} does not fit the noise schedule: {error}.") from error
+    if sampler.timesteps.min() < 0:
+        raise UsageError(f"ddpm_num_inference_steps {steps} goes below the last timestep by rounding: take one less.")
     if options.score_features is None:
         return
     counts = {"score_num_images": options.score_num_images}

@@ -28,7 +28,11 @@ def test_steps_that_there_are_not_are_refused_before_the_work(tmp_path, capsys, 
             "sample": ["--output_dir", str(tmp_path / "out")],
             "evaluate": ["--save_images", str(tmp_path / "out")],
         }
-        assert main([command, model, "--steps", steps, *place[command]]) == 2
+        try:
+            status = main([command, model, "--steps", steps, *place[command]])
+        except SystemExit as end:
+            status = end.code
+        assert status == 2
         assert f"is {steps}." in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 

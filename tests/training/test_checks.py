@@ -26,7 +26,11 @@ def fresh_accelerator():
     [
         ({**SCORED, "score_num_images": 1}, "score_num_images must be at least 2"),
         ({**SCORED, "eval_steps": 2, "eval_num_images": 1}, "eval_num_images must be at least 2"),
-        ({"ddpm_num_steps": 20, "ddpm_num_inference_steps": 21}, "ddpm_num_inference_steps is 21"),
+        (
+            {"ddpm_num_steps": 20, "ddpm_num_inference_steps": 21},
+            "ddpm_num_inference_steps 21 is more than ddpm_num_steps 20",
+        ),
+        ({"ddpm_num_steps": 1000, "ddpm_num_inference_steps": 61}, "ddpm_num_inference_steps 61 goes below"),
         ({"logging_dir": "taken"}, "--logger tensorboard cannot start"),
     ],
 )

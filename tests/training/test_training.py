@@ -124,7 +124,7 @@ def test_training_goes_on_from_a_unet_and_may_train_dia_alone(undisturbed, tmp_p
     # A model that goes on at another resolution is then sampled at that one.
     run(tmp_path / "larger", init_from=str(folder), resolution=16, class_conditional=True)
     assert DIAUNetPipeline.from_pretrained(tmp_path / "larger").unet.config.sample_size == 16
-    with pytest.raises(UsageError, match="--dia_attention se does not fit the loaded model, which has lstm"):
+    with pytest.raises(UsageError, match="dia_attention se does not fit the loaded model, which has lstm"):
         run(tmp_path / "other", init_from=str(folder), dia_attention="se", class_conditional=True)
     with pytest.raises(UsageError, match="the UNet has 11 class embeddings, but the data needs None"):
         run(tmp_path / "other", init_from=str(folder))
