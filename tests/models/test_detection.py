@@ -119,14 +119,14 @@ def test_what_is_attached_is_trained(detector, arguments):
     attach(model, init="paper", **arguments)
     assert without_gradient(model) == []
     before = copy.deepcopy(model.dia.state_dict())
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(25):
         losses.append(model(**inputs()).loss)
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.97 * losses[0]
     assert all(not torch.equal(before[name], value) for name, value in model.dia.named_parameters())
 
 

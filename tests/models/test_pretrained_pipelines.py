@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import peft
 import pytest
 import torch
 from backbones import CONDITION, SDXL, TRANSFORMER, noise, strong
@@ -181,7 +182,6 @@ def test_two_attentions_in_one_pipeline_work_together():
 @pytest.mark.parametrize("make", [stable_diffusion, dit], ids=["Stable Diffusion", "DiT"])
 def test_lora_beside_it_in_both_orders(make):
     """Adapters wrap layers of the attention, in DiT also those whose outputs are the branches, and convolutions."""
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=2, target_modules=["to_q", "to_out.0", "conv2", "net.2"], init_lora_weights=False, lora_alpha=8
     )
@@ -221,7 +221,6 @@ def test_lora_beside_it_in_both_orders(make):
 
 
 def test_lora_comes_off_again_and_the_gates_stay():
-    peft = pytest.importorskip("peft")
     pipeline, inputs = dit()
     open_gates_of(pipeline.transformer)
     expected = images(pipeline, inputs)
