@@ -11,7 +11,7 @@ BENCHMARKS := startup attention_cost training_throughput peer_training sampling 
 # What accelerate would otherwise assume, with a warning for each.
 ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test lint benchmark peers clean
+.PHONY: demo test lint benchmark peers test-peers clean
 
 demo: $(READY)
 	@test -f $(DEMO)/metrics.json || $(BIN)/accelerate launch $(ONE_PROCESS) train_unet.py --resume_from_checkpoint latest
@@ -30,10 +30,15 @@ benchmark: demo
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 	@$(BIN)/python benchmarks/table.py
 
-# An environment of its own for the trainer that ours is compared with: torchvision needs a CUDA build of torch (4 GiB).
+# An environment of its own for the trainer that ours is compared with, and for the ResNets of torchvision and timm:
+# torchvision needs a CUDA build of torch (4 GiB).
 peers:
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+
+# Without the settings of the other tests, which need more than torch and diffusers.
+test-peers: peers
+	$(PEERS)/bin/python -m pytest --noconftest tests/models/test_torchvision_resnets.py
 
 # The marker is written last, so that an installation that was cut off starts again.
 $(READY): pyproject.toml constraints.txt

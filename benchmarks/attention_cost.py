@@ -4,7 +4,9 @@ DIA is compared with the same model without attention, with SE in each block, wi
 fused residual block, and with diffusers' UNet2DModel, whose residual block adds and divides in two passes more. Ratios
 are of times, so 1.03 is 3% slower; the models take turns.
 
-    python benchmarks/attention_cost.py [--rounds N] [--output RESULT.json]
+    python benchmarks/attention_cost.py [--families] [--rounds N] [--output RESULT.json]
+
+With `--families` also what attached attention adds to a forward and backward pass of a small model of each family.
 
 On a GPU where there is one.
 """
@@ -15,13 +17,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from dia_diffusion import DIAUNet2DModel
+import families
+from dia_diffusion import DIAUNet2DModel, attach
 from dia_diffusion.models.resnet import FusedResnetBlock2D
 from dia_diffusion.process import tune_process
 from measuring import alternate, read_arguments, row, save_result, spread
@@ -171,13 +175,33 @@ def measure(size: str, rounds: int, device: str) -> list[dict]:
     return rows
 
 
+def measure_families(rounds: int, device: str, names: Sequence[str] = tuple(families.MODELS)) -> list[dict]:
+    """A row for each of these models: forward and backward pass with attention attached, and without."""
+    rows = []
+    for name in tqdm(names, desc="Families"):
+        make_model, make_inputs = families.MODELS[name]
+        torch.manual_seed(0)
+        inputs = send_to_device(make_inputs(), device)
+        sides = {PLAIN: make_model().to(device), DIA: make_model().to(device)}
+        sides[DIA].load_state_dict(sides[PLAIN].state_dict())
+        attach(sides[DIA])
+        times = alternate({side: families.make_step(model, inputs) for side, model in sides.items()}, rounds)
+        ratio = spread(times[DIA], times[PLAIN])
+        rows.append(row(f"step, {name}", 1e3 * statistics.median(times[DIA]), "ms", "time without attention", ratio))
+    return rows
+
+
 def main() -> int:
-    options = read_arguments(__doc__, "attention_cost", rounds=15)
+    options = read_arguments(
+        __doc__, "attention_cost", rounds=15, families="measure a model of each family that can have attention, too"
+    )
     tune_process()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = operation_rows()
     for size in tqdm(SIZES, desc="Sizes"):
         rows += measure(size, options.rounds, device)
+    if options.families:
+        rows += measure_families(options.rounds, device)
     save_result(options.output, rows)
     return 0
 

@@ -21,11 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
 
 
-def read_arguments(document: str, name: str, rounds: int | None = None) -> argparse.Namespace:
-    """The options of a benchmark: `output`, and `rounds` where it has them."""
+def read_arguments(document: str, name: str, rounds: int | None = None, **flags: str) -> argparse.Namespace:
+    """The options of a benchmark: `output`, `rounds` where it has them, and flags by name with their help."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds of the alternation (default: {rounds})")
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="JSON file for the result")
     return parser.parse_args()
 

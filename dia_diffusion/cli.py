@@ -124,6 +124,11 @@ def make_parser() -> argparse.ArgumentParser:
     analyze.set_defaults(function=_analyze)
     analyze.add_argument("model", type=os.path.expanduser, help="folder or Hub id of a pipeline")
     analyze.add_argument(
+        "--attention",
+        type=os.path.expanduser,
+        help="folder or Hub id of a saved attention; MODEL is then the image classifier of transformers that it fits",
+    )
+    analyze.add_argument(
         "--dataset",
         type=os.path.expanduser,
         default="digits",

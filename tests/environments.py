@@ -43,6 +43,11 @@ def run_python(code, *arguments, python=sys.executable, folder=None, status=0, *
     return process.stdout if status == 0 else process.stderr
 
 
+def without(packages):
+    """Code, for the start of a process, after which these packages are not there: neither imported nor found."""
+    return f"import sys\nBLOCKED = {tuple(packages)}\nsys.modules.update(dict.fromkeys(BLOCKED))\n"
+
+
 def digest(pipeline, **arguments):
     """A hash of images from a pipeline: equal for images that are equal to the last bit."""
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from dia_diffusion import attach
+from dia_diffusion.models.families import FAMILIES
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -111,6 +114,17 @@ def test_the_cost_of_attention_has_a_row_for_each_comparison(benchmark):
     others = {"UNet2DModel", "no attention", "DIA by hooks", "SE in each block"}
     assert {row["against"] for row in rows if "ratio" in row} == {f"time of {other}" for other in others}
     assert all(row["value"] > 0 for row in rows)
+
+
+def test_the_cost_of_attention_has_a_row_for_each_family(benchmark):
+    cost, families = benchmark("attention_cost"), benchmark("families")
+    quick = ("ResNet, basic blocks", "DiTTransformer2DModel")
+    rows = cost.measure_families(1, "cpu", quick)
+    assert [row["case"] for row in rows] == [f"step, {name}" for name in quick]
+    assert all(row["ratio"]["median"] > 0 for row in rows)
+    # All of them can have it, and only those are left out that need an environment of their own.
+    known = {attach(make_model()).config.family for make_model, _ in families.MODELS.values()}
+    assert known == {family.name for family in FAMILIES} - {"torchvision or timm ResNet"}
 
 
 def test_gates_by_hooks_compute_what_the_fused_block_computes(benchmark):

@@ -6,6 +6,7 @@ from ..data import describe_images, load_dataset_splits, prepare_pixels
 from ..distributed import find_device, make_state
 from ..errors import UsageError
 from ..sampling import load_pipeline, make_scheduler
+from .classifier import collect_classifier_maps, load_classifier, place_branches, read_processor
 from .maps import collect_maps
 from .report import format_analysis, report
 
@@ -16,6 +17,9 @@ def analyze(options: argparse.Namespace) -> None:
     Raises:
         UsageError: for a model without attention maps, or options that cannot work.
     """
+    if options.attention is not None:
+        analyze_classifier(options)
+        return
     pipeline = load_pipeline(options.model, device=find_device(options.device, make_state()))
     unet = pipeline.unet
     if getattr(unet, "dia", None) is None:
@@ -46,4 +50,20 @@ def analyze(options: argparse.Namespace) -> None:
         unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size
     )
     print(format_analysis(report(maps, timesteps, options.output_dir)))
+    print(f"All figures and four pictures are in {options.output_dir}")
+
+
+def analyze_classifier(options: argparse.Namespace) -> None:
+    """The same for an image classifier of transformers with its attention, which has no timesteps."""
+    device = find_device(options.device, make_state())
+    model = load_classifier(options.model, options.attention, device)
+    size, mean, std = read_processor(options.model, model.config)
+    train, held_out = load_dataset_splits(options.dataset)
+    images = train if held_out is None else held_out
+    pixels = prepare_pixels(images, size, model.config.num_channels, on_bad_image="skip")
+    if len(pixels) == 0:
+        raise UsageError(f"no image of '{options.dataset}' can be used: {'; '.join(pixels.left_out)}.")
+    print(f"Images: {describe_images(pixels, options.dataset)} Device: {device}.")
+    maps = collect_classifier_maps(model, pixels, mean, std, options.num_images, options.batch_size)
+    print(format_analysis(report(maps, [], options.output_dir, place_branches(model))))
     print(f"All figures and four pictures are in {options.output_dir}")

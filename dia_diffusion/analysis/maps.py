@@ -14,11 +14,11 @@ from ..randomness import step_seed
 
 
 class Block(NamedTuple):
-    """Where a residual block stands in a UNet.
+    """Where a residual block stands in a network.
 
     Attributes:
         name (`str`): As in the state dict.
-        path (`str`): `down`, `mid` or `up`.
+        path (`str`): `down`, `mid` or `up` in a UNet; elsewhere the kind of branch.
         level (`int`): 0 at full resolution.
         label (`str`): Short, for pictures.
     """
@@ -43,6 +43,12 @@ def place_blocks(names: Iterable[str]) -> list[Block]:
     return blocks
 
 
+def spread_rows(length: int, num_images: int) -> list[int]:
+    """The rows of that many images, spread evenly over a data set; all if it has fewer."""
+    count = min(num_images, length)
+    return [index * length // count for index in range(count)]
+
+
 @torch.no_grad()
 def collect_maps(
     unet: DIAUNet2DModel,
@@ -64,15 +70,14 @@ def collect_maps(
     Returns:
         `dict`: for each block its maps, float32 `(T, N, C)`; and the list of timesteps.
     """
-    count = min(num_images, len(dataset))
-    rows = [index * len(dataset) // count for index in range(count)]
+    rows = spread_rows(len(dataset), num_images)
     length = scheduler.config.num_train_timesteps
     timesteps = [int((index + 0.5) * length / num_timesteps) for index in range(num_timesteps)]
     unet.eval()
     collected: dict[str, list[list[np.ndarray]]] = {}
     for number, timestep in enumerate(tqdm(timesteps, desc="Attention maps", unit="timestep")):
         generator = torch.Generator().manual_seed(step_seed(0, number))
-        for start in range(0, count, batch_size):
+        for start in range(0, len(rows), batch_size):
             batch = dataset.fetch(rows[start : start + batch_size])
             images = to_unit_range(batch["images"])
             noise = torch.randn(images.shape, generator=generator)

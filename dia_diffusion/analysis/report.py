@@ -19,19 +19,22 @@ _VIEW_TITLES = {"all": "all samples", "within_timestep": "within a timestep"}
 _PAIR_PATHS = {"same path": "tab:blue", "different paths": "tab:orange"}
 
 
-def report(maps: dict[str, np.ndarray], timesteps: Sequence[int], folder: Path) -> dict[str, Any]:
+def report(
+    maps: dict[str, np.ndarray], timesteps: Sequence[int], folder: Path, blocks: Sequence[Block] | None = None
+) -> dict[str, Any]:
     """Writes `analysis.json`, `correlation.png`, `cka.png`, `channels.png` and `gates.png`.
 
     Args:
-        maps (`dict`), timesteps (sequence of `int`): What `collect_maps` returned.
+        maps (`dict`), timesteps (sequence of `int`): What `collect_maps` returned; no timesteps for a classifier.
         folder (`Path`): Where to.
+        blocks (sequence of `Block`, *optional*): Where the blocks stand; by default that is read off a UNet's names.
 
     Returns:
         `dict`: What is in analysis.json: `timesteps`, `num_images`, `notes`, `blocks` (see `describe_blocks`), and
         `correlation` and `cka`, each for both views with `groups` and `pairs` (see `describe`).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = place_blocks(maps)
+    blocks = place_blocks(maps) if blocks is None else blocks
     correlation = {view: channel_correlations(maps, view) for view in VIEWS}
     cka = {view: cka_of_pairs(maps, view) for view in VIEWS}
     described = describe_blocks(blocks, maps)
@@ -73,12 +76,13 @@ def format_analysis(figures: dict[str, Any]) -> str:
             cells += [_figure(of_group.get("mean")), _figure(of_group.get("maximum"))]
         cells += [_figure(cka["mean"]), _figure(figures["cka"]["within_timestep"]["groups"][group]["mean"])]
         lines.append(f"| {group} | " + " | ".join(cells) + " |")
+    lines += ["", "Correlations (r) are channel by channel, between blocks of equal width."]
+    if not figures["timesteps"]:
+        return "\n".join([*lines, f"{figures['num_images']} images; there are no timesteps.", *figures["notes"]])
     shares = [block["timestep_share"] for block in figures["blocks"] if block["timestep_share"] is not None]
     share = f"{np.mean(shares):.0%}" if shares else "-"
     lines += [
-        "",
-        f"Correlations (r) are channel by channel, between blocks of equal width. {figures['num_images']} images at "
-        f"each of {len(figures['timesteps'])} timesteps.",
+        f"{figures['num_images']} images at each of {len(figures['timesteps'])} timesteps.",
         f"Variance of the gates that is between timesteps, not between images (mean over blocks): {share}.",
         *figures["notes"],
     ]
@@ -155,7 +159,7 @@ def save_gates(blocks: Sequence[Block], maps: dict[str, np.ndarray], timesteps: 
     means = np.stack([maps[block.name].mean((1, 2)) for block in blocks])
     image = right.imshow(means, aspect="auto", cmap="viridis")
     right.set_xticks(range(len(timesteps)), timesteps)
-    right.set(title="mean gate at each timestep", xlabel="timestep")
+    right.set(title="mean gate at each timestep" if timesteps else "mean gate", xlabel="timestep" if timesteps else "")
     figure.colorbar(image, ax=right, label="gate")
     figure.savefig(path, dpi=120)
 

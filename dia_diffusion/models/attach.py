@@ -1,5 +1,6 @@
 """Shared attention attached to a model that has none, and taken off again."""
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
@@ -11,6 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ..attention.checkpointing import CarryState
+from ..attention.hooks import EndHook
 from ..attention.run import Run, record_maps, run_under_way
 from ..attention.sharing import SharedAttention
 from ..errors import UsageError
@@ -83,6 +85,7 @@ class _ModelHooks:
         fuse_resnets(model)
         place = backbone.context if with_context else None
         self.chain, self.handles = gate_branches(model, backbone.branches, place, in_order)
+        self.ends = [handle for handle in self.handles if isinstance(handle, EndHook)]
         self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self.handles += [
             model.register_forward_pre_hook(self.begin),
@@ -90,6 +93,8 @@ class _ModelHooks:
         ]
 
     def begin(self, model: nn.Module, args: tuple) -> None:
+        for end in self.ends:
+            end.follow()
         for module in self.checkpointed:
             # Looked at each time, since it can be switched on later.
             if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, CarryState):
@@ -101,6 +106,11 @@ class _ModelHooks:
         if run is None:
             return
         run.__exit__()
+        if run.state.position == 0 and output is not None:
+            raise UsageError(
+                f"none of the branches of {type(model).__name__} that have attention ran: its blocks were replaced "
+                "since. Detach it and attach it anew."
+            )
         left_out = self.chain.names[run.state.position :]
         if self.chain.in_order and left_out and output is not None:
             raise UsageError(f"the branch '{left_out[0]}' did not run in this forward pass: leave it out of branches.")
@@ -156,8 +166,18 @@ def attach(
         UsageError: for a model of no known family or that has an attention already, for an attention of another kind
             of model, and for arguments without a meaning.
     """
-    if getattr(model, _NAME, None) is not None:
-        raise UsageError(f"{type(model).__name__} has a submodule '{_NAME}' already: detach it first.")
+    _check_free(model)
+    arguments = {
+        "attention": attention,
+        "sharing": sharing,
+        "bridge": bridge,
+        "hidden_size": hidden_size,
+        "reduction": reduction,
+        "init": init,
+        "gate_slope": gate_slope,
+    }
+    if pretrained is not None:
+        _check_alone(arguments | {"time_conditioned": time_conditioned}, str(pretrained))
     backbone = find_backbone(model) if branches is None else named_backbone(model, branches)
     if time_conditioned is None:
         time_conditioned = backbone.context is not None
@@ -173,13 +193,7 @@ def attach(
         dia = AttachedAttention(
             **_made_for(backbone),
             context_size=backbone.context.size if time_conditioned else None,
-            attention=attention,
-            sharing=sharing,
-            bridge=bridge,
-            hidden_size=hidden_size,
-            reduction=reduction,
-            init=init,
-            gate_slope=gate_slope,
+            **arguments,
         )
     reference = next(model.parameters())
     dia.to(reference.device).train(model.training)
@@ -199,6 +213,28 @@ def detach(model: nn.Module) -> None:
         raise UsageError(f"{type(model).__name__} has no attention attached.")
     dia._hooks.remove(model)
     delattr(model, _NAME)
+
+
+def _check_free(model: nn.Module) -> None:
+    """Refuses a model that has attention, itself or in a part of it."""
+    for name, module in model.named_modules():
+        if isinstance(module, AttachedAttention):
+            owner = name.rpartition(".")[0]
+            where = f"the part '{owner}' of {type(model).__name__}" if owner else type(model).__name__
+            raise UsageError(f"{where} has attention attached already: detach it first.")
+    if hasattr(model, _NAME):
+        raise UsageError(
+            f"{type(model).__name__} has a '{_NAME}' of its own: a DIAUNet2DModel gets its attention by its arguments "
+            "(dia_attention), not by attach."
+        )
+
+
+def _check_alone(arguments: dict[str, Any], source: str) -> None:
+    """Refuses arguments that a saved attention answers itself."""
+    known = inspect.signature(attach).parameters
+    given = [name for name, value in arguments.items() if value != known[name].default]
+    if given:
+        raise UsageError(f"the attention in '{source}' brings its own {', '.join(given)}: leave that out.")
 
 
 def _made_for(backbone: Backbone) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..attention.hooks import ContextHook, Gate
+from ..attention.hooks import ContextHook, EndHook, Gate
 from ..attention.run import Chain
 from .resnet import FusedResnetBlock2D
 
@@ -63,7 +63,7 @@ def fuse_resnets(model: nn.Module) -> None:
 
 def gate_branches(
     model: nn.Module, branches: Sequence[Branch], context: ContextPlace | None, in_order: bool = False
-) -> tuple[Chain, list[RemovableHandle]]:
+) -> tuple[Chain, list[RemovableHandle | EndHook]]:
     """Puts gates on the branches of a model. They are open outside of a `Run` of the chain that is returned.
 
     Args:
@@ -83,9 +83,10 @@ def gate_branches(
         else:
             handles.append(module.register_forward_pre_hook(hook.of_arguments, with_kwargs=True))
     for position, branch in enumerate(branches):
-        gate, block = Gate(chain, position), model.get_submodule(branch.end.rpartition(".")[0])
+        parent, _, name = branch.end.rpartition(".")
+        gate, block = Gate(chain, position), model.get_submodule(parent)
         if isinstance(block, FusedResnetBlock2D):
             block.gate = gate
         else:
-            handles.append(model.get_submodule(branch.end).register_forward_hook(gate.hook))
+            handles.append(EndHook(block, name, gate))
     return chain, handles

@@ -132,6 +132,9 @@ def _output_of(name: str, module: nn.Module) -> tuple[int, int]:
             return getattr(module, attribute), channel_dim
     if getattr(module, "normalized_shape", None):
         return module.normalized_shape[-1], -1
+    if getattr(module, "running_mean", None) is not None:
+        # A frozen batch normalisation, as detectors put it in their backbones.
+        return len(module.running_mean), 1
     raise UsageError(
         f"'{name}' ({type(module).__name__}) does not say how many channels its output has: name a convolution, a "
         "linear layer or a normalisation."

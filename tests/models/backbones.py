@@ -22,6 +22,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from dia_diffusion import attach
 from tiny_unets import PLAIN
 
 
@@ -30,6 +31,29 @@ class Backbone(NamedTuple):
     inputs: Callable[[int], dict]  # for a number of images
     branches: int
     context: bool = False
+    ends: tuple[str, ...] | None = None  # of its branches, where no family knows them
+
+    def attach(self, model, **arguments):
+        return attach(model, **arguments, **({} if self.ends is None else {"branches": self.ends}))
+
+
+class PlainCNN(torch.nn.Module):
+    """A residual network of nobody's: a convolution with a norm, and another of another width without."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.first = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8))
+        self.widen = torch.nn.Conv2d(8, 12, 1)
+        self.second = torch.nn.Conv2d(12, 12, 3, padding=1)
+        self.third = torch.nn.Conv2d(12, 12, 1)
+
+    def forward(self, images, return_dict=False):
+        x = self.stem(images)
+        x = torch.relu(x + self.first(x))
+        x = self.widen(x)
+        x = torch.relu(x + self.second(x))
+        return (torch.relu(x + self.third(x)),)
 
 
 def noise(*shape):
@@ -178,6 +202,9 @@ BACKBONES = {
         ),
         pixels,
         4,
+    ),
+    "a network with its branches named": Backbone(
+        PlainCNN, lambda size: {"images": noise(size, 3, 8, 8)}, 3, ends=("first.1", "second", "third")
     ),
 }
 

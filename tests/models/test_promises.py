@@ -10,7 +10,7 @@ from torch import distributed
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
-from dia_diffusion import attach, detach
+from dia_diffusion import detach
 from tiny_unets import open_gates
 
 ATTENTIONS = [
@@ -28,7 +28,7 @@ def backbone(request):
 def attached(backbone, model=None, **arguments):
     """A model whose gates differ from one."""
     model = (model or backbone.make()).eval()
-    attach(model, **{"hidden_size": 8} | arguments)
+    backbone.attach(model, **{"hidden_size": 8} | arguments)
     return open_gates(model)
 
 
@@ -53,7 +53,7 @@ def test_it_starts_as_the_identity_and_detach_restores_the_model_to_the_last_bit
     expected, before = predict(model, inputs), copy.deepcopy(model)
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     for arguments in ({}, {"attention": "se", "sharing": "block"}, {"attention": "srm", "sharing": "level"}):
-        dia = attach(model, **arguments)
+        dia = backbone.attach(model, **arguments)
         assert len(dia.widths) == backbone.branches
         assert model.dia is dia
         assert_equal(predict(model, inputs), expected)
@@ -91,14 +91,14 @@ def test_gates_multiply_the_branches(backbone):
 @pytest.mark.parametrize("arguments", ATTENTIONS, ids=str)
 def test_every_parameter_of_the_attention_has_a_gradient(backbone, arguments):
     model = backbone.make()
-    attach(model, **arguments)
+    backbone.attach(model, **arguments)
     found = gradients(model, backbone.inputs(3))
     assert [name for name, gradient in found.items() if name.startswith("dia.") and gradient is None] == []
 
 
 def test_the_attention_alone_can_be_trained(backbone):
     model, inputs = backbone.make().eval(), backbone.inputs(2)
-    attach(model)
+    backbone.attach(model)
     model.requires_grad_(False)
     model.dia.requires_grad_(True)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
@@ -118,7 +118,7 @@ def test_checkpointing_is_exact_whenever_it_is_switched_on(backbone):
     enable = getattr(model, "enable_gradient_checkpointing", getattr(model, "gradient_checkpointing_enable", None))
     if not getattr(model, "_supports_gradient_checkpointing", getattr(model, "supports_gradient_checkpointing", False)):
         pytest.skip("the model has no gradient checkpointing")
-    attach(model, hidden_size=8)
+    backbone.attach(model, hidden_size=8)
     open_gates(model).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -158,7 +158,7 @@ def test_it_is_saved_and_loaded_alone(backbone, tmp_path):
     model = attached(backbone, copy.deepcopy(plain))
     model.dia.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
-    attach(plain, pretrained=tmp_path)
+    backbone.attach(plain, pretrained=tmp_path)
     assert_equal(predict(plain, inputs), predict(model, inputs))
 
 
@@ -187,7 +187,7 @@ def test_half_precision_is_that_of_the_model_at_the_start(backbone):
         inputs["added_cond_kwargs"] = half(inputs["added_cond_kwargs"])
     expected = predict(model, inputs)
     # In full precision on a model in half, and then in half as well.
-    attach(model, hidden_size=8)
+    backbone.attach(model, hidden_size=8)
     assert_equal(predict(model, inputs), expected)
     assert all(output.isfinite().all() for output in predict(open_gates(model), inputs))
     assert all(output.isfinite().all() for output in predict(model.bfloat16(), inputs))

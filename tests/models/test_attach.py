@@ -1,0 +1,224 @@
+"""What `attach` and `detach` refuse, and that the words say why."""
+
+import copy
+
+import pytest
+import torch
+from backbones import BACKBONES, CONDITION, PlainCNN, noise
+from diffusers import UNet2DConditionModel
+
+from dia_diffusion import DIAUNet2DModel, attach, detach
+from dia_diffusion.errors import UsageError
+from tiny_unets import TINY, open_gates
+
+ENDS = ["first.1", "second", "third"]
+
+
+def unet(**arguments):
+    return UNet2DConditionModel(**CONDITION | arguments)
+
+
+def refusal(function, *args, **kwargs):
+    with pytest.raises(UsageError) as error:
+        function(*args, **kwargs)
+    return str(error.value)
+
+
+def test_a_second_attention_is_refused():
+    model = unet()
+    dia = attach(model)
+    assert "UNet2DConditionModel has attention attached already: detach it first" in refusal(attach, model)
+    assert model.dia is dia
+    around = torch.nn.ModuleDict({"unet": model})
+    assert "the part 'unet' of ModuleDict has attention attached" in refusal(attach, around)
+    detach(model)
+    attach(around)
+
+
+@pytest.mark.parametrize("attention", ["lstm", "none"])
+def test_a_model_with_attention_of_its_own_is_refused(attention):
+    model = DIAUNet2DModel(**TINY, dia_attention=attention)
+    words = refusal(attach, model)
+    assert "'dia' of its own" in words
+    assert "dia_attention" in words
+    assert "no attention attached" in refusal(detach, model)
+
+
+def test_detach_needs_an_attention():
+    model = unet()
+    assert refusal(detach, model) == "UNet2DConditionModel has no attention attached."
+    attach(model)
+    detach(model)
+    refusal(detach, model)
+
+
+def test_an_unknown_model_is_told_of_branches():
+    words = refusal(attach, PlainCNN())
+    for word in ("PlainCNN", "ResnetBlock2D", "ViTLayer", "Bottleneck", 'branches=["layer1.0.bn2"'):
+        assert word in words
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        (["second", "nowhere"], "PlainCNN has no module 'nowhere' (branches)"),
+        (["third", "second", "third"], "name each end of a residual branch once, but are ['third', 'second', 'third']"),
+        ([], "name each end of a residual branch once, but are []"),
+        (["first"], "'first' (Sequential) does not say how many channels"),
+    ],
+)
+def test_branches_must_be_there_once_and_have_channels(ends, words):
+    assert words in refusal(attach, PlainCNN(), branches=ends)
+
+
+def test_convolutions_and_linear_layers_do_not_mix():
+    model = torch.nn.ModuleDict({"convolution": torch.nn.Conv2d(3, 8, 1), "linear": torch.nn.Linear(8, 8)})
+    assert "dimension 1 and others in the last one" in refusal(attach, model, branches=["convolution", "linear"])
+
+
+class Wrong(PlainCNN):
+    """Goes another way than its names say."""
+
+    def __init__(self, *ways):
+        super().__init__()
+        self.ways = ways
+
+    def forward(self, images):
+        x = self.widen(self.stem(images))
+        for way in self.ways:
+            x = x + getattr(self, way)(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("ways", "words"),
+    [
+        (("third", "second"), "the branch 'second' ran after 'third': list each once, in order"),
+        (("second", "second", "third"), "the branch 'second' ran after 'second'"),
+        (("second",), "the branch 'third' did not run in this forward pass: leave it out of branches"),
+    ],
+)
+def test_named_branches_must_run_once_in_their_order(ways, words):
+    model = Wrong(*ways)
+    attach(model, branches=["second", "third"])
+    with pytest.raises(UsageError) as error:
+        model(noise(2, 3, 8, 8))
+    assert words in str(error.value)
+    # The mistake leaves nothing behind.
+    detach(model)
+    attach(model, branches=list(dict.fromkeys(ways)))
+    if len(set(ways)) == len(ways):
+        model(noise(2, 3, 8, 8))
+
+
+def test_named_branches_must_have_the_channels_that_their_modules_say():
+    model = PlainCNN()
+    attach(model, branches=["second", "third"])
+    second = model.second
+    model.second = torch.nn.Conv2d(12, 5, 1)
+    model.third = torch.nn.Conv2d(5, 12, 1)
+    assert "'second' should have 12 channels in dimension 1, but is (2, 5, 8, 8)" in refusal(model, noise(2, 3, 8, 8))
+    model.second = second
+    second.register_forward_hook(lambda module, args, output: (output, None), prepend=True)
+    assert "'second' should have 12 channels in dimension 1, but is tuple" in refusal(model, noise(2, 3, 8, 8))
+
+
+def test_gates_follow_modules_that_are_replaced():
+    """As adapters replace linear layers, and detectors the norms of their backbone."""
+    backbone = BACKBONES["ResNetBackbone"]
+    plain = backbone.make().eval()
+    model = copy.deepcopy(plain)
+    attach(model)
+    open_gates(model)
+    expected = model(**backbone.inputs(2)).feature_maps
+    layers = [
+        module for module in model.modules() if isinstance(getattr(module, "normalization", None), torch.nn.Module)
+    ]
+    for layer in layers:
+        layer.normalization = copy.deepcopy(layer.normalization)
+        layer.normalization._forward_hooks.clear()
+    assert all(map(torch.equal, model(**backbone.inputs(2)).feature_maps, expected))
+    # Blocks that are replaced as a whole are lost, and that is said.
+    model.encoder = copy.deepcopy(plain.encoder)
+    assert "its blocks were replaced since" in refusal(model, **backbone.inputs(2))
+    detach(model)
+    assert all(map(torch.equal, model(**backbone.inputs(2)).feature_maps, plain(**backbone.inputs(2)).feature_maps))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attention": "lstmm"},
+        {"sharing": "all"},
+        {"bridge": "jump"},
+        {"init": "zero"},
+        {"hidden_size": 0},
+        {"reduction": -1},
+        {"gate_slope": 0.0},
+        {"sharing": "block"},
+        {"attention": "se", "bridge": "skip"},
+        {"sharing": "level", "bridge": "skip"},
+        {"attention": "time", "time_conditioned": False},
+    ],
+    ids=str,
+)
+def test_wrong_arguments_get_the_words_of_the_unet(arguments):
+    expected = refusal(DIAUNet2DModel, **TINY | {f"dia_{name}": value for name, value in arguments.items()})
+    model = unet()
+    assert refusal(attach, model, **arguments) == expected
+    # And the model is as it was.
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert {type(module).__name__ for module in model.modules()} & {"FusedResnetBlock2D"} == set()
+
+
+def test_what_a_model_lacks_is_refused():
+    vit = BACKBONES["ViTForImageClassification"].make()
+    assert "no embedding of the timestep" in refusal(attach, vit, time_conditioned=True)
+    assert "no embedding of the timestep" in refusal(attach, PlainCNN(), branches=["second"], time_conditioned=True)
+    assert "these branches hold tokens" in refusal(attach, vit, attention="cbam", sharing="block")
+    assert "cannot do without" in refusal(attach, vit, attention="time")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    attach(unet(), hidden_size=8).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_an_attention_for_another_model_is_refused_by_name(saved, tmp_path):
+    def words(model, **arguments):
+        found = refusal(attach, model, pretrained=saved, **arguments)
+        assert str(saved) in found
+        assert not hasattr(model, "dia")
+        return found
+
+    vit = BACKBONES["ViTForImageClassification"].make()
+    assert "made for diffusers UNet, and ViTForImageClassification is of ViT" in words(vit)
+    assert "is of named branches" in words(PlainCNN(), branches=ENDS[1:])
+    assert "made for 8 branches, and UNet2DConditionModel has 12" in words(unet(layers_per_block=2))
+    wider = unet(block_out_channels=(8, 24))
+    assert "'down_blocks.1.resnets.0.conv2' of 16 channels, here is 'down_blocks.1.resnets.0.conv2' of 24" in words(
+        wider
+    )
+    context = unet(time_embedding_dim=40)
+    assert "time embedding of width 32, here it is 40" in words(context)
+    # An attention without a context fits whatever the width of the embedding is.
+    attach(unet(), hidden_size=8, time_conditioned=False).save_pretrained(tmp_path / "untimed")
+    attach(context, pretrained=tmp_path / "untimed")
+
+
+def test_named_branches_of_other_names_are_refused(tmp_path):
+    attach(PlainCNN(), branches=["second", "third"]).save_pretrained(tmp_path)
+    words = refusal(attach, PlainCNN(), branches=["third", "second"], pretrained=tmp_path)
+    assert "made for 'second' of 12 channels, here is 'third' of 12" in words
+
+
+def test_a_saved_attention_brings_its_own_arguments(saved):
+    words = refusal(attach, unet(), attention="se", hidden_size=16, pretrained=saved)
+    assert "brings its own attention, hidden_size" in words
+    assert "brings its own time_conditioned" in refusal(attach, unet(), time_conditioned=False, pretrained=saved)
+
+
+def test_a_folder_without_an_attention_is_told(tmp_path):
+    with pytest.raises(OSError, match=str(tmp_path)):
+        attach(unet(), pretrained=tmp_path)
