@@ -9,7 +9,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dia_diffusion.errors import NotFiniteImagesError, UsageError
+from dia_diffusion.divergence import NotFiniteImagesError
+from dia_diffusion.errors import UsageError
 from dia_diffusion.pipelines.self_contained import SelfContained
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -54,30 +54,3 @@ class Gate:
         """Behind the module whose output is the residual branch."""
         gate = self(branch)
         return branch if gate is None else branch * gate
-
-
-class EndHook:
-    """A gate behind a submodule, whatever module bears its name: an adapter may wrap it after the gate was put there,
-    and a detector replaces the norms of its backbone.
-
-    Args:
-        parent (`nn.Module`), name (`str`): Where the submodule is.
-        gate (`Gate`): Its gate.
-    """
-
-    def __init__(self, parent: nn.Module, name: str, gate: Gate):
-        self.parent, self.name, self.gate = parent, name, gate
-        self._place()
-
-    def _place(self) -> None:
-        self.module = self.parent._modules[self.name]
-        self.handle = self.module.register_forward_hook(self.gate.hook)
-
-    def follow(self) -> None:
-        """Goes over to the module that bears the name now."""
-        if self.parent._modules[self.name] is not self.module:
-            self.handle.remove()
-            self._place()
-
-    def remove(self) -> None:
-        self.handle.remove()

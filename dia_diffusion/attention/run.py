@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from ..errors import UsageError
 from .sharing import AttentionState, SharedAttention
 
 # The one global: the run under way, and the recording that was asked for. torch.compile and torch.export follow it.
@@ -25,13 +24,10 @@ class Chain:
 
     Args:
         names (tuple of `str`): Names of the blocks.
-        in_order (`bool`, *optional*, defaults to `False`):
-            Whether a block that runs before one that it is listed behind, or twice, is a mistake of who listed them.
     """
 
-    def __init__(self, names: tuple[str, ...], in_order: bool = False):
+    def __init__(self, names: tuple[str, ...]):
         self.names = names
-        self.in_order = in_order
 
 
 class Run:
@@ -66,25 +62,10 @@ class Run:
                 self.recorded[self.chain.names[position]] = gate
 
     def gate(self, branch: Tensor, position: int) -> Tensor:
-        """The gate of the block at this position; the state goes on.
-
-        Raises:
-            UsageError: for a branch of another shape, or out of order where that counts.
-        """
-        if self.chain.in_order:
-            self._check(branch, position)
+        """The gate of the block at this position; the state goes on."""
         gate, self.state = self.attention(branch, self.state._replace(position=position))
         # The attention may live on another device than the block.
         return gate if gate.device == branch.device else gate.to(branch.device)
-
-    def _check(self, branch: Tensor, position: int) -> None:
-        name, before = self.chain.names[position], self.state.position - 1
-        if position <= before:
-            raise UsageError(f"the branch '{name}' ran after '{self.chain.names[before]}': list each once, in order.")
-        width, dim = self.attention.widths[position], self.attention.channel_dim
-        if not isinstance(branch, Tensor) or branch.ndim < 3 or branch.shape[dim] != width:
-            found = tuple(branch.shape) if isinstance(branch, Tensor) else type(branch).__name__
-            raise UsageError(f"the branch '{name}' should have {width} channels in dimension {dim}, but is {found}.")
 
 
 def run_under_way(chain: Chain) -> Run | None:

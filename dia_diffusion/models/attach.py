@@ -8,19 +8,13 @@ from typing import Any
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from ..attention.checkpointing import CarryState
-from ..attention.hooks import EndHook
-from ..attention.run import Run, record_maps, run_under_way
+from ..attention.run import record_maps
 from ..attention.sharing import SharedAttention
 from ..errors import UsageError
-from .branches import fuse_resnets, gate_branches
 from .families import Backbone, find_backbone, named_backbone
-from .resnet import FusedResnetBlock2D
-
-_NAME = "dia"
+from .model_hooks import NAME, ModelHooks
 
 
 class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
@@ -76,55 +70,6 @@ class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
         """A context that gives a dictionary, which after each forward pass of the model inside of it holds the channel
         gates `(B, C)` of the blocks by name, in order of execution."""
         return record_maps(self._hooks.chain)
-
-
-class _ModelHooks:
-    """What `attach` does to a model, and `detach` takes back."""
-
-    def __init__(self, model: nn.Module, backbone: Backbone, with_context: bool, in_order: bool):
-        fuse_resnets(model)
-        place = backbone.context if with_context else None
-        self.chain, self.handles = gate_branches(model, backbone.branches, place, in_order)
-        self.ends = [handle for handle in self.handles if isinstance(handle, EndHook)]
-        self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        self.handles += [
-            model.register_forward_pre_hook(self.begin),
-            model.register_forward_hook(self.end, always_call=True),
-        ]
-
-    def begin(self, model: nn.Module, args: tuple) -> None:
-        for end in self.ends:
-            end.follow()
-        for module in self.checkpointed:
-            # Looked at each time, since it can be switched on later.
-            if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, CarryState):
-                module._gradient_checkpointing_func = CarryState(self.chain, module._gradient_checkpointing_func)
-        Run(self.chain, getattr(model, _NAME)).__enter__()
-
-    def end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        run = run_under_way(self.chain)
-        if run is None:
-            return
-        run.__exit__()
-        if run.state.position == 0 and output is not None:
-            raise UsageError(
-                f"none of the branches of {type(model).__name__} that have attention ran: its blocks were replaced "
-                "since. Detach it and attach it anew."
-            )
-        left_out = self.chain.names[run.state.position :]
-        if self.chain.in_order and left_out and output is not None:
-            raise UsageError(f"the branch '{left_out[0]}' did not run in this forward pass: leave it out of branches.")
-
-    def remove(self, model: nn.Module) -> None:
-        for handle in self.handles:
-            handle.remove()
-        for module in self.checkpointed:
-            if isinstance(getattr(module, "_gradient_checkpointing_func", None), CarryState):
-                module._gradient_checkpointing_func = module._gradient_checkpointing_func.checkpoint
-        for module in model.modules():
-            if isinstance(module, FusedResnetBlock2D):
-                module.__class__ = ResnetBlock2D
-                module.__dict__.pop("gate", None)
 
 
 def attach(
@@ -197,8 +142,8 @@ def attach(
         )
     reference = next(model.parameters())
     dia.to(reference.device).train(model.training)
-    dia._hooks = _ModelHooks(model, backbone, dia.config.context_size is not None, in_order=branches is not None)
-    model.add_module(_NAME, dia)
+    dia._hooks = ModelHooks(model, backbone, dia.config.context_size is not None, in_order=branches is not None)
+    model.add_module(NAME, dia)
     return dia
 
 
@@ -208,11 +153,11 @@ def detach(model: nn.Module) -> None:
     Raises:
         UsageError: if none is attached.
     """
-    dia = getattr(model, _NAME, None)
+    dia = getattr(model, NAME, None)
     if not isinstance(dia, AttachedAttention):
         raise UsageError(f"{type(model).__name__} has no attention attached.")
     dia._hooks.remove(model)
-    delattr(model, _NAME)
+    delattr(model, NAME)
 
 
 def _check_free(model: nn.Module) -> None:
@@ -222,9 +167,9 @@ def _check_free(model: nn.Module) -> None:
             owner = name.rpartition(".")[0]
             where = f"the part '{owner}' of {type(model).__name__}" if owner else type(model).__name__
             raise UsageError(f"{where} has attention attached already: detach it first.")
-    if hasattr(model, _NAME):
+    if hasattr(model, NAME):
         raise UsageError(
-            f"{type(model).__name__} has a '{_NAME}' of its own: a DIAUNet2DModel gets its attention by its arguments "
+            f"{type(model).__name__} has a '{NAME}' of its own: a DIAUNet2DModel gets its attention by its arguments "
             "(dia_attention), not by attach."
         )
 

@@ -1,13 +1,13 @@
 """Residual branches of a backbone: where they end, and gates there."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..attention.hooks import ContextHook, EndHook, Gate
+from ..attention.hooks import ContextHook, Gate
 from ..attention.run import Chain
 from .resnet import FusedResnetBlock2D
 
@@ -61,21 +61,30 @@ def fuse_resnets(model: nn.Module) -> None:
             module.__class__ = FusedResnetBlock2D
 
 
+def hook_end(block: nn.Module, name: str, gate: Gate) -> RemovableHandle:
+    """Puts a gate behind the submodule of this name."""
+    return block.get_submodule(name).register_forward_hook(gate.hook)
+
+
 def gate_branches(
-    model: nn.Module, branches: Sequence[Branch], context: ContextPlace | None, in_order: bool = False
-) -> tuple[Chain, list[RemovableHandle | EndHook]]:
+    model: nn.Module,
+    branches: Sequence[Branch],
+    context: ContextPlace | None,
+    make_gate: Callable[[Chain, int], Gate] = Gate,
+    hook_end: Callable[[nn.Module, str, Gate], Any] = hook_end,
+) -> tuple[Chain, list[Any]]:
     """Puts gates on the branches of a model. They are open outside of a `Run` of the chain that is returned.
 
     Args:
         model (`nn.Module`): The model.
         branches (`Sequence[Branch]`): In order of execution.
         context (`ContextPlace`, *optional*): Where the run takes its context from.
-        in_order (`bool`, *optional*, defaults to `False`): See `Chain`.
+        make_gate, hook_end (`Callable`, *optional*): Other gates, and another way to put them behind a submodule.
 
     Returns:
         The chain, and what removes the hooks again.
     """
-    chain, handles = Chain(tuple(branch.name for branch in branches), in_order), []
+    chain, handles = Chain(tuple(branch.name for branch in branches)), []
     if context is not None:
         hook, module = ContextHook(chain, context.argument, context.index), model.get_submodule(context.module)
         if context.argument is None:
@@ -84,9 +93,9 @@ def gate_branches(
             handles.append(module.register_forward_pre_hook(hook.of_arguments, with_kwargs=True))
     for position, branch in enumerate(branches):
         parent, _, name = branch.end.rpartition(".")
-        gate, block = Gate(chain, position), model.get_submodule(parent)
+        gate, block = make_gate(chain, position), model.get_submodule(parent)
         if isinstance(block, FusedResnetBlock2D):
             block.gate = gate
         else:
-            handles.append(EndHook(block, name, gate))
+            handles.append(hook_end(block, name, gate))
     return chain, handles

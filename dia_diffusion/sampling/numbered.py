@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..errors import NotFiniteImagesError, UsageError
+from ..divergence import NotFiniteImagesError
+from ..errors import UsageError
 from ..pipelines import DIAUNetPipeline
 
 

@@ -13,7 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ..data import to_unit_range
-from ..errors import NotFiniteError, NotFiniteImagesError, UsageError
+from ..divergence import NotFiniteError, NotFiniteImagesError
+from ..errors import UsageError
 from ..files import replace_text
 from ..pipelines import DIAUNetPipeline
 from ..scoring import PipelineImages, evaluate, get_extractor

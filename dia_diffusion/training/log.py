@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import NotFiniteError
+from ..divergence import NotFiniteError
 from ..files import replace_text
 
 METRICS_LOG = "metrics.jsonl"

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..data import PixelDataset
-from ..errors import NotFiniteError
+from ..divergence import NotFiniteError
 from ..process import Interrupted, catch_interrupts
 from .accelerator import Meetings, check_same_start, make_accelerator
 from .architecture import build_unet

@@ -11,7 +11,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..errors import NotFiniteError, UsageError
+from ..divergence import NotFiniteError
+from ..errors import UsageError
 from ..models import DIAUNet2DModel
 from .checkpoint import Checkpoint
 from .options import OptimisationOptions
