@@ -8,26 +8,20 @@ from .run import Chain, run_under_way
 
 
 class ContextHook:
-    """Takes the context from which the run's memory starts, where it passes.
+    """Takes the context from which the run's memory starts, where it passes as an argument of a module.
 
     Args:
         chain (`Chain`): The model's blocks.
-        name (`str`, *optional*), index (`int`): An argument, as it may be given by name or by place, or without a name
-            a part of the output.
+        name (`str`), index (`int`): The argument, as it may be given by name or by place.
     """
 
     def __init__(self, chain: Chain, name: str | None, index: int):
-        self.chain = chain
-        self.name = name
-        self.index = index
+        self.chain, self.name, self.index = chain, name, index
 
     def of_arguments(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._take(kwargs[self.name] if self.name in kwargs else args[self.index])
+        self.take(kwargs[self.name] if self.name in kwargs else args[self.index])
 
-    def of_output(self, module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> None:
-        self._take(output[self.index])
-
-    def _take(self, context: Tensor) -> None:
+    def take(self, context: Tensor) -> None:
         run = run_under_way(self.chain)
         if run is not None:
             run.state = run.state._replace(context=context)

@@ -25,27 +25,16 @@ Memory = dict[str, tuple[Tensor, ...]]
 
 
 class AttentionState(NamedTuple):
-    """What passes from one block to the next. It is never stored on a module.
+    """What passes from one block to the next. It is never stored on a module, and never changed, but replaced."""
 
-    Attributes:
-        position (`int`): Index of the next block.
-        context (`Tensor` of shape `(B, context_size)`, *optional*): What the memory starts from; zero without.
-        level (`str`, *optional*): The level of the block before; `None` at the start.
-        memory (`dict[str, tuple[Tensor, ...]]`): See `Memory`; a cell that is missing has the state zero.
-        left (`dict[str, Memory]`): The memory that each level left behind, where `bridge` is `skip`.
-        matrices (`dict[str, CellMatrices]`): The cell's layers for each width, multiplied out at the first block.
-        maps (`dict[int, Tensor]`, *optional*): Channel gates `(B, C)` by position, where they are asked for.
-        again (`bool`): Whether this is a repetition of blocks that were run before, to compute gradients.
-    """
-
-    position: int = 0
-    context: Tensor | None = None
-    level: str | None = None
-    memory: Memory = {}  # noqa: RUF012 (never changed, always replaced)
-    left: dict[str, Memory] = {}  # noqa: RUF012
-    matrices: dict[str, CellMatrices] = {}  # noqa: RUF012
-    maps: dict[int, Tensor] | None = None
-    again: bool = False
+    position: int = 0  # index of the next block
+    context: Tensor | None = None  # (B, context_size): what the memory starts from; zero without
+    level: str | None = None  # that of the block before; None at the start
+    memory: Memory = {}  # of each cell; one that is missing is zero  # noqa: RUF012
+    left: dict[str, Memory] = {}  # what each level left behind, for the bridge `skip`  # noqa: RUF012
+    matrices: dict[str, CellMatrices] = {}  # for each width, multiplied out at the first block  # noqa: RUF012
+    maps: dict[int, Tensor] | None = None  # channel gates (B, C) by position, where they are asked for
+    again: bool = False  # whether blocks that ran before are run once more, to compute gradients
 
 
 class ChannelScale(nn.Module):
@@ -111,8 +100,9 @@ class SharedAttention(nn.Module):
         channel_dim: int = 1,
     ):
         super().__init__()
-        _check_choices(attention=(attention, ATTENTIONS), sharing=(sharing, SHARINGS))
-        _check_choices(bridge=(bridge, BRIDGES), init=(init, INITS))
+        _check_choices(
+            attention=(attention, ATTENTIONS), sharing=(sharing, SHARINGS), bridge=(bridge, BRIDGES), init=(init, INITS)
+        )
         _check_numbers(hidden_size, reduction, gate_slope)
         _check_meaning(attention, sharing, bridge, context_size, channel_dim)
         self.recurrent = attention == "lstm"

@@ -7,41 +7,18 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..attention.hooks import ContextHook, Gate
+from ..attention.hooks import Gate
 from ..attention.run import Chain
 from .resnet import FusedResnetBlock2D
 
 
 class Branch(NamedTuple):
-    """A residual branch that is gated.
+    """A residual branch that is gated."""
 
-    Attributes:
-        name (`str`): Name of its block.
-        end (`str`): Name of the submodule whose output it is.
-        width (`int`): Number of channels of that.
-        level (`str`): Name of the part of the network that it belongs to.
-    """
-
-    name: str
-    end: str
-    width: int
-    level: str
-
-
-class ContextPlace(NamedTuple):
-    """Where the context of a forward pass is seen.
-
-    Attributes:
-        module (`str`): Name of a submodule.
-        argument (`str`, *optional*): Name of that of its arguments which is the context; `None` for its output.
-        index (`int`): Number of the argument, or of the part of the output.
-        size (`int`): Width of the context.
-    """
-
-    module: str
-    argument: str | None
-    index: int
-    size: int
+    name: str  # of its block
+    end: str  # of the submodule whose output it is
+    width: int  # number of channels of that
+    level: str  # of the part of the network that it belongs to
 
 
 def resnet_branches(model: nn.Module, levels: Sequence[str]) -> list[Branch]:
@@ -69,28 +46,19 @@ def hook_end(block: nn.Module, name: str, gate: Gate) -> RemovableHandle:
 def gate_branches(
     model: nn.Module,
     branches: Sequence[Branch],
-    context: ContextPlace | None,
     make_gate: Callable[[Chain, int], Gate] = Gate,
     hook_end: Callable[[nn.Module, str, Gate], Any] = hook_end,
 ) -> tuple[Chain, list[Any]]:
     """Puts gates on the branches of a model. They are open outside of a `Run` of the chain that is returned.
 
     Args:
-        model (`nn.Module`): The model.
-        branches (`Sequence[Branch]`): In order of execution.
-        context (`ContextPlace`, *optional*): Where the run takes its context from.
+        model (`nn.Module`), branches (`Sequence[Branch]`): The model, and its branches in order of execution.
         make_gate, hook_end (`Callable`, *optional*): Other gates, and another way to put them behind a submodule.
 
     Returns:
         The chain, and what removes the hooks again.
     """
     chain, handles = Chain(tuple(branch.name for branch in branches)), []
-    if context is not None:
-        hook, module = ContextHook(chain, context.argument, context.index), model.get_submodule(context.module)
-        if context.argument is None:
-            handles.append(module.register_forward_hook(hook.of_output))
-        else:
-            handles.append(module.register_forward_pre_hook(hook.of_arguments, with_kwargs=True))
     for position, branch in enumerate(branches):
         parent, _, name = branch.end.rpartition(".")
         gate, block = make_gate(chain, position), model.get_submodule(parent)

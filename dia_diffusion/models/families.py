@@ -11,7 +11,23 @@ from typing import NamedTuple
 from torch import nn
 
 from ..errors import UsageError
-from .branches import Branch, ContextPlace
+from .branches import Branch
+
+
+class ContextPlace(NamedTuple):
+    """Where the context of a forward pass is seen.
+
+    Attributes:
+        module (`str`): Name of a submodule.
+        argument (`str`, *optional*): Name of that of its arguments which is the context; `None` for its output.
+        index (`int`): Number of the argument, or of the part of the output.
+        size (`int`): Width of the context.
+    """
+
+    module: str
+    argument: str | None
+    index: int
+    size: int
 
 
 class Family(NamedTuple):

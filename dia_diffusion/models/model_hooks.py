@@ -6,7 +6,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ..attention.checkpointing import CarryState
-from ..attention.hooks import Gate
+from ..attention.hooks import ContextHook, Gate
 from ..attention.run import Run, run_under_way
 from ..errors import UsageError
 from .branches import fuse_resnets, gate_branches
@@ -15,6 +15,13 @@ from .resnet import FusedResnetBlock2D
 
 # The submodule of a model that is its attention.
 NAME = "dia"
+
+
+class OutputHook(ContextHook):
+    """Takes the context where it is a part of what a module puts out."""
+
+    def of_output(self, module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> None:
+        self.take(output[self.index])
 
 
 class EndHook:
@@ -79,10 +86,16 @@ class ModelHooks:
 
     def __init__(self, model: nn.Module, backbone: Backbone, with_context: bool, in_order: bool):
         fuse_resnets(model)
-        place = backbone.context if with_context else None
         self.in_order = in_order
         gate = OrderedGate if in_order else Gate
-        self.chain, self.handles = gate_branches(model, backbone.branches, place, gate, EndHook)
+        self.chain, self.handles = gate_branches(model, backbone.branches, gate, EndHook)
+        if with_context:
+            place = backbone.context
+            module, hook = model.get_submodule(place.module), OutputHook(self.chain, place.argument, place.index)
+            if place.argument is None:
+                self.handles.append(module.register_forward_hook(hook.of_output))
+            else:
+                self.handles.append(module.register_forward_pre_hook(hook.of_arguments, with_kwargs=True))
         self.ends = [handle for handle in self.handles if isinstance(handle, EndHook)]
         self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self.handles += [

@@ -3,7 +3,6 @@
 import functools
 import inspect
 from collections.abc import Callable
-from os import PathLike
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..attention.checkpointing import CarryState
+from ..attention.hooks import ContextHook
 from ..attention.run import Run, record_maps
 from ..attention.sharing import SharedAttention
 from ..errors import UsageError
-from .branches import Branch, ContextPlace, fuse_resnets, gate_branches, resnet_branches
+from .branches import Branch, fuse_resnets, gate_branches, resnet_branches
 
 # Of weights, and of arguments.
 _DIA_WEIGHTS, _DIA_ARGUMENTS = "dia.", "dia_"
@@ -102,9 +102,10 @@ class DIAUNet2DModel(UNet2DModel):
             return
         branches = self._branches()
         self.dia = self._make_attention(branches)
+        self._chain, _ = gate_branches(self, branches)
         # The time embedding with that of the class, as all residual blocks get it.
-        place = ContextPlace("down_blocks.0", "temb", 1, self.time_embedding.linear_2.out_features)
-        self._chain, _ = gate_branches(self, branches, place)
+        context = ContextHook(self._chain, "temb", 1)
+        self.down_blocks[0].register_forward_pre_hook(context.of_arguments, with_kwargs=True)
 
     def _branches(self) -> list[Branch]:
         down = [f"down_blocks.{number}" for number in range(len(self.down_blocks))]
@@ -211,13 +212,7 @@ class DIAUNet2DModel(UNet2DModel):
 
     @classmethod
     def _load_pretrained_model(
-        cls,
-        model: "DIAUNet2DModel",
-        state_dict: dict[str, Tensor] | None,
-        resolved_model_file: list[Any],
-        pretrained_model_name_or_path: str | PathLike,
-        loaded_keys: list[str],
-        **kwargs: Any,
+        cls, model: Any, state_dict: dict | None, files: list, source: Any, loaded_keys: list[str], **kwargs: Any
     ) -> tuple:
         # Weights that a file lacks would stay without values. Fresh ones of the attention go in as if it had them, so
         # that whatever is done about types and devices is done to them as well.
@@ -228,9 +223,9 @@ class DIAUNet2DModel(UNet2DModel):
             if state_dict is not None:
                 state_dict |= fresh
             else:
-                resolved_model_file = [*resolved_model_file, fresh]
+                files = [*files, fresh]
         model, missing_keys, *rest = super()._load_pretrained_model(
-            model, state_dict, resolved_model_file, pretrained_model_name_or_path, [*loaded_keys, *missing], **kwargs
+            model, state_dict, files, source, [*loaded_keys, *missing], **kwargs
         )
         return model, [*missing_keys, *missing], *rest
 
