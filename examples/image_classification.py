@@ -74,9 +74,12 @@ def train(options: argparse.Namespace) -> dict:
     size, number = options.batch_size * accelerator.num_processes, len(train_set.labels)
     # The last, smaller batch of an epoch is left out.
     used = number // size * size or number
-    optimizer = torch.optim.SGD(
-        model.parameters(), options.learning_rate, momentum=0.9, weight_decay=options.weight_decay
-    )
+    if options.model == "vit":
+        optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            model.parameters(), options.learning_rate, momentum=0.9, weight_decay=options.weight_decay
+        )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * -(-used // size))
     model, optimizer = accelerator.prepare(model, optimizer)
     metrics = {"loss": MeanMetric(), "accuracy": Accuracy(task="multiclass", num_classes=train_set.classes)}
@@ -149,14 +152,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--attention", choices=ATTENTIONS, default="dia_paper")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--learning_rate", type=float, default=0.1)
-    parser.add_argument("--weight_decay", type=float, default=1e-4)
+    parser.add_argument("--learning_rate", type=float, help="0.1 for ResNets (SGD), 1e-3 for the vit (AdamW)")
+    parser.add_argument("--weight_decay", type=float, help="1e-4 for ResNets, 0.05 for the vit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/image_classification"))
     options = parser.parse_args(arguments)
     if options.dataset_name is None and options.train_data_dir is None:
         options.dataset_name = "digits"
     options.resolution = options.resolution or (8 if options.dataset_name == "digits" else 32)
+    rate, decay = (1e-3, 0.05) if options.model == "vit" else (0.1, 1e-4)
+    options.learning_rate = rate if options.learning_rate is None else options.learning_rate
+    options.weight_decay = decay if options.weight_decay is None else options.weight_decay
     try:
         train(options)
     except UsageError as error:

@@ -98,8 +98,8 @@ def detect(model: RTDetrForObjectDetection, pictures: Tensor) -> list[dict[str, 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", choices=("none", "dia"), default="dia")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--test_pictures", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)

@@ -100,7 +100,7 @@ def train(options: argparse.Namespace) -> list[float]:
 
 def sample(options: argparse.Namespace) -> None:
     """The pipeline as it was, with the trained attention attached, draws a picture."""
-    pipe = StableDiffusionPipeline.from_pretrained(options.model, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(options.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     attach(pipe.unet, pretrained=options.output_dir / "attention")
     generator = torch.Generator().manual_seed(options.seed)
@@ -108,7 +108,7 @@ def sample(options: argparse.Namespace) -> None:
     image.save(options.output_dir / "sample.png")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="a folder or Hub id")
     parser.add_argument("--dataset_name", help="lambdalabs/naruto-blip-captions by default")
@@ -127,6 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.dataset_name is None and options.train_data_dir is None:
         options.dataset_name = "lambdalabs/naruto-blip-captions"
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     try:
         train(options)
     except UsageError as error:
