@@ -5,6 +5,8 @@ RT-DETR of transformers with a tiny ResNet finds 1 to 4 digits of different size
     python examples/object_detection.py [--attention none|dia] [--steps N]
 
 It leaves `result.json`, with the mean average precision on digits that were held out, and the detector's weights.
+Detectors of this kind learn slowly: with --steps 1400 it was at 0.36 (and rising) after 1,250 steps and 13 minutes, on
+one of 2 busy cores of an x86-64 server (November 2026, one seed; the same without attention has not been measured).
 """
 
 import argparse
