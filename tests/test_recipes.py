@@ -1,4 +1,4 @@
-"""The recipes of docs/diffusers.md run as they stand, one after the other, beside a stand-in for the Hub."""
+"""The recipes of the documentation run as they stand, one after the other, beside a stand-in for the Hub."""
 
 import json
 import os
@@ -34,9 +34,9 @@ DDPM_CIFAR10 = {
 }
 
 
-def recipes():
+def recipes(page):
     """The fenced blocks in order: language and code. Those that follow each other in one language are joined."""
-    blocks = re.findall(r"^```(\w[^\n]*)\n(.*?)^```$", (ROOT / "docs" / "diffusers.md").read_text(), re.M | re.S)
+    blocks = re.findall(r"^```(\w[^\n]*)\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S)
     return [(kind, "\n".join(code for _, code in group)) for kind, group in groupby(blocks, key=lambda block: block[0])]
 
 
@@ -50,7 +50,7 @@ def as_the_oldest_on_the_hub(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_recipes(tmp_path, diffusers_only):
+def test_recipes_for_diffusers(tmp_path, diffusers_only):
     folder = tmp_path / "work"
     shutil.copytree(REFERENCE, folder / "runs" / "digits")
     shutil.copy(ROOT / "train_unet.py", folder)
@@ -63,7 +63,7 @@ def test_recipes(tmp_path, diffusers_only):
     with serve_hub() as hub:
         hub.repositories["google/ddpm-cifar10-32"] = as_the_oldest_on_the_hub(tmp_path / "ddpm")
         mine, friends = (hub.client_environment(tmp_path / name) for name in ("mine", "a friend's"))
-        for kind, code in recipes():
+        for kind, code in recipes("diffusers.md"):
             kinds.append(kind)
             if kind == "python":
                 run_python(code, folder=folder, **mine)
@@ -80,6 +80,24 @@ def test_recipes(tmp_path, diffusers_only):
     assert all(tuned[name].equal(plain[name]) for name in plain)
     assert any(tensor.any() for name, tensor in tuned.items() if name.startswith("dia.decoders"))
     assert ModelCard.load(folder / "runs" / "finetuned" / "README.md").data.base_model == "google/ddpm-cifar10-32"
+
+
+def test_recipes_for_backbones(tmp_path):
+    ((kind, code),) = recipes("backbones.md")
+    assert kind == "python"
+    assert code.count("attach(") == 3
+    with serve_hub() as hub:
+        printed = run_python(code, folder=tmp_path, **hub.client_environment(tmp_path / "mine"))
+        pushed = hub.repositories["me/resnet-dia"]
+    lines = dict(line.split() for line in printed.splitlines() if line.startswith("resnet."))
+    stages = [f"resnet.encoder.stages.{stage}.layers.{block}" for stage in (0, 1) for block in (0, 1)]
+    assert list(lines) == stages
+    # The step of the first recipe has moved the gates from 1.
+    assert all(0 < abs(float(mean) - 1) < 0.1 for mean in lines.values())
+    saved = load(pushed["diffusion_pytorch_model.safetensors"])
+    assert json.loads(pushed["config.json"])["family"] == "transformers ResNet"
+    assert any(value.any() for name, value in saved.items() if name.startswith("decoders"))
+    assert not any("resnet" in name for name in saved)
 
 
 def run_shell(code, folder, **environment):

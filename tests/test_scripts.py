@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py"), ROOT / "train_unet.py"])
+FOLDERS = ("benchmarks", "examples", "tools")
+SCRIPTS = sorted([path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")] + [ROOT / "train_unet.py"])
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

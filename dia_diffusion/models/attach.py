@@ -162,6 +162,11 @@ def detach(model: nn.Module) -> None:
 
 def _check_free(model: nn.Module) -> None:
     """Refuses a model that has attention, itself or in a part of it."""
+    if isinstance(model, nn.Sequential):
+        raise UsageError(
+            f"{type(model).__name__} calls all of its submodules one after the other, and would call '{_NAME}' too: "
+            "attach to a module that holds it."
+        )
     for name, module in model.named_modules():
         if isinstance(module, AttachedAttention):
             owner = name.rpartition(".")[0]

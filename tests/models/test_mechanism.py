@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
+from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline, attach
+from dia_diffusion.errors import UsageError
 from tiny_unets import PLAIN, TINY, batch, gradients, make, open_gates, predict
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -281,3 +282,12 @@ def test_two_forward_passes_before_one_backward_under_checkpointing(arguments, r
             torch.testing.assert_close(gradient, expected[name], msg=name)
         else:
             assert torch.equal(gradient, expected[name]), name
+
+
+def test_a_sequential_model_is_refused_and_left_as_it_was():
+    """It would call the attention as its last layer."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1))
+    with pytest.raises(UsageError, match="would call 'dia' too"):
+        attach(model, branches=["0"])
+    assert list(dict(model.named_children())) == ["0"]
+    assert not model[0]._forward_hooks

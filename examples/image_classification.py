@@ -1,0 +1,175 @@
+"""Image classification with shared attention, as in the paper: the ResNet for CIFAR, and a small vision transformer.
+
+    python examples/image_classification.py                       # the embedded digits
+    python examples/image_classification.py --dataset_name uoft-cs/cifar10 --depth 32 --epochs 164 --attention dia_paper
+    python examples/image_classification.py --train_data_dir my_images --resolution 64 --attention se
+
+Runs of one seed start from the same weights and see the same images, whatever their attention. `result.json` in the
+output directory is written at the end, beside a picture of the curves.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torchmetrics import Accuracy, MeanMetric
+from transformers import ViTConfig, ViTForImageClassification
+
+from cifar_resnet import BasicBlock, Bottleneck, ResNet
+from dia_diffusion import attach
+from dia_diffusion.data import EMBEDDED, load_dataset_splits
+from dia_diffusion.errors import UsageError
+from dia_diffusion.files import replace_text
+from images_in_memory import Images
+
+# Arguments of `attach`: SE in each block; the paper's DIA, one cell a stage from state zero; one for the whole network,
+# with gates that start at 1.
+ATTENTIONS = {
+    "none": None,
+    "se": {"attention": "se", "sharing": "block", "init": "paper"},
+    "dia_paper": {"sharing": "level", "bridge": "reset", "init": "paper"},
+    "dia_network": {},
+}
+
+
+def make_model(options: argparse.Namespace, resolution: int, channels: int, classes: int) -> nn.Module:
+    if options.model == "vit":
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+        patches = {"image_size": resolution, "patch_size": max(resolution // 8, 2), "num_channels": channels}
+        config = ViTConfig(num_hidden_layers=options.depth or 6, num_labels=classes, **sizes, **patches)
+        model = ViTForImageClassification(config)
+    else:
+        block = {"resnet": BasicBlock, "resnet_bottleneck": Bottleneck}[options.model]
+        model = ResNet(block, options.depth or 20, channels, classes)
+    if ATTENTIONS[options.attention] is not None:
+        attach(model, **ATTENTIONS[options.attention])
+    return model.to(memory_format=torch.channels_last)
+
+
+def train(options: argparse.Namespace) -> dict:
+    """Trains and tests; writes and returns the result."""
+    set_seed(options.seed)
+    accelerator = Accelerator()
+    device, share = accelerator.device, slice(accelerator.process_index, None, accelerator.num_processes)
+    splits = load_dataset_splits(options.dataset_name, train_data_dir=options.train_data_dir)
+    if splits[1] is None:
+        raise UsageError("the data set has no split to test on: one named test or validation.")
+    train_set = Images(splits[0], options.resolution, device)
+    test_set = Images(splits[1], options.resolution, device, channels=train_set.pixels.shape[1])
+    std, mean = torch.std_mean(train_set.pixels.float(), (0, 2, 3), keepdim=True)
+
+    model = make_model(options, options.resolution, train_set.pixels.shape[1], train_set.classes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    of_attention = sum(value.numel() for name, value in model.named_parameters() if name.startswith("dia."))
+    size, number = options.batch_size * accelerator.num_processes, len(train_set.labels)
+    # The last, smaller batch of an epoch is left out.
+    used = number // size * size or number
+    if options.model == "vit":
+        optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            model.parameters(), options.learning_rate, momentum=0.9, weight_decay=options.weight_decay
+        )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * -(-used // size))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    metrics = {"loss": MeanMetric(), "accuracy": Accuracy(task="multiclass", num_classes=train_set.classes)}
+
+    def run(batches: Iterator[tuple[Tensor, Tensor]], training: bool) -> dict[str, float]:
+        """An epoch, or a test: loss and accuracy."""
+        model.train(training)
+        for metric in metrics.values():
+            metric.to(device).reset()
+        for images, labels in batches:
+            with torch.set_grad_enabled(training):
+                outputs = model((images.float() - mean) / std)
+                logits = getattr(outputs, "logits", outputs)
+                loss = F.cross_entropy(logits, labels)
+            if training:
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            metrics["loss"].update(loss.detach(), len(labels))
+            metrics["accuracy"].update(logits.detach(), labels)
+        return {name: metric.compute().item() for name, metric in metrics.items()}
+
+    order, history, start = torch.Generator().manual_seed(options.seed), [], time.perf_counter()
+    augment = options.dataset_name not in EMBEDDED if options.augment is None else options.augment
+    for epoch in range(1, options.epochs + 1):
+        rows = torch.randperm(number, generator=order)[:used]
+        seen = run(train_set.batches(rows[share], options.batch_size, order if augment else None), training=True)
+        held = run(test_set.batches(torch.arange(len(test_set.labels))[share], 500, None), training=False)
+        history.append({f"train_{name}": seen[name] for name in seen} | {f"test_{name}": held[name] for name in held})
+        line = ", ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
+        accelerator.print(f"epoch {epoch}: {line}, {time.perf_counter() - start:.0f} s", flush=True)
+        if not math.isfinite(seen["loss"]):
+            raise UsageError(f"training has diverged at --learning_rate {options.learning_rate}: lower it.")
+    result = {
+        "accuracy": held["accuracy"],
+        "loss": held["loss"],
+        "parameters": parameters,
+        "attention_parameters": of_attention,
+        "seconds": round(time.perf_counter() - start, 1),
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "history": history,
+    }
+    if accelerator.is_main_process:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        save_curves(history, options.output_dir / "curves.png")
+        replace_text(options.output_dir / "result.json", json.dumps(result, indent=2))
+    return result
+
+
+def save_curves(history: list[dict[str, float]], path: Path) -> None:
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split in ("train", "test"):
+            axis.plot(range(1, len(history) + 1), [line[f"{split}_{kind}"] for line in history], label=split)
+        axis.set(xlabel="epoch", ylabel=kind)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset_name", help="digits (the default), mnist5k, a data set on the Hub, or a folder")
+    parser.add_argument("--train_data_dir", type=str, help="folder of images in subfolders: train/CLASS/, test/CLASS/")
+    parser.add_argument("--resolution", type=int, help="8 by default for the digits, and 32 for others")
+    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crops and flips; not for digits")
+    parser.add_argument("--model", choices=("resnet", "resnet_bottleneck", "vit"), default="resnet")
+    parser.add_argument("--depth", type=int, help="6n + 2; 9n + 2 with bottlenecks; layers of the vit")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="dia_paper")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--learning_rate", type=float, help="0.1 for ResNets (SGD), 1e-3 for the vit (AdamW)")
+    parser.add_argument("--weight_decay", type=float, help="1e-4 for ResNets, 0.05 for the vit")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/image_classification"))
+    options = parser.parse_args(arguments)
+    if options.dataset_name is None and options.train_data_dir is None:
+        options.dataset_name = "digits"
+    options.resolution = options.resolution or (8 if options.dataset_name == "digits" else 32)
+    rate, decay = (1e-3, 0.05) if options.model == "vit" else (0.1, 1e-4)
+    options.learning_rate = rate if options.learning_rate is None else options.learning_rate
+    options.weight_decay = decay if options.weight_decay is None else options.weight_decay
+    try:
+        train(options)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
