@@ -19,8 +19,8 @@ LSTMState = tuple[Tensor, Tensor]
 class CellMatrices(NamedTuple):
     """The layers of a `DIALSTMCell` as one affine map before its ReLU, of both bottlenecks, and one behind it.
 
-    From pooled features of width P and the state h to what the ReLU takes: `(P + C, 2 * C/r)` and `(2 * C/r,)`. From
-    there to the gates i, f, 2 z, o: `(2 * C/r, 4 * C)` and `(4 * C,)`.
+    From pooled features and the state h to what the ReLU takes: `(2 * C, 2 * C/r)` and `(2 * C/r,)`. From there to the
+    gates i, f, 2 z, o: `(2 * C/r, 4 * C)` and `(4 * C,)`.
     """
 
     hidden: Tensor
@@ -37,7 +37,7 @@ class DIALSTMCell(nn.Module):
     (0, 1) and can serve as an attention map.
 
     Args:
-        channels (`int`): Width C of the state, and of the pooled features unless an encoder comes before the cell.
+        channels (`int`): Width C of the pooled features and of the state.
         reduction (`int`, *optional*, defaults to 4): Reduction ratio r of the bottlenecks.
     """
 
@@ -47,44 +47,37 @@ class DIALSTMCell(nn.Module):
         self.input_gates = _bottleneck(channels, 4 * channels, reduction)
         self.state_gates = _bottleneck(channels, 4 * channels, reduction)
 
-    def before_relu(
-        self, pooled: Tensor, encoder: nn.Module | None = None, layer_dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`hidden` and `hidden_offset` of `CellMatrices`, for all blocks whose pooled features have the width P.
+    def matrices(self, like: Tensor, layer_dtype: torch.dtype | None = None) -> CellMatrices:
+        """The cell's layers multiplied out, once for all blocks that share it.
 
         Args:
-            pooled (`Tensor` of shape `(B, P)`): Such features; their type and place are those of the matrices.
-            encoder (`nn.Module`, *optional*): A linear layer from P to C that comes before the cell.
-            layer_dtype (`torch.dtype`, *optional*): What the layers take, where it is not the type of the features.
+            like (`Tensor`): Has the type and place that the matrices should have.
+            layer_dtype (`torch.dtype`, *optional*): What the layers take, where it is not that type.
         """
-        encode, width = nn.Identity() if encoder is None else encoder, pooled.shape[1]
-        from_pooled, from_state = self.input_gates[0], self.state_gates[0]
+        (pooled_in, _, pooled_out), (state_in, _, state_out) = self.input_gates, self.state_gates
 
         def hidden(x: Tensor) -> Tensor:
-            return torch.cat([from_pooled(encode(x[:, :width])), from_state(x[:, width:])], dim=1)
-
-        return _affine_map(hidden, width + self.channels, pooled, layer_dtype)
-
-    def behind_relu(self, like: Tensor, layer_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """`gates` and `gates_offset` of `CellMatrices`, of the type and place of a tensor."""
-        from_pooled, from_state = self.input_gates[2], self.state_gates[2]
+            pooled, h = x.chunk(2, dim=1)
+            return torch.cat([pooled_in(pooled), state_in(h)], dim=1)
 
         def gates(x: Tensor) -> Tensor:
             of_pooled, of_state = x.chunk(2, dim=1)
-            i, f, z, o = (from_pooled(of_pooled) + from_state(of_state)).chunk(4, dim=1)
+            i, f, z, o = (pooled_out(of_pooled) + state_out(of_state)).chunk(4, dim=1)
             return torch.cat([i, f, 2 * z, o], dim=1)
 
-        return _affine_map(gates, 2 * from_pooled.in_features, like, layer_dtype)
+        return CellMatrices(
+            *_affine_map(hidden, 2 * self.channels, like, layer_dtype),
+            *_affine_map(gates, 2 * pooled_out.in_features, like, layer_dtype),
+        )
 
     def forward(self, pooled: Tensor, state: LSTMState, matrices: CellMatrices | None = None) -> LSTMState:
-        """Maps pooled features `(B, P)` and a state `(h, c)`, each `(B, C)`, to the next state; h is in (0, 1).
+        """Maps pooled features `(B, C)` and a state `(h, c)`, each `(B, C)`, to the next state; h is in (0, 1).
 
         With `gates = U(pooled) + V(h)` of the two bottlenecks U and V:
         `c' = sigmoid(f) c + sigmoid(i) tanh(z)` and `h' = sigmoid(o) sigmoid(c')`.
         """
         h, c = state
-        if matrices is None:
-            matrices = CellMatrices(*self.before_relu(pooled), *self.behind_relu(pooled))
+        matrices = self.matrices(pooled) if matrices is None else matrices
         hidden = torch.addmm(matrices.hidden_offset, torch.cat([pooled, h], dim=1), matrices.hidden).relu()
         i, f, z, o = torch.addmm(matrices.gates_offset, hidden, matrices.gates).sigmoid().chunk(4, dim=1)
         # tanh(z) is 2 sigmoid(2 z) - 1: one call serves all gates.

@@ -20,6 +20,8 @@ SHARINGS = ("network", "level", "block")
 BRIDGES = ("carry", "skip", "reset")
 INITS = ("identity", "paper")
 
+# The largest number of float16.
+_LARGE = 65504.0
 # State (h, c) of each shared LSTM cell; for `time`, the projected context.
 Memory = dict[str, tuple[Tensor, ...]]
 
@@ -32,7 +34,7 @@ class AttentionState(NamedTuple):
     level: str | None = None  # that of the block before; None at the start
     memory: Memory = {}  # of each cell; one that is missing is zero  # noqa: RUF012
     left: dict[str, Memory] = {}  # what each level left behind, for the bridge `skip`  # noqa: RUF012
-    matrices: dict[str, CellMatrices] = {}  # for each width, multiplied out at the first block  # noqa: RUF012
+    matrices: dict[str, CellMatrices] = {}  # of each cell, multiplied out at the first block  # noqa: RUF012
     maps: dict[int, Tensor] | None = None  # channel gates (B, C) by position, where they are asked for
     again: bool = False  # whether blocks that ran before are run once more, to compute gradients
 
@@ -182,10 +184,15 @@ class SharedAttention(nn.Module):
         module = self.shared[key]
         if self.recurrent:
             pooled = self._pool("mean", branch)
+            if self.encoders:
+                encoded = self.encoders[width](pooled if pooled.dtype == layer_dtype else pooled.to(layer_dtype))
+                # Past the largest number of half precision is infinity, which later would be no number.
+                pooled = encoded if encoded.dtype == pooled.dtype else encoded.to(pooled.dtype).clamp(-_LARGE, _LARGE)
             if not state.matrices:
-                state = state._replace(matrices=self._multiply_out(pooled, layer_dtype))
-            memory = state.memory.get(key) or (pooled.new_zeros(len(pooled), module.channels),) * 2
-            hidden, cell = module(pooled, memory, state.matrices[width])
+                matrices = {name: cell.matrices(pooled, layer_dtype) for name, cell in self.shared.items()}
+                state = state._replace(matrices=matrices)
+            memory = state.memory.get(key) or (torch.zeros_like(pooled),) * 2
+            hidden, cell = module(pooled, memory, state.matrices[key])
             state = state._replace(memory={**state.memory, key: (hidden, cell)})
             if not self.decoders:
                 return hidden, state
@@ -229,15 +236,6 @@ class SharedAttention(nn.Module):
             key: tuple(now + s * (then - now) for s, now, then in zip(shares, held, left[key], strict=True))
             for key, held in memory.items()
         }
-
-    def _multiply_out(self, pooled: Tensor, layer_dtype: torch.dtype) -> dict[str, CellMatrices]:
-        behind = {key: cell.behind_relu(pooled, layer_dtype) for key, cell in self.shared.items()}
-        matrices = {}
-        for width, key in set(zip(self.widths, self.keys, strict=True)):
-            encoder = self.encoders[str(width)] if self.encoders else None
-            before = self.shared[key].before_relu(pooled.new_empty(0, width), encoder, layer_dtype)
-            matrices[str(width)] = CellMatrices(*before, *behind[key])
-        return matrices
 
     def _pool(self, statistic: str, branch: Tensor) -> Tensor:
         """A statistic `(B, C)` over all but the channels. A sum of half-precision numbers would overflow in theirs."""

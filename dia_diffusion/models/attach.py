@@ -164,7 +164,7 @@ def _check_free(model: nn.Module) -> None:
     """Refuses a model that has attention, itself or in a part of it."""
     if isinstance(model, nn.Sequential):
         raise UsageError(
-            f"{type(model).__name__} calls all of its submodules one after the other, and would call '{_NAME}' too: "
+            f"{type(model).__name__} calls all of its submodules one after the other, and would call '{NAME}' too: "
             "attach to a module that holds it."
         )
     for name, module in model.named_modules():
