@@ -167,6 +167,11 @@ def _check_free(model: nn.Module) -> None:
             f"{type(model).__name__} calls all of its submodules one after the other, and would call '{NAME}' too: "
             "attach to a module that holds it."
         )
+    if callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None)):
+        raise UsageError(
+            f"{type(model).__name__} is used by its encode and decode, which are no forward pass of the whole: attach "
+            "to its encoder or its decoder."
+        )
     for name, module in model.named_modules():
         if isinstance(module, AttachedAttention):
             owner = name.rpartition(".")[0]

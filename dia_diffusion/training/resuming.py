@@ -134,8 +134,6 @@ def _describe(name: str, old: Any, new: Any, before: dict[str, Any], now: dict[s
     """A difference that is refused, in words."""
     if name == "data_digest":
         return f"the images are others (now from {_source(now)}, then from {_source(before)})"
-    if name == "unet":
-        return "; ".join(f"its UNet's {key} is {new[key]}, was {old[key]}" for key in new if new[key] != old[key])
     return f"{name} is {new}, was {old}"
 
 

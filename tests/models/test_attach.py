@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from backbones import BACKBONES, CONDITION, PlainCNN, noise
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from dia_diffusion import DIAUNet2DModel, attach, detach
 from dia_diffusion.errors import UsageError
@@ -222,3 +222,17 @@ def test_a_saved_attention_brings_its_own_arguments(saved):
 def test_a_folder_without_an_attention_is_told(tmp_path):
     with pytest.raises(OSError, match=str(tmp_path)):
         attach(unet(), pretrained=tmp_path)
+
+
+def test_an_autoencoder_is_gated_in_its_parts():
+    """Pipelines call its encode and decode, which are no forward pass of it."""
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8).eval()
+    with pytest.raises(UsageError, match="attach to its encoder or its decoder"):
+        attach(vae)
+    latents = torch.randn(1, 4, 4, 4)
+    with torch.no_grad():
+        expected = vae.decode(latents).sample
+        dia = attach(vae.decoder, hidden_size=8)
+        assert torch.equal(vae.decode(latents).sample, expected)
+        torch.nn.init.normal_(dia.decoders["8"].weight)
+        assert not torch.equal(vae.decode(latents).sample, expected)

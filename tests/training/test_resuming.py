@@ -225,7 +225,7 @@ def test_an_option_of_a_later_version_is_no_other_experiment_unless_it_is_used(u
     check_same_experiment(then, now)
     with pytest.raises(UsageError, match=r"experiment: snr_gamma is 5\.0, was None"):
         check_same_experiment(then, now | {"snr_gamma": 5.0})
-    with pytest.raises(UsageError, match=r"its UNet.s dia_gate_slope is 3\.0, was 1\.0"):
+    with pytest.raises(UsageError, match=r"dia_gate_slope is 3\.0, was 1\.0"):
         check_same_experiment(then, now | {"unet": now["unet"] | {"dia_gate_slope": 3.0}})
 
 
