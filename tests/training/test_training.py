@@ -188,7 +188,7 @@ def test_errors_say_what_to_do(undisturbed, tmp_path):
         run(tmp_path / "run", enable_xformers_memory_efficient_attention=True)
     with pytest.raises(UsageError, match="eval_steps needs score_features"):
         run(tmp_path / "run", eval_steps=1)
-    with pytest.raises(UsageError, match="ddpm_beta_schedule must be one of linear.*but is 'cosine'"):
+    with pytest.raises(UsageError, match=r"ddpm_beta_schedule must be one of linear.*but is 'cosine'"):
         run(tmp_path / "run", ddpm_beta_schedule="cosine")
-    with pytest.raises(UsageError, match="lr_scheduler must be one of linear.*but is 'steps'"):
+    with pytest.raises(UsageError, match=r"lr_scheduler must be one of linear.*but is 'steps'"):
         run(tmp_path / "run", lr_scheduler="steps")
