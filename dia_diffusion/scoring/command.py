@@ -84,7 +84,7 @@ def score(options: argparse.Namespace) -> None:
     wanted = channels if published else max(channels, reference.channels)
     extractor = get_extractor(name, resolution, wanted, options.inception_path).to(device)
     if not published and reference.channels != channels and extractor.channels == 3:
-        grey, other = ("images to score", "reference") if channels == 1 else ("reference", "images to score")
+        grey, other = ("images to score", "reference images")[:: 1 if channels == 1 else -1]
         print(f"The {grey} are grey and those of the {other} have colour: they are compared as colour images.")
     check_metrics(metrics, extractor)
     if published:
