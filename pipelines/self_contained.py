@@ -19,6 +19,8 @@ from typing import Any
 # Module of a class in this package, and the name of the file that holds its code in a saved pipeline.
 _FILES = {"dia_diffusion.models.unet": "dia_unet", "dia_diffusion.pipelines.pipeline_dia_unet": "pipeline_dia_unet"}
 
+# What the first versions wrote, which saved no code, in place of a file.
+_EARLIER = {"dia_diffusion.unet": "dia_diffusion.models.unet"}
 # Sources of the modules in _FILES, read when this package was imported: what happens to its files while a model trains
 # must not get into what the run saves.
 _SOURCES: dict[str, str] = {}
@@ -75,7 +77,7 @@ class SelfContained:
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """As [`~diffusers.ConfigMixin.load_config`], with the installed classes in place of the folder's code."""
         loaded = super().load_config(*args, **kwargs)
-        installed = {file: module for module, file in _FILES.items() if module in sys.modules}
+        installed = {file: module for module, file in _FILES.items() if module in sys.modules} | _EARLIER
         for component in (loaded[0] if isinstance(loaded, tuple) else loaded).values():
             if isinstance(component, list) and component[0] in installed:
                 component[0] = installed[component[0]]

@@ -114,7 +114,7 @@ def test_a_folder_without_code_loads(tmp_path):
     (tmp_path / "pipeline_dia_unet.py").unlink()
     (tmp_path / "unet" / "dia_unet.py").unlink()
     index = json.loads((tmp_path / "model_index.json").read_text())
-    index |= {"_class_name": "DIAUNetPipeline", "unet": ["dia_diffusion.models.unet", "DIAUNet2DModel"]}
+    index |= {"_class_name": "DIAUNetPipeline", "unet": ["dia_diffusion.unet", "DIAUNet2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     for loaded in (DIAUNetPipeline.from_pretrained(tmp_path), load_pipeline(str(tmp_path))):
         assert type(loaded) is DIAUNetPipeline
