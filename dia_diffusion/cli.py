@@ -1,4 +1,5 @@
-"""The command lines: `dia sample`, `dia evaluate`, `dia analyze`, `dia study`, and what `train_unet.py` calls."""
+"""The command lines: `dia train`, which is also what `train_unet.py` calls, `dia sample`, `dia evaluate`, `dia analyze`
+and `dia study`."""
 
 import argparse
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from . import __version__
 from .errors import UsageError
 from .process import Interrupted, end_with_launcher, start_missing_processes, tune_process
 from .ranges import COUNT, NATURAL, Range, number_type
@@ -23,6 +25,10 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `dia` command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["train"]:
+        # Its options are those of the description of a run, which takes seconds to import.
+        return train_main(arguments[1:])
     options = make_parser().parse_args(arguments)
     return _run(options.function, options)
 
@@ -69,9 +75,14 @@ def _train(arguments: Sequence[str] | None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the `dia` command."""
     parser = argparse.ArgumentParser(prog="dia", description="Diffusion UNets with shared attention.")
+    parser.add_argument("--version", action="version", version=f"dia-diffusion {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    sample = commands.add_parser("sample", help="generate images", description="Generate images as PNG files.")
+    commands.add_parser("train", help="train a model, as train_unet.py does; dia train --help lists its options")
+
+    sample = commands.add_parser(
+        "sample", aliases=["generate"], help="generate images", description="Generate images as PNG files."
+    )
     sample.set_defaults(function=_sample)
     sample.add_argument("model", type=os.path.expanduser, help="folder or Hub id of a pipeline")
     _add_sampling_options(sample, num_images=64)
@@ -83,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
+        aliases=["eval"],
         help="score a model or a folder of images",
         description="Compare generated images with real ones. On several GPUs: accelerate launch -m dia_diffusion.cli "
         "evaluate ...",
@@ -166,9 +178,15 @@ def _path(text: str) -> Path:
 
 def _add_sampling_options(parser: argparse.ArgumentParser, num_images: int) -> None:
     parser.add_argument(
-        "--num_images", type=number_type(int, COUNT), default=num_images, help=f"how many (default: {num_images})"
+        "--num_images",
+        "--n",
+        type=number_type(int, COUNT),
+        default=num_images,
+        help=f"how many (default: {num_images})",
     )
-    parser.add_argument("--steps", type=number_type(int, COUNT), default=25, help="denoising steps (default: 25)")
+    parser.add_argument(
+        "--steps", "--num_inference_steps", type=number_type(int, COUNT), default=25, help="denoising (default: 25)"
+    )
     parser.add_argument(
         "--scheduler", help="sampler, for example dpm_sde, dpm, ddim or ddpm; by default the pipeline's own"
     )

@@ -54,6 +54,28 @@ def test_sample_writes_numbered_images_and_a_grid_beside_them(model, tmp_path):
         assert np.abs(one.astype(int) - other).max() <= 1
 
 
+def test_names_that_people_try_first(model, tmp_path, capsys):
+    options = ["--seed", "3", "--output_dir"]
+    assert main(["sample", model, "--steps", "2", "--num_images", "3", *options, str(tmp_path / "a")]) == 0
+    assert main(["generate", model, "--num_inference_steps", "2", "--n", "3", *options, str(tmp_path / "b")]) == 0
+    for one, other in zip(images_in(tmp_path / "a"), images_in(tmp_path / "b"), strict=True):
+        assert np.array_equal(one, other)
+    assert main(["eval", str(tmp_path / "a"), "--metrics", "none"]) == 2
+    assert "no metric named 'none'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("dia-diffusion 0.1.0")
+
+
+@pytest.mark.parametrize("command", [["-m", "dia_diffusion.train"], ["-m", "dia_diffusion.cli", "train"]])
+def test_training_from_the_installed_package(command, tmp_path):
+    """Not from a clone, in which train_unet.py lies: the options and the mistakes are its own."""
+    options = ["--max_train_steps", "2", "--learning_rate", "-1", "--output_dir", str(tmp_path / "run")]
+    ended = subprocess.run([sys.executable, *command, *options], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.endswith("error: learning_rate must be at least 0, but is -1.0.\n")
+
+
 def test_sample_takes_a_class_and_a_scheduler(model, tmp_path):
     for name, options in {
         "any": [],
@@ -174,8 +196,8 @@ def test_the_package_lists_its_classes_before_it_imports_them():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sample", "m", "--steps", "-1"], "--steps: it must be at least 1, but is -1"),
-        (["sample", "m", "--num_images", "0"], "--num_images: it must be at least 1"),
+        (["sample", "m", "--steps", "-1"], "--steps/--num_inference_steps: it must be at least 1, but is -1"),
+        (["sample", "m", "--num_images", "0"], "--num_images/--n: it must be at least 1"),
         (["sample", "m", "--seed", "-1"], "--seed: it must be at least 0"),
         (["sample", "m", "--guidance_scale", "nan"], "--guidance_scale: it must be a number, but is 'nan'"),
         (["evaluate", "m", "--batch_size", "1.5"], "--batch_size: it must be a whole number, but is '1.5'"),

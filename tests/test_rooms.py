@@ -30,6 +30,8 @@ MODULES = find_modules()
 
 def room_of(module):
     name = module.split(".")[1] if "." in module else "bottom"
+    # Both are command lines.
+    name = "cli" if name == "train" else name
     return name if name in ROOMS else "bottom"
 
 
