@@ -15,6 +15,11 @@ from environments import make_diffusers_only, run_python
 from training_runs import fresh_state, run
 
 
+def pytest_collection_modifyitems(items):
+    """The longest come first, or they would come last, on one worker while the others wait."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test starts from the same random state, whatever ran before it."""
