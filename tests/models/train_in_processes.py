@@ -49,6 +49,11 @@ def main():
     save_file(
         {name: value.contiguous() for name, value in weights.items()}, Path(sys.argv[1]) / f"{number}.safetensors"
     )
+    # The process group must outlive the distributed model, and end before Python does.
+    accelerator.wait_for_everyone()
+    del model
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
