@@ -19,7 +19,11 @@ def find_image_column(dataset: Dataset, name: str | None = None) -> str:
         return candidates[0]
     wanted = f"'{name}' is not a column of images" if name is not None else "the data set has no column of images"
     columns = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in dataset.features.items())
-    raise UsageError(f"{wanted}. Its columns are: {columns}. Name one of type Image with --image_column.")
+    if images:
+        advice = f"Name one of type Image with --image_column: {', '.join(images)}."
+    else:
+        advice = "Bytes and paths become images with dataset.cast_column(name, datasets.Image()) and save_to_disk of datasets."
+    raise UsageError(f"{wanted}. Its columns are: {columns}. {advice}")
 
 
 def find_label_column(dataset: Dataset, name: str | None = None) -> str:

@@ -188,7 +188,7 @@ def _decode_batch(
             reason = str(error) or type(error).__name__
             raise UsageError(
                 f"{name} (number {index} of the data set) cannot be read: {reason}. "
-                "Repair or remove it, or leave out such images with --on_bad_image skip."
+                "Repair or remove it. (In training, --on_bad_image skip leaves such images out.)"
             ) from error
         label = batch[label_column][position] if label_column else None
         values = (pixels.tobytes(), pixels.shape[2], pixels.shape[1], -1 if label is None else label)

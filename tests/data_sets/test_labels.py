@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from dia_diffusion.data import describe_images, prepare_pixels
+from dia_diffusion.data.columns import find_image_column
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training import DataOptions, load_pixels
 
@@ -80,3 +81,8 @@ def test_what_a_command_says_about_images():
         "2 images of 'icons', split test: from 4x4 to 8x6 pixels, 1 PNG L, 1 PNG RGBA; taken as 4x4 in colour; "
         "1 of them are transparent: they lie on white."
     )
+
+
+def test_a_column_that_is_not_of_images_gets_advice_that_can_be_followed():
+    with pytest.raises(UsageError, match=r"picture \(Value\).*cast_column"):
+        find_image_column(datasets.Dataset.from_dict({"picture": [b"bytes"]}))
