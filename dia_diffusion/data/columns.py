@@ -22,7 +22,7 @@ def find_image_column(dataset: Dataset, name: str | None = None) -> str:
     if images:
         advice = f"Name one of type Image with --image_column: {', '.join(images)}."
     else:
-        advice = "Bytes and paths become images with dataset.cast_column(name, datasets.Image()) and save_to_disk of datasets."
+        advice = "Bytes and paths become images with dataset.cast_column(name, datasets.Image()), then save_to_disk."
     raise UsageError(f"{wanted}. Its columns are: {columns}. {advice}")
 
 
