@@ -13,6 +13,7 @@ from . import __version__
 from .errors import UsageError
 from .process import Interrupted, end_with_launcher, start_missing_processes, tune_process
 from .ranges import COUNT, NATURAL, Range, number_type
+from .suggestions import SuggestingParser
 
 # Imports of torch and diffusers stand inside the functions: `dia --help` should not wait for them.
 
@@ -29,7 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["train"]:
         # Its options are those of the description of a run, which takes seconds to import.
         return train_main(arguments[1:])
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if "function" not in options:
+        parser.print_help()
+        return 2
     return _run(options.function, options)
 
 
@@ -74,9 +79,9 @@ def _train(arguments: Sequence[str] | None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the `dia` command."""
-    parser = argparse.ArgumentParser(prog="dia", description="Diffusion UNets with shared attention.")
+    parser = SuggestingParser(prog="dia", description="Diffusion UNets with shared attention.")
     parser.add_argument("--version", action="version", version=f"dia-diffusion {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     commands.add_parser("train", help="train a model, as train_unet.py does; dia train --help lists its options")
 

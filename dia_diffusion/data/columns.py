@@ -6,6 +6,7 @@ import datasets
 from datasets import Dataset
 
 from ..errors import UsageError
+from ..suggestions import nearest
 
 _DEFAULT_IMAGE_COLUMNS = ("image", "img")
 _DEFAULT_LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -23,13 +24,16 @@ def find_image_column(dataset: Dataset, name: str | None = None) -> str:
         advice = f"Name one of type Image with --image_column: {', '.join(images)}."
     else:
         advice = "Bytes and paths become images with dataset.cast_column(name, datasets.Image()), then save_to_disk."
-    raise UsageError(f"{wanted}. Its columns are: {columns}. {advice}")
+    raise UsageError(f"{wanted}. Its columns are: {columns}. {advice}{nearest(name, images)}")
 
 
 def find_label_column(dataset: Dataset, name: str | None = None) -> str:
     """The column that holds the classes: the one named, `label`, or else the first of type `ClassLabel`."""
     if name is not None and name not in dataset.features:
-        raise UsageError(f"the data set has no column '{name}', only: {', '.join(dataset.features)}.")
+        raise UsageError(
+            f"the data set has no column '{name}', only: {', '.join(dataset.features)}."
+            f"{nearest(name, dataset.features)}"
+        )
     classes = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
     candidates = [name] if name else [c for c in _DEFAULT_LABEL_COLUMNS if c in dataset.features] + classes
     if candidates and not _holds_integers(dataset.features[candidates[0]]):

@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from ..distributed import say
 from ..errors import UsageError
+from ..suggestions import folders_beside, nearest
 from .columns import find_image_column, find_label_column
 from .embedded import EMBEDDED
 from .folders import TRAIN_SPLIT, load_folder
@@ -74,7 +75,9 @@ def _load_splits(
     if name is None:
         folder = Path(data_dir).expanduser()
         if not folder.is_dir():
-            raise UsageError(f"--train_data_dir '{data_dir}' is not a folder.")
+            raise UsageError(
+                f"--train_data_dir '{data_dir}' is not a folder.{nearest(data_dir, folders_beside(data_dir))}"
+            )
         return load_folder(folder, config_name, cache_dir)
     if data_dir is not None:
         say(f"--dataset_name '{name}' counts, and --train_data_dir '{data_dir}' is not used.")
@@ -89,7 +92,8 @@ def _load_splits(
         return datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"cannot load images from '{name}': {reason}") from error
+        hint = nearest(name, [*EMBEDDED, *folders_beside(name)])
+        raise UsageError(f"cannot load images from '{name}': {reason.rstrip('.')}.{hint}") from error
 
 
 def _has_labels(dataset: Dataset, name: str | None) -> bool:

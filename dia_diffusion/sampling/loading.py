@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..pipelines import DIAUNetPipeline
+from ..suggestions import folders_beside, nearest
 from .schedulers import make_scheduler
 
 
@@ -37,7 +38,8 @@ def load_pipeline(
         pipeline = known.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         reason = _why_not_loaded(name_or_path, error)
-        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}.") from error
+        hint = "" if Path(name_or_path).exists() else nearest(name_or_path, folders_beside(name_or_path))
+        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}.{hint}") from error
     if isinstance(getattr(pipeline, "unet", None), nn.Module):
         # Convolutions are faster in this format, and hand it on to their output.
         pipeline.unet.to(memory_format=torch.channels_last)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..divergence import NotFiniteImagesError
 from ..errors import UsageError
 from ..pipelines import DIAUNetPipeline
+from ..suggestions import nearest
 
 
 def image_generators(seed: int, numbers: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
@@ -121,7 +122,7 @@ def find_class(pipeline: DiffusionPipeline, name: str) -> int:
         return int(name)
     except ValueError:
         known = f"its classes are: {', '.join(names[:50])}" if names else "it knows no names of classes; give a number"
-        raise UsageError(f"the model has no class named '{name}'; {known}.") from None
+        raise UsageError(f"the model has no class named '{name}'; {known}.{nearest(name, names)}") from None
 
 
 def _check_unconditional(pipeline: DiffusionPipeline) -> None:

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 
 from ..errors import UsageError
+from ..suggestions import nearest
 
 # What belongs to the model, and not to the sampler that was saved with it: the noise that it was trained on, what it
 # predicts, and the range of its images. All else that a configuration holds (orders, types of solver, spacings of noise
@@ -63,7 +64,9 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
             that was not trained on the noise of such schedulers.
     """
     if name not in SCHEDULERS:
-        raise UsageError(f"unknown scheduler '{name}'. Choose one of: {', '.join(SCHEDULERS)}.")
+        raise UsageError(
+            f"unknown scheduler '{name}'. Choose one of: {', '.join(SCHEDULERS)}.{nearest(name, SCHEDULERS)}"
+        )
     known = "beta_schedule" in config and config.get("prediction_type") in _PREDICTIONS
     if not known or config.get("use_flow_sigmas"):
         raise UsageError(

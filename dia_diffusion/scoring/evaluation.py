@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..data import PixelDataset
 from ..errors import UsageError
+from ..suggestions import nearest
 from .extraction import extract
 from .features import FeatureExtractor
 from .frechet import GROUPS, FrechetDistanceTo, Moments, frechet_uncertainty, is_uncertainty_too_long
@@ -134,7 +135,9 @@ def check_metrics(
         raise UsageError(f"name at least one metric of: {', '.join(METRICS)}.")
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
-        raise UsageError(f"there is no metric named '{unknown[0]}'; choose from: {', '.join(METRICS)}.")
+        raise UsageError(
+            f"there is no metric named '{unknown[0]}'; choose from: {', '.join(METRICS)}.{nearest(unknown[0], METRICS)}"
+        )
     if "is" in metrics and extractor.num_classes is None:
         raise UsageError(f"the Inception Score needs a classifier, and the features '{extractor.name}' have none.")
     impossible = sorted(_NEED_FEATURES & set(metrics))

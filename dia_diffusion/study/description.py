@@ -16,6 +16,7 @@ from diffusers import UNet2DModel
 
 from ..errors import UsageError
 from ..ranges import COUNT, NATURAL, SEED, to_number
+from ..suggestions import nearest
 from ..training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, read_mapping, read_yaml
 
 # Options that a study sets itself, and what to use instead.
@@ -139,7 +140,7 @@ class Study:
                 else:
                     raise UsageError(
                         f"variant '{variant}': '{name}' is neither an option of training (train_unet.py --help) nor an "
-                        "argument of UNet2DModel."
+                        f"argument of UNet2DModel.{nearest(name, OPTION_NAMES | _UNET_ARGUMENTS)}"
                     )
         place = folder / variant / f"seed-{seed}"
         options |= {"seed": seed, "output_dir": str(place), "resume_from_checkpoint": "latest"}
@@ -175,10 +176,13 @@ def load_study(path: str | Path) -> Study:
     keys = [item.name for item in fields(Study)]
     required = {"baseline", "variants", "seeds"}
     if not isinstance(content, dict) or content.keys() - set(keys) or required - content.keys():
-        found = f"; it has {', '.join(map(str, content))}" if isinstance(content, dict) else ""
+        found, hint = "", ""
+        if isinstance(content, dict):
+            found = f"; it has {', '.join(map(str, content))}"
+            hint = "".join(nearest(key, keys) for key in content if key not in keys)
         raise UsageError(
             f"'{path}' must have the keys {', '.join(sorted(required))}, and may have "
-            f"{', '.join(key for key in keys if key not in required)}{found}."
+            f"{', '.join(key for key in keys if key not in required)}{found}.{hint}"
         )
     return Study(**content)
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UsageError
 from ..models import DIAUNet2DModel
+from ..suggestions import nearest
 from .options import ModelOptions
 from .values import read_value
 
@@ -114,7 +115,10 @@ def _read_unet_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     for name in arguments.keys() - free:
         if name in hints:
             raise UsageError(f"unet_arguments may not hold '{name}': it has a flag of its own or comes from the data.")
-        raise UsageError(f"UNet2DModel has no argument '{name}'. unet_arguments may hold: {', '.join(sorted(free))}.")
+        raise UsageError(
+            f"UNet2DModel has no argument '{name}'. unet_arguments may hold: {', '.join(sorted(free))}."
+            f"{nearest(name, free)}"
+        )
     return {
         name: None if value is None else read_value(f"{name} in unet_arguments", value, hints[name])
         for name, value in arguments.items()

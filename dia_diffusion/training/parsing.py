@@ -14,6 +14,7 @@ import yaml
 from ..data import DIGITS
 from ..errors import UsageError
 from ..files import replace_text
+from ..suggestions import SuggestingParser, nearest
 from .options import MODEL_OPTION_NAMES, OPTION_NAMES, PARTS, TrainingConfig
 
 RECIPES = files(__package__) / "recipes"
@@ -35,10 +36,11 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     options = read_yaml(path)
     if not isinstance(options, dict):
         raise UsageError(f"'{path}' must hold 'option: value' lines.")
-    unknown = options.keys() - OPTION_NAMES
+    unknown = sorted(map(str, options.keys() - OPTION_NAMES))
     if unknown:
         raise UsageError(
-            f"'{path}' names unknown options: {', '.join(sorted(map(str, unknown)))}. See --help for those known."
+            f"'{path}' names unknown options: {', '.join(unknown)}. See --help for those known."
+            f"{nearest(unknown[0], OPTION_NAMES)}"
         )
     return options
 
@@ -52,7 +54,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
     """
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(
+    class _Parser(SuggestingParser, HfArgumentParser):
+        """As transformers makes it from the parts."""
+
+    parser = _Parser(
         PARTS,
         # A mistyped option should not be taken for a longer one.
         allow_abbrev=False,

@@ -8,6 +8,7 @@ import yaml
 
 from ..errors import UsageError
 from ..ranges import Range, to_number
+from ..suggestions import nearest
 
 # Marks text that says where something lies.
 PATH = "path"
@@ -48,7 +49,10 @@ def _read_choice(name: str, value: Any, choices: tuple) -> Any:
     if value is False and "no" in choices:
         return "no"  # What YAML makes of a plain no.
     if isinstance(value, bool) or value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, but is '{value}'.")
+        raise UsageError(
+            f"{name} must be one of {', '.join(map(str, choices))}, but is '{value}'."
+            f"{nearest(value, map(str, choices))}"
+        )
     return value
 
 

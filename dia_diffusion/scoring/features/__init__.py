@@ -2,6 +2,7 @@
 `FeatureExtractor` in a file of its own."""
 
 from ...errors import UsageError
+from ...suggestions import nearest
 from .digits import DigitsFeatures
 from .extractor import FeatureExtractor
 from .inception import InceptionFeatures
@@ -12,7 +13,8 @@ from .vision_model import VisionModelFeatures
 EXTRACTORS: dict[str, type[FeatureExtractor]] = {
     extractor.name: extractor for extractor in (DigitsFeatures, PixelFeatures)
 }
-FEATURES = (*EXTRACTORS, InceptionFeatures.name, "a vision model of transformers (folder or Hub id)")
+_NAMES = (*EXTRACTORS, InceptionFeatures.name)
+FEATURES = (*_NAMES, "a vision model of transformers (folder or Hub id)")
 
 
 def get_extractor(
@@ -34,4 +36,7 @@ def get_extractor(
         return InceptionFeatures(inception_path)
     if name in EXTRACTORS:
         return EXTRACTORS[name](resolution, channels)
-    return VisionModelFeatures(name)
+    try:
+        return VisionModelFeatures(name)
+    except UsageError as error:
+        raise UsageError(f"{error}{nearest(name, _NAMES)}") from error
