@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .errors import UsageError
-from .process import Interrupted, end_with_launcher, start_missing_processes, tune_process
+from .process import Interrupted, end_with_launcher, quiet_dependencies, start_missing_processes, tune_process
 from .ranges import COUNT, NATURAL, Range, number_type
 from .suggestions import SuggestingParser
 
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(function: Callable, argument: object) -> int:
+    quiet_dependencies()
     try:
         start_missing_processes()
         tune_process()

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..data import PixelDataset
 from ..errors import UsageError
 from ..models import attach
+from ..progress import progress_bar
 from .maps import Block, spread_rows
 
 
@@ -65,7 +65,7 @@ def collect_classifier_maps(
     rows = spread_rows(len(dataset), num_images)
     collected: dict[str, list[np.ndarray]] = {}
     with model.dia.record() as maps:
-        for start in tqdm(range(0, len(rows), batch_size), desc="Attention maps", unit="batch"):
+        for start in progress_bar(range(0, len(rows), batch_size), desc="Attention maps", unit="batch"):
             images = dataset.fetch(rows[start : start + batch_size])["images"].float() / 255
             model(pixel_values=((images - mean) / std).to(model.device))
             for name, gate in maps.items():

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from tqdm.auto import tqdm
 
 from ..data import PixelDataset, to_unit_range
 from ..models import DIAUNet2DModel
+from ..progress import progress_bar
 from ..randomness import step_seed
 
 
@@ -75,7 +75,7 @@ def collect_maps(
     timesteps = [int((index + 0.5) * length / num_timesteps) for index in range(num_timesteps)]
     unet.eval()
     collected: dict[str, list[list[np.ndarray]]] = {}
-    for number, timestep in enumerate(tqdm(timesteps, desc="Attention maps", unit="timestep")):
+    for number, timestep in enumerate(progress_bar(timesteps, desc="Attention maps", unit="timestep")):
         generator = torch.Generator().manual_seed(step_seed(0, number))
         for start in range(0, len(rows), batch_size):
             batch = dataset.fetch(rows[start : start + batch_size])

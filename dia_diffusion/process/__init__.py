@@ -5,5 +5,6 @@ from ..door import open_door
 __getattr__, __all__ = open_door(
     __name__,
     interrupts="Interrupted catch_interrupts",
+    quiet="quiet_dependencies",
     startup="available_cores end_with_launcher start_missing_processes tune_process",
 )

@@ -72,9 +72,11 @@ def _why_not_loaded(name_or_path: str, error: Exception) -> str:
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
         return f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there"
+    reason = str(error).splitlines()[0].rstrip(".")
+    if folder.exists():
+        return reason
     try:
         validate_repo_id(name_or_path)
     except HFValidationError:
-        if not folder.exists():
-            return "there is no such folder"
-    return str(error).splitlines()[0].rstrip(".")
+        return "there is no such folder"
+    return f"there is no such folder, and the Hub gave none ({reason})"

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..divergence import NotFiniteImagesError
 from ..errors import UsageError
 from ..pipelines import DIAUNetPipeline
+from ..progress import progress_bar
 from ..suggestions import nearest
 
 
@@ -154,7 +154,7 @@ def sample_images(
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, but is {value}.")
-    with tqdm(total=num_images, desc=description, unit="img") as progress:
+    with progress_bar(total=num_images, desc=description, unit="img") as progress:
         for start in range(0, num_images, batch_size):
             numbers = range(start, min(start + batch_size, num_images))
             yield sample_batch(pipeline, numbers, steps, seed, class_label, guidance_scale)

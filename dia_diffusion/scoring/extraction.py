@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..progress import progress_bar
 from .features import FeatureExtractor
 
 
@@ -51,7 +51,7 @@ def extract(
     """
     starts = range(0, len(images), batch_size)
     processes, rank = (state.num_processes, state.process_index) if state is not None else (1, 0)
-    with tqdm(total=len(images), desc=description, unit="img", disable=rank != 0) as progress:
+    with progress_bar(total=len(images), desc=description, unit="img", disable=rank != 0) as progress:
         for first in range(0, len(starts), processes):
             mine = starts[first : first + processes][rank : rank + 1]
             batch = [

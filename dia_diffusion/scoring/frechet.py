@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from scipy.stats import t
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from ..progress import progress_bar
 
 GROUPS = 20
 # The interval takes the roots of twenty matrices of as many rows: a minute for this many.
@@ -181,7 +182,7 @@ def frechet_uncertainty(distance: FrechetDistanceTo, generated: Moments) -> Unce
     else:
         without = _FewImages(distance, generated).without
         value = without(-1)  # There is no such group.
-    left_out = tqdm(range(groups), desc="Uncertainty of the Fréchet distance", unit="group", leave=False)
+    left_out = progress_bar(range(groups), desc="Uncertainty of the Fréchet distance", unit="group", leave=False)
     values = np.array([without(group) for group in left_out])
     error = np.sqrt((groups - 1) * values.var())
     infinity = groups * value - (groups - 1) * values.mean()

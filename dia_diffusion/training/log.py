@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..divergence import NotFiniteError
 from ..files import replace_text
+from ..progress import progress_bar
 
 METRICS_LOG = "metrics.jsonl"
 
@@ -51,13 +51,12 @@ class RunLog:
         self._losses: list[float] = list(pending or [])
         self._unread: list[Tensor] = []
         self._mark = (step, time.monotonic())
-        self.progress = tqdm(
+        self.progress = progress_bar(
             total=total_steps,
             initial=step,
             desc="Training",
             unit="step",
             disable=not accelerator.is_main_process,
-            dynamic_ncols=True,
         )
         if accelerator.is_main_process:
             # What an interrupted run logged after the checkpoint will be logged again.
