@@ -1,17 +1,25 @@
-"""DIAUNetPipeline: images from a pixel-space diffusion UNet, unconditional or by class."""
+"""DIAUNetPipeline: images from a diffusion UNet, of pixels or of latents, unconditional or by class."""
 
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dia_diffusion.divergence import NotFiniteImagesError
 from dia_diffusion.errors import UsageError
 from dia_diffusion.pipelines.self_contained import SelfContained
+from dia_diffusion.scaling import unscale_latents
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -19,7 +27,8 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 class DIAUNetPipeline(SelfContained, DiffusionPipeline):
     r"""
-    Pipeline for image generation with a [`DIAUNet2DModel`] (or any [`~diffusers.UNet2DModel`]) in pixel space.
+    Pipeline for image generation with a [`DIAUNet2DModel`] (or any [`~diffusers.UNet2DModel`]), in pixel space or in
+    the latent space of a VAE.
 
     This model inherits from [`~diffusers.DiffusionPipeline`]; see there for loading, saving and devices. A saved one
     also holds its code, for [`~diffusers.DiffusionPipeline.from_pretrained`] with `trust_remote_code=True`.
@@ -29,14 +38,24 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             labels and guidance, its last class embedding stands for "no class".
         scheduler ([`~diffusers.SchedulerMixin`]): Any diffusers scheduler for such a prediction.
         id2label (`dict[int, str]`, *optional*): The name of each class by its number, as in `DiTPipeline`.
+        vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.AutoencoderTiny`], *optional*):
+            Decodes what the UNet makes, where that is latents. `vae.enable_slicing()` and `vae.enable_tiling()` bound
+            the memory that it takes.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]  # noqa: RUF012
     _callback_tensor_inputs = ("latents",)
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, id2label: dict | None = None):
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         if id2label is not None:
             # JSON, in which it is saved, has no numbers for keys.
             self.register_to_config(id2label={int(number): name for number, name in id2label.items()})
@@ -94,7 +113,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                 Standard normal noise to start from, instead of drawing it.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `pil` (`PIL.Image`), `np` (`(B, H, W, C)` in [0, 1]), `pt` (`(B, C, H, W)` in [0, 1]) or `latent`
-                (`(B, C, H, W)`, the last sample as it is, about [-1, 1]).
+                (`(B, C, H, W)`, the last sample as it is, about [-1, 1] in pixel space, and not decoded).
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an `ImagePipelineOutput`.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step_index, timestep, {"latents": ...})` after each step; what it returns
@@ -111,6 +130,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         # 0. check inputs
         self._check_inputs(output_type, callback_on_step_end_tensor_inputs, generator, batch_size)
         self._check_scheduler()
+        if self.vae is not None:
+            self._check_latents()
         labels = self._prepare_labels(class_labels, batch_size)
         guide = guidance_scale != 1.0
         if guide and (class_labels is None or self.null_class is None):
@@ -146,7 +167,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         # 3. to images
         if output_type != "latent" and not (finite & latents.isfinite().all()):
             raise NotFiniteImagesError(self.name_or_path or type(self.unet).__name__)
-        images = self._postprocess(latents, output_type)
+        images = self._postprocess(latents if output_type == "latent" else self._decode(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -183,6 +204,20 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             f"{type(scheduler).__name__} does not fit a UNet that predicts noise, sample or velocity: {reason}. "
             "Use for example DDIMScheduler.from_config(pipe.scheduler.config)."
         )
+
+    def _check_latents(self) -> None:
+        """Refuses a VAE of other latents, and schedulers that keep samples within the range of pixels."""
+        channels, decoded = self.unet.config.out_channels, self.vae.config.latent_channels
+        if channels != decoded:
+            raise UsageError(f"the UNet makes {channels} channels, and the VAE decodes {decoded}: they do not fit.")
+        own = inspect.signature(type(self.scheduler).__init__).parameters
+        for name in ("clip_sample", "thresholding"):
+            if name in own and self.scheduler.config.get(name):
+                kind = type(self.scheduler).__name__
+                raise UsageError(
+                    f"{kind} keeps samples within the range of pixels ({name}), which latents leave. Use for example "
+                    f"{kind}.from_config(pipe.scheduler.config, {name}=False)."
+                )
 
     def _set_timesteps(self, num_inference_steps: int) -> None:
         scheduler, config = self.scheduler, self.scheduler.config
@@ -255,6 +290,15 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         except (NotImplementedError, ValueError) as error:
             # Some are written for some prediction types only, and say so at their first step.
             raise UsageError(f"{type(self.scheduler).__name__} cannot be used here: {error}") from error
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Images in about [-1, 1] `(B, C, H, W)`."""
+        if self.vae is None:
+            return latents
+        images = self.vae.decode(unscale_latents(latents, self.vae.config).to(self.vae.dtype)).sample
+        if not images.isfinite().all():
+            raise NotFiniteImagesError(self.name_or_path or type(self.vae).__name__)
+        return images
 
     def _postprocess(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":

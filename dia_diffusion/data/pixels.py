@@ -1,7 +1,7 @@
 """Images as rows of pixels of one size, and the order in which training takes them."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -28,6 +28,9 @@ class PixelDataset:
         bits (`int`, *optional*, defaults to 8): 8 or 16 bits for a pixel.
         left_out (`list[str]`, *optional*): Which images were left out, and why.
     """
+
+    # What a model sees of an image is the image itself.
+    draws_from_posterior = False
 
     def __init__(
         self,
@@ -109,6 +112,19 @@ class PixelDataset:
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[list(indices)])
         return batch
+
+    def model_inputs(
+        self, batch: Mapping[str, Tensor], flips: Tensor | None = None, draws: Tensor | None = None
+    ) -> Tensor:
+        """What a diffusion model sees of images: floats in [-1, 1], `(B, C, R, R)`.
+
+        Args:
+            batch (`dict`): What `fetch` gave, on any device.
+            flips (`Tensor` of shape `(B,)`, *optional*): Which of them are flipped horizontally.
+            draws (`Tensor`, *optional*): Has no meaning here.
+        """
+        images = to_unit_range(batch["images"]).contiguous(memory_format=torch.channels_last)
+        return images if flips is None else torch.where(flips[:, None, None, None], images.flip(-1), images)
 
     def numbered(self, numbers: range) -> Tensor:
         """These images, uint8 of shape `(B, C, R, R)`."""

@@ -14,12 +14,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from ..checksums import weights_checksum
 from ..data import UNREADABLE, PixelDataset
 from ..errors import UsageError
 from ..files import replace_file, replace_text
 from ..sampling import check_sampling, sample_batch
 from .archives import ArchiveImages
-from .features.extractor import weights_checksum
 
 _RECORD = "settings.json"
 # The tag of EXIF that says how a picture is turned, and where that swaps height and width.

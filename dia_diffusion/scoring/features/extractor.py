@@ -1,13 +1,12 @@
 """What all feature extractors have in common: images as they come, made into what a network sees."""
 
-import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...checksums import weights_checksum
 from ...errors import UsageError
 
 # Luma of ITU-R BT.601, with which Pillow turns colour into grey.
@@ -102,12 +101,3 @@ class FeatureExtractor(nn.Module):
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Maps what `convert` made to features and logits, in a classifier."""
         raise NotImplementedError
-
-
-def weights_checksum(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors with their names, types and shapes, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""VAEs: loaded, told apart from each other, and what they make of images."""
+
+import hashlib
+import inspect
+import json
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..checksums import weights_checksum
+from ..errors import UsageError
+
+VAE = AutoencoderKL | AutoencoderTiny
+_CLASSES = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+
+
+def load_vae(name_or_path: str) -> VAE:
+    """A VAE in float32, frozen and in evaluation mode.
+
+    Args:
+        name_or_path (`str`):
+            A folder or a Hub id of an `AutoencoderKL` or `AutoencoderTiny` of diffusers, or of a pipeline that has one
+            in its subfolder `vae`.
+
+    Raises:
+        UsageError: if there is none, or one of another class, or its weights are incomplete or not finite.
+    """
+    try:
+        location = _find_vae(name_or_path)
+        config = AutoencoderKL.load_config(name_or_path, **location)
+        name = config.get("_class_name") if isinstance(config, dict) else None
+        if name not in _CLASSES:
+            raise UsageError(f"'{name_or_path}' is a {name or 'model of no class'}; a VAE is one of: {_names()}.")
+        vae, info = _CLASSES[name].from_pretrained(
+            name_or_path, **location, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UsageError(
+            f"cannot load a VAE from '{name_or_path}': {reason}. Name a folder or a Hub id of an {_names()}, or of a "
+            "pipeline that holds one."
+        ) from error
+    if info["missing_keys"]:
+        raise UsageError(f"the VAE '{name_or_path}' lacks weights, for example {sorted(info['missing_keys'])[0]}.")
+    if not all(tensor.isfinite().all() for tensor in vae.state_dict().values()):
+        raise UsageError(f"the VAE '{name_or_path}' has weights that are not finite numbers.")
+    return vae.eval().requires_grad_(False)
+
+
+def vae_digest(vae: VAE) -> str:
+    """Of its class, its weights and what its configuration has of its own: the same wherever it lies, and whichever
+    version of diffusers saved it."""
+    defaults = inspect.signature(type(vae).__init__).parameters
+    config = {
+        name: value
+        for name, value in json.loads(json.dumps(dict(vae.config), default=str)).items()
+        if name in defaults and value != _plain(defaults[name].default)
+    }
+    about = json.dumps([type(vae).__name__, config, weights_checksum(vae.state_dict())], sort_keys=True)
+    return hashlib.sha256(about.encode()).hexdigest()[:32]
+
+
+@torch.no_grad()
+def encode_posterior(vae: VAE, images: Tensor) -> Tensor:
+    """Mean and standard deviation of the latents of images; an `AutoencoderTiny` has a deviation of 0.
+
+    Args:
+        images (`Tensor` of shape `(B, C, R, R)`): In [-1, 1].
+
+    Returns:
+        `Tensor`: float32 of shape `(B, 2, c, r, r)`, not scaled.
+    """
+    encoded = vae.encode(images)
+    if isinstance(vae, AutoencoderTiny):
+        return torch.stack([encoded.latents, torch.zeros_like(encoded.latents)], dim=1)
+    return torch.stack([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
+
+
+def _find_vae(name_or_path: str) -> dict[str, str]:
+    """Where a folder or a repository holds its VAE: in the subfolder of a pipeline, or on top."""
+    try:
+        AutoencoderKL.load_config(name_or_path, subfolder="vae")
+    except OSError:
+        return {}
+    return {"subfolder": "vae"}
+
+
+def _names() -> str:
+    return " or ".join(_CLASSES)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
