@@ -1,11 +1,17 @@
 """What `dia analyze` does: reads the attention maps of a model for real images, and reports on them."""
 
 import argparse
+from collections.abc import Callable
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from ..data import describe_images, load_dataset_splits, prepare_pixels
 from ..distributed import find_device, make_state
 from ..errors import UsageError
+from ..latents import downsampling_factor, encode_posterior
 from ..sampling import load_pipeline, make_scheduler
+from ..scaling import scale_latents
 from .classifier import collect_classifier_maps, load_classifier, place_branches, read_processor
 from .maps import collect_maps
 from .report import format_analysis, report
@@ -29,10 +35,11 @@ def analyze(options: argparse.Namespace) -> None:
     names = getattr(pipeline, "class_names", None)
     with_labels = unet.config.num_class_embeds is not None
     train, held_out = load_dataset_splits(options.dataset, with_labels=with_labels)
+    resolution, channels, encode = _find_images(pipeline)
     pixels = prepare_pixels(
         train if held_out is None else held_out,
-        unet.config.sample_size,
-        unet.config.in_channels,
+        resolution,
+        channels,
         with_labels=with_labels,
         on_bad_image="skip",
         trained=(names, range(len(names))) if with_labels and names else None,
@@ -47,10 +54,23 @@ def analyze(options: argparse.Namespace) -> None:
     print(f"Images: {describe_images(pixels, options.dataset)} Device: {pipeline.device}.")
     scheduler = make_scheduler("ddpm", pipeline.scheduler.config)
     maps, timesteps = collect_maps(
-        unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size
+        unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size, encode
     )
     print(format_analysis(report(maps, timesteps, options.output_dir)))
     print(f"All figures and four pictures are in {options.output_dir}")
+
+
+def _find_images(pipeline: DiffusionPipeline) -> tuple[int, int, Callable[[Tensor], Tensor] | None]:
+    """Resolution and channels of the images that a model is for, and how its VAE encodes them, if it has one."""
+    config, vae = pipeline.unet.config, getattr(pipeline, "vae", None)
+    if vae is None:
+        return config.sample_size, config.in_channels, None
+
+    def encode(images: Tensor) -> Tensor:
+        means = encode_posterior(vae, images.to(vae.device))[:, 0]
+        return scale_latents(means, vae.config).cpu()
+
+    return config.sample_size * downsampling_factor(vae), vae.config.in_channels, encode
 
 
 def analyze_classifier(options: argparse.Namespace) -> None:

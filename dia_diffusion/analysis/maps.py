@@ -1,11 +1,12 @@
 """The attention maps of a model, and where their blocks stand."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from torch import Tensor
 
 from ..data import PixelDataset, to_unit_range
 from ..models import DIAUNet2DModel
@@ -57,6 +58,7 @@ def collect_maps(
     num_images: int = 512,
     num_timesteps: int = 10,
     batch_size: int = 64,
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, np.ndarray], list[int]]:
     """The maps of all blocks for noisy images, with noise that is the same each time.
 
@@ -66,6 +68,7 @@ def collect_maps(
         num_images (`int`, *optional*): How many, spread evenly over the data set; all if it has fewer.
         num_timesteps (`int`, *optional*): How many, spread evenly over the schedule.
         batch_size (`int`, *optional*): Images at a time.
+        encode (`Callable`, *optional*): From images in [-1, 1] `(B, C, H, W)` to what the model sees, if not these.
 
     Returns:
         `dict`: for each block its maps, float32 `(T, N, C)`; and the list of timesteps.
@@ -80,6 +83,7 @@ def collect_maps(
         for start in range(0, len(rows), batch_size):
             batch = dataset.fetch(rows[start : start + batch_size])
             images = to_unit_range(batch["images"])
+            images = images if encode is None else encode(images)
             noise = torch.randn(images.shape, generator=generator)
             noisy = scheduler.add_noise(images, noise, torch.full((len(images),), timestep)).to(unet.device)
             labels = batch["labels"].to(unet.device) if "labels" in batch else None

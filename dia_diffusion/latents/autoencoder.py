@@ -3,10 +3,12 @@
 import hashlib
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def load_vae(name_or_path: str) -> VAE:
     except UsageError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = _why_not_loaded(name_or_path, error)
         raise UsageError(
             f"cannot load a VAE from '{name_or_path}': {reason}. Name a folder or a Hub id of an {_names()}, or of a "
             "pipeline that holds one."
@@ -50,6 +52,12 @@ def load_vae(name_or_path: str) -> VAE:
     if not all(tensor.isfinite().all() for tensor in vae.state_dict().values()):
         raise UsageError(f"the VAE '{name_or_path}' has weights that are not finite numbers.")
     return vae.eval().requires_grad_(False)
+
+
+def downsampling_factor(vae: VAE) -> int:
+    """How many pixels of an image, along one side, a latent stands for."""
+    tiny = isinstance(vae, AutoencoderTiny)
+    return 2 ** (len(vae.config.encoder_block_out_channels if tiny else vae.config.block_out_channels) - 1)
 
 
 def vae_digest(vae: VAE) -> str:
@@ -88,6 +96,15 @@ def _find_vae(name_or_path: str) -> dict[str, str]:
     except OSError:
         return {}
     return {"subfolder": "vae"}
+
+
+def _why_not_loaded(name_or_path: str, error: Exception) -> str:
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        if not Path(name_or_path).exists():
+            return "there is no such folder"
+    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def _names() -> str:

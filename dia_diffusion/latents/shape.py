@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UsageError
-from .autoencoder import VAE, encode_posterior
+from .autoencoder import VAE, downsampling_factor, encode_posterior
 
 
 class LatentShape(NamedTuple):
@@ -47,7 +47,7 @@ def find_latent_shape(vae: VAE, resolution: int, channels: int) -> LatentShape:
             f"the VAE cannot encode images of resolution {resolution}: {str(error).splitlines()[0]}"
         ) from error
     if decoded.shape[-2:] != (resolution, resolution):
-        factor = max(1, round(resolution / latents.shape[-1]))
+        factor = downsampling_factor(vae)
         raise UsageError(
             f"resolution {resolution} does not fit the VAE, which makes latents of 1/{factor} of it and images of "
             f"{decoded.shape[-1]} again: choose a multiple of {factor}."

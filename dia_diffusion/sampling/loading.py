@@ -43,6 +43,9 @@ def load_pipeline(
     if isinstance(getattr(pipeline, "unet", None), nn.Module):
         # Convolutions are faster in this format, and hand it on to their output.
         pipeline.unet.to(memory_format=torch.channels_last)
+    if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+        # One image at a time: the memory of a decoder does not grow with the batch, and it takes no longer.
+        pipeline.vae.enable_slicing()
     if scheduler is not None:
         pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     _check_unet(name_or_path, pipeline)

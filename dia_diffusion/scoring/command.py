@@ -144,7 +144,7 @@ def _is_images(what: str) -> bool:
 
 def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """Resolution (the shorter side) and number of channels of the images of a pipeline."""
-    if set(pipeline.components) == {"unet", "scheduler"}:
+    if {name for name, part in pipeline.components.items() if part is not None} == {"unet", "scheduler"}:
         size = pipeline.unet.config.sample_size
         return size if isinstance(size, int) else min(size), pipeline.unet.config.in_channels
     # With a decoder behind the UNet, only an image tells.
