@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checksums import weights_checksum
 from ..errors import UsageError
+from ..suggestions import folders_beside, nearest
 
 VAE = AutoencoderKL | AutoencoderTiny
 _CLASSES = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
@@ -99,12 +100,14 @@ def _find_vae(name_or_path: str) -> dict[str, str]:
 
 
 def _why_not_loaded(name_or_path: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    if Path(name_or_path).exists():
+        return reason
     try:
         validate_repo_id(name_or_path)
     except HFValidationError:
-        if not Path(name_or_path).exists():
-            return "there is no such folder"
-    return str(error).strip().splitlines()[0].rstrip(".")
+        return f"there is no such folder.{nearest(name_or_path, folders_beside(name_or_path))}".rstrip(".")
+    return f"there is no such folder, and the Hub gave none ({reason})"
 
 
 def _names() -> str:

@@ -17,12 +17,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from ..data import PixelDataset, to_unit_range
 from ..distributed import say
 from ..errors import UsageError
 from ..files import flush, remove_temporaries, replace_file
+from ..progress import progress_bar
 from .autoencoder import VAE, encode_posterior, vae_digest
 
 # Part of the cache key: raise it whenever the same image would give other latents.
@@ -133,7 +133,7 @@ def _alone(folder: Path, state: PartialState) -> Iterator[None]:
 def _encode_parts(vae: VAE, pixels: PixelDataset, flip: bool, parts: dict[Path, range], quiet: bool) -> None:
     batch, total = _batch_size(pixels.resolution), sum(map(len, parts.values()))
     name = "Encoding flipped images" if flip else "Encoding images"
-    with tqdm(total=total, desc=name, unit="img", dynamic_ncols=True, disable=quiet or not total) as progress:
+    with progress_bar(total=total, desc=name, unit="img", disable=quiet or not total) as progress:
         for path, part in parts.items():
             encoded = []
             for start in range(part.start, part.stop, batch):
