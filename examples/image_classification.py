@@ -5,7 +5,9 @@
     python examples/image_classification.py --train_data_dir my_images --resolution 64 --attention se
 
 Runs of one seed start from the same weights and see the same images, whatever their attention. `result.json` in the
-output directory is written at the end, beside a picture of the curves.
+output directory is written at the end, beside a picture of the curves and the trained `model`; a model of transformers
+is saved with its image processor, so that `dia evaluate --features` takes it. `compare_classifiers.py` runs variants
+over seeds.
 """
 
 import argparse
@@ -23,7 +25,12 @@ from accelerate.utils import set_seed
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    RegNetConfig,
+    RegNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from cifar_resnet import BasicBlock, Bottleneck, ResNet
 from dia_diffusion import attach
@@ -31,13 +38,15 @@ from dia_diffusion.data import EMBEDDED, load_dataset_splits
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text
 from images_in_memory import Images
+from trained_classifier import correlate_maps, save_classifier
 
-# Arguments of `attach`: SE in each block; the paper's DIA, one cell a stage from state zero; one for the whole network,
-# with gates that start at 1.
+# Arguments of `attach`: SE in each block; the paper's DIA, one cell a stage from state zero; the same with the state
+# carried from stage to stage; one for the whole network, with gates that start at 1.
 ATTENTIONS = {
     "none": None,
     "se": {"attention": "se", "sharing": "block", "init": "paper"},
     "dia_paper": {"sharing": "level", "bridge": "reset", "init": "paper"},
+    "dia_carry": {"sharing": "level", "bridge": "carry", "init": "paper"},
     "dia_network": {},
 }
 
@@ -48,6 +57,11 @@ def make_model(options: argparse.Namespace, resolution: int, channels: int, clas
         patches = {"image_size": resolution, "patch_size": max(resolution // 8, 2), "num_channels": channels}
         config = ViTConfig(num_hidden_layers=options.depth or 6, num_labels=classes, **sizes, **patches)
         model = ViTForImageClassification(config)
+    elif options.model == "regnet":
+        sizes = {"embedding_size": 64, "hidden_sizes": [64, 128, 256], "depths": [options.depth or 2] * 3}
+        layers = {"groups_width": 64, "layer_type": "x", "downsample_in_first_stage": False}
+        config = RegNetConfig(num_channels=channels, num_labels=classes, **sizes, **layers)
+        model = RegNetForImageClassification(config)
     else:
         block = {"resnet": BasicBlock, "resnet_bottleneck": Bottleneck}[options.model]
         model = ResNet(block, options.depth or 20, channels, classes)
@@ -125,6 +139,10 @@ def train(options: argparse.Namespace) -> dict:
     }
     if accelerator.is_main_process:
         options.output_dir.mkdir(parents=True, exist_ok=True)
+        model = accelerator.unwrap_model(model).eval()
+        if of_attention:
+            result["correlation"] = correlate_maps(model, test_set, mean, std)
+        save_classifier(model, options.output_dir, options.resolution, mean, std)
         save_curves(history, options.output_dir / "curves.png")
         replace_text(options.output_dir / "result.json", json.dumps(result, indent=2))
     return result
@@ -147,8 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train_data_dir", type=str, help="folder of images in subfolders: train/CLASS/, test/CLASS/")
     parser.add_argument("--resolution", type=int, help="8 by default for the digits, and 32 for others")
     parser.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crops and flips; not for digits")
-    parser.add_argument("--model", choices=("resnet", "resnet_bottleneck", "vit"), default="resnet")
-    parser.add_argument("--depth", type=int, help="6n + 2; 9n + 2 with bottlenecks; layers of the vit")
+    parser.add_argument("--model", choices=("resnet", "resnet_bottleneck", "vit", "regnet"), default="resnet")
+    parser.add_argument(
+        "--depth", type=int, help="6n + 2; 9n + 2 with bottlenecks; layers of the vit; of a stage of the regnet"
+    )
     parser.add_argument("--attention", choices=ATTENTIONS, default="dia_paper")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch_size", type=int, default=128)

@@ -5,4 +5,5 @@ from ..door import open_door
 __getattr__, __all__ = open_door(
     __name__,
     command="analyze",
+    similarity="VIEWS channel_correlations describe",
 )
