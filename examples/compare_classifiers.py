@@ -9,42 +9,67 @@ grow with each run; differences are paired by seed.
 
 import argparse
 import json
-import subprocess
+import multiprocessing
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from tqdm import tqdm
 
+import image_classification
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text
 from dia_diffusion.study import compare
 from dia_diffusion.training import read_yaml
 
-PROGRAM = Path(__file__).with_name("image_classification.py")
+
+def load(path: Path) -> dict:
+    study = read_yaml(path)
+    if not isinstance(study, dict) or not {"baseline", "seeds", "variants"} <= study.keys():
+        raise UsageError(f"'{path}' must have the keys baseline, seeds and variants.")
+    if not isinstance(study["variants"], dict) or study["baseline"] not in study["variants"]:
+        raise UsageError(
+            f"the baseline '{study['baseline']}' must be one of the variants, each a name with its options."
+        )
+    if not isinstance(study["seeds"], list) or not study["seeds"]:
+        raise UsageError(f"seeds must be a list of numbers, for example [0, 1, 2], but is {study['seeds']}.")
+    return study
 
 
-def command(study: dict, variant: str, seed: int, folder: Path) -> list[str]:
+def command_line(study: dict, variant: str, seed: int, folder: Path) -> list[str]:
+    """The arguments of `image_classification.py` for a run."""
     options = (study.get("common") or {}) | (study["variants"][variant] or {}) | {"seed": seed, "output_dir": folder}
     words = []
     for name, value in options.items():
         words += [f"--{name if value is not False else f'no-{name}'}"]
         words += [] if isinstance(value, bool) else [str(value)]
-    return [sys.executable, str(PROGRAM), *words]
+    return words
 
 
-def finish(words: list[str], folder: Path) -> str | None:
-    """Does a run unless it has a result; returns what is to be said if it failed."""
+def is_done(words: list[str], folder: Path) -> bool:
+    """Whether a run has a result already.
+
+    Raises:
+        UsageError: if it was trained with other options.
+    """
     record = folder / "command.json"
-    if record.exists() and json.loads(record.read_text()) != words[2:]:
-        return f"'{folder}' was trained with other options: remove it, or choose another --output_dir."
+    if record.exists() and json.loads(record.read_text()) != words:
+        raise UsageError(f"'{folder}' was trained with other options: remove it, or choose another --output_dir.")
+    return record.exists()
+
+
+def train(words: list[str], folder: Path) -> str | None:
+    """Does a run; returns what is to be said if it failed."""
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(record, json.dumps(words[2:]))
-    if not (folder / "result.json").exists():
-        with (folder / "log.txt").open("w") as log:
-            status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
-        if status:
-            return f"'{folder}': status {status}, see log.txt there."
+    with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            status = image_classification.main(words)
+        except SystemExit as refusal:
+            status = refusal.code
+    if status:
+        return f"'{folder}': {(folder / 'log.txt').read_text().splitlines()[-1]}"
+    replace_text(folder / "command.json", json.dumps(words))
     return None
 
 
@@ -95,24 +120,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, help="runs/NAME OF THE FILE by default")
     options = parser.parse_args(arguments)
     try:
-        study = read_yaml(options.study)
+        study = load(options.study)
+        root = options.output_dir or Path("runs") / options.study.stem
+        # Seed by seed, so that each finished seed is a comparison of all variants.
+        places = [(root / name / f"seed-{seed}", name, seed) for seed in study["seeds"] for name in study["variants"]]
+        runs = [(command_line(study, name, seed, folder), folder) for folder, name, seed in places]
+        waiting = [run for run in runs if not is_done(*run)]
     except UsageError as error:
         parser.error(str(error))
-    if not isinstance(study, dict) or not {"baseline", "seeds", "variants"} <= study.keys():
-        parser.error(f"'{options.study}' must have the keys baseline, seeds and variants.")
-    if study["baseline"] not in study["variants"]:
-        parser.error(f"the baseline '{study['baseline']}' must be one of the variants.")
-    root = options.output_dir or Path("runs") / options.study.stem
-    # Seed by seed, so that each finished seed is a comparison of all variants.
-    folders = {
-        root / variant / f"seed-{seed}": (variant, seed) for seed in study["seeds"] for variant in study["variants"]
-    }
     failures = []
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(folders), unit="run") as bar:
-        for failure in pool.map(lambda each: finish(command(study, *each[1], each[0]), each[0]), folders.items()):
-            failures += [failure] if failure else []
+    with (
+        ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool,
+        tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar,
+    ):
+        for ended in as_completed([pool.submit(train, *run) for run in waiting]):
+            failures += [ended.result()] if ended.result() else []
             summarise(study, root)
             bar.update()
+    summarise(study, root)
     print((root / "study.md").read_text(), *failures, sep="\n")
     return 1 if failures else 0
 

@@ -62,7 +62,7 @@ def gate_branches(
     for position, branch in enumerate(branches):
         parent, _, name = branch.end.rpartition(".")
         gate, block = make_gate(chain, position), model.get_submodule(parent)
-        if isinstance(block, FusedResnetBlock2D):
+        if isinstance(block, FusedResnetBlock2D) and name == "conv2":
             block.gate = gate
         else:
             handles.append(hook_end(block, name, gate))

@@ -35,6 +35,23 @@ def test_a_second_attention_is_refused():
     attach(around)
 
 
+@pytest.mark.parametrize("layer", ["conv1", "conv2", "conv_shortcut"])
+def test_a_branch_that_is_named_inside_of_a_block_of_diffusers_is_gated_there(layer):
+    """Multiplying what that layer gives by hand is the same."""
+    torch.manual_seed(0)
+    model, inputs = unet().eval(), (noise(2, 4, 8, 8), 7, noise(2, 5, 12))
+    plain = copy.deepcopy(model)
+    name = next(name for name, _ in model.named_modules() if name.endswith(f".{layer}"))
+    dia = attach(model, branches=[name])
+    open_gates(model)
+    with torch.no_grad(), dia.record() as maps:
+        output = model(*inputs).sample
+        gate = maps[name][:, :, None, None]
+        plain.get_submodule(name).register_forward_hook(lambda module, args, features: features * gate)
+        torch.testing.assert_close(output, plain(*inputs).sample)
+    assert (gate - 1).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("attention", ["lstm", "none"])
 def test_a_model_with_attention_of_its_own_is_refused(attention):
     model = DIAUNet2DModel(**TINY, dia_attention=attention)

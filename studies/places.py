@@ -1,0 +1,148 @@
+"""Where shared attention acts: the residual branch, the long skip connections, both, or before the second convolution.
+
+    python studies/places.py studies/cifar10.yaml --variant skips --seed 0 --steps 1500
+
+Trains one UNet as the plain variant of that study is trained, with the gates of one LSTM that starts from zero at the
+named place, and adds its held-out loss to `runs/places.json`. An experiment: none of these places but the first is in
+the package.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from tqdm import tqdm
+
+from dia_diffusion import attach
+from dia_diffusion.files import replace_text
+from dia_diffusion.study.description import load_study
+from dia_diffusion.training import (
+    TrainingState,
+    build_unet,
+    diffusion_loss,
+    draw_step,
+    held_out_loss,
+    load_pixels,
+    make_noise_scheduler,
+)
+
+
+def resnets(unet: UNet2DModel, part: str) -> list[tuple[str, ResnetBlock2D]]:
+    """The residual blocks of `down_blocks`, `mid_block` or `up_blocks`, in order of execution."""
+    return [
+        (name, block)
+        for name, block in unet.named_modules()
+        if isinstance(block, ResnetBlock2D) and name.startswith(part)
+    ]
+
+
+def mark_skips(unet: UNet2DModel) -> list[str]:
+    """Gives each long skip connection, where the up path takes it, a module of its own; returns their names."""
+    widths = [unet.conv_in.out_channels]
+    for block in unet.down_blocks:
+        widths += [resnet.out_channels for resnet in block.resnets]
+        widths += [sampler.conv.out_channels for sampler in block.downsamplers or []]
+    names = []
+    for name, block in resnets(unet, "up_blocks"):
+        width = widths.pop()
+        # `attach` reads the number of channels there.
+        block.skip = nn.Identity()
+        block.skip.out_channels = width
+
+        def through_skip(block: nn.Module, args: tuple, width: int = width) -> tuple:
+            hidden, skip = args[0].split([args[0].shape[1] - width, width], dim=1)
+            return torch.cat([hidden, block.skip(skip)], dim=1), *args[1:]
+
+        block.register_forward_pre_hook(through_skip)
+        names.append(f"{name}.skip")
+    return names
+
+
+def places(unet: UNet2DModel, variant: str) -> list[str]:
+    """Names of the modules whose outputs are gated, in order of execution."""
+    parts = [[name for name, _ in resnets(unet, part)] for part in ("down_blocks", "mid_block", "up_blocks")]
+    before, up = [*parts[0], *parts[1]], parts[2]
+    if variant == "branches":
+        return [f"{name}.conv2" for name in before + up]
+    if variant == "before-conv2":
+        for name in before + up:
+            block = unet.get_submodule(name)
+            block.dropout.out_channels = block.out_channels
+        return [f"{name}.dropout" for name in before + up]
+    skips = mark_skips(unet)
+    if variant == "skips":
+        return skips
+    if variant == "skips-after-down":
+        # The state runs through the branches of the way down first, and decides then what crosses.
+        return [*(f"{name}.conv2" for name in before), *skips]
+    return [
+        *(f"{name}.conv2" for name in before),
+        *(end for name, skip in zip(up, skips, strict=True) for end in (skip, f"{name}.conv2")),
+    ]
+
+
+VARIANTS = ("plain", "branches", "skips", "skips-after-down", "both", "before-conv2")
+
+
+def train(study: str, variant: str, seed: int, steps: int) -> dict:
+    described = load_study(study)
+    config = described.config(described.baseline, seed, Path("runs"))
+    config = replace(config, optimisation=replace(config.optimisation, max_train_steps=steps))
+    optimisation, accelerator = config.optimisation, Accelerator()
+    data, held_out = load_pixels(config.data)
+    torch.manual_seed(seed)
+    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes)
+    plain = sum(parameter.numel() for parameter in unet.parameters())
+    if variant != "plain":
+        attach(unet, time_conditioned=False, hidden_size=32, branches=places(unet, variant))
+    training = TrainingState(optimisation, accelerator, unet, steps)
+    scheduler, size = make_noise_scheduler(config.objective), optimisation.train_batch_size
+    shape = (size, data.channels, data.resolution, data.resolution)
+    order = torch.Generator().manual_seed(seed)
+    rows = torch.cat([torch.randperm(len(data), generator=order) for _ in range(-(-steps * size // len(data)))])
+    for step in tqdm(range(1, steps + 1), desc=f"{variant}, seed {seed}", unit="step"):
+        batch = data.fetch(rows[(step - 1) * size : step * size].tolist())
+        draws = draw_step(seed, step, shape, scheduler.config.num_train_timesteps, "cpu")
+        images = batch["images"].float() / 127.5 - 1
+        images = torch.where(draws.flips[:, None, None, None], images.flip(3), images)
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = batch["labels"] if data.num_classes else None
+        loss = diffusion_loss(training.model, scheduler, images, draws.noise, draws.timesteps, labels)
+        accelerator.backward(loss)
+        training.update(step)
+    with training.averaged() as averaged:
+        loss = held_out_loss(averaged, scheduler, held_out, 250, len(held_out), described.loss_draws)
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    return {
+        "variant": variant,
+        "seed": seed,
+        "steps": steps,
+        "parameters": parameters,
+        "attention_parameters": parameters - plain,
+        "held_out_loss": loss,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study")
+    parser.add_argument("--variant", choices=VARIANTS, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--output", type=Path, default=Path("runs/places.json"))
+    options = parser.parse_args()
+    result = train(options.study, options.variant, options.seed, options.steps)
+    results = json.loads(options.output.read_text()) if options.output.exists() else []
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(options.output, json.dumps([*results, result], indent=1))
+    print(result)
+
+
+if __name__ == "__main__":
+    main()
