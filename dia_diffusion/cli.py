@@ -73,9 +73,9 @@ def _train(arguments: Sequence[str] | None) -> None:
     if figures:
         if "features" in figures:
             print(format_scores(figures))
-        print(
-            f"The pipeline and its model card are in {config.output.folder}; look at samples.png and curves.png there."
-        )
+        folder = config.output.folder
+        print(f"Made in {folder}: the pipeline, its card (README.md), pictures and scores in one page (report.html).")
+        print(f"Next: dia sample {folder}, dia evaluate {folder}, dia analyze {folder}; each has --help.")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -239,7 +239,9 @@ def _study(options: argparse.Namespace) -> None:
         print(interruption, file=sys.stderr)
         sys.exit(128 + interruption.signum)
     print((folder / "study.md").read_text())
-    print(f"Table, figures of every run and picture: {folder}/study.md, study.json, study.png")
+    print(
+        f"The report is {folder}/study.html; table, figures of every run and picture: study.md, study.json, study.png."
+    )
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def analyze(options: argparse.Namespace) -> None:
         unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size, encode
     )
     print(format_analysis(report(maps, timesteps, options.output_dir)))
-    print(f"All figures and four pictures are in {options.output_dir}")
+    print(f"The report is {options.output_dir}/report.html; all figures and the pictures lie beside it.")
 
 
 def _find_images(pipeline: DiffusionPipeline) -> tuple[int, int, Callable[[Tensor], Tensor] | None]:
@@ -86,4 +86,4 @@ def analyze_classifier(options: argparse.Namespace) -> None:
     print(f"Images: {describe_images(pixels, options.dataset)} Device: {device}.")
     maps = collect_classifier_maps(model, pixels, mean, std, options.num_images, options.batch_size)
     print(format_analysis(report(maps, [], options.output_dir, place_branches(model))))
-    print(f"All figures and four pictures are in {options.output_dir}")
+    print(f"The report is {options.output_dir}/report.html; all figures and the pictures lie beside it.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files import replace_text
+from ..page import heading, markdown, picture, write_page
 from .maps import Block, place_blocks
 from .similarity import VIEWS, channel_correlations, cka_of_pairs, describe_blocks, describe_pairs
 
@@ -16,13 +17,20 @@ if TYPE_CHECKING:
 
 Similarity = dict[tuple[str, str], np.ndarray]
 _VIEW_TITLES = {"all": "all samples", "within_timestep": "within a timestep"}
+_PICTURES = {
+    "correlation": "Correlation between blocks",
+    "cka": "Linear CKA between blocks",
+    "channels": "Correlation channel by channel",
+    "gates": "Gates",
+}
 _PAIR_PATHS = {"same path": "tab:blue", "different paths": "tab:orange"}
 
 
 def report(
     maps: dict[str, np.ndarray], timesteps: Sequence[int], folder: Path, blocks: Sequence[Block] | None = None
 ) -> dict[str, Any]:
-    """Writes `analysis.json`, `correlation.png`, `cka.png`, `channels.png` and `gates.png`.
+    """Writes `analysis.json`, `correlation.png`, `cka.png`, `channels.png`, `gates.png`, and all of them as a page,
+    `report.html`.
 
     Args:
         maps (`dict`), timesteps (sequence of `int`): What `collect_maps` returned; no timesteps for a classifier.
@@ -51,6 +59,10 @@ def report(
     save_matrices(blocks, cka, "linear CKA", (0, 1), folder / "cka.png")
     save_channels(blocks, correlation, folder / "channels.png")
     save_gates(blocks, maps, timesteps, folder / "gates.png")
+    parts = [markdown(format_analysis(figures))]
+    for name, title in _PICTURES.items():
+        parts += [heading(title), picture(folder / f"{name}.png", title)]
+    write_page(folder / "report.html", "Attention maps", parts, [folder / "analysis.json"])
     return figures
 
 

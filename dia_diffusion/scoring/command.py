@@ -187,4 +187,4 @@ def _write(
         replace_text(options.output, json.dumps(scores, indent=2) + "\n")
     if options.report is not None:
         images = reference if not isinstance(reference, Reference) else None
-        write_report(options.report, scores, generated, images, extractor)
+        write_report(options.report, scores, generated, images, extractor, options.output)

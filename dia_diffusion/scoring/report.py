@@ -1,8 +1,5 @@
 """Scores as a table, and as a page with the pictures that they stand for."""
 
-import base64
-import html
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ import torch
 from PIL import Image
 
 from ..data import PixelDataset, image_grid
-from ..files import replace_text
+from ..page import folded, heading, markdown, picture, prose, write_page
 from .extraction import Images
 from .features import FeatureExtractor
 
@@ -28,13 +25,6 @@ _TITLES = {
     "num_images": "images",
     "settings_hash": "settings",
 }
-_STYLE = """
-body { font-family: sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
-td, th { padding: .2em .8em; text-align: right }
-td:first-child, th:first-child { text-align: left }
-img { max-width: 100%; image-rendering: pixelated }
-pre { overflow: auto }
-"""
 _SHOWN = 64
 _COMPARED = 10
 _NEIGHBOURS = 4
@@ -94,7 +84,12 @@ def nearest_images(
 
 
 def write_report(
-    path: Path, scores: dict[str, Any], generated: Images, reference: PixelDataset | None, extractor: FeatureExtractor
+    path: Path,
+    scores: dict[str, Any],
+    generated: Images,
+    reference: PixelDataset | None,
+    extractor: FeatureExtractor,
+    raw: Path | None = None,
 ) -> None:
     """Writes one HTML file, pictures included, that needs nothing else: scores, settings, generated images, and beside
     some of these their nearest real ones.
@@ -104,44 +99,31 @@ def write_report(
         scores (`dict`): What `evaluate` returned.
         generated (`Images`), reference (`PixelDataset`, *optional*), extractor (`FeatureExtractor`): As for `evaluate`;
             without reference images no neighbours are shown.
+        raw (`Path`, *optional*): The JSON file of the scores, for a link to it.
     """
     grid = image_grid(generated.numbered(range(min(_SHOWN, len(generated)))))
     parts = [
-        "<h1>Scores</h1>",
-        _table(scores),
-        *(f"<p><b>Warning:</b> {html.escape(warning)}</p>" for warning in scores["warnings"]),
-        "<p>Figures can be compared where their settings are the same.</p>",
-        "<h2>Generated images</h2>",
-        _picture(grid, "generated images"),
+        markdown(format_scores(scores), sortable=False),
+        *(prose(f"**Warning:** {warning}") for warning in scores["warnings"]),
+        prose("Figures can be compared where their settings are the same."),
+        heading("Generated images"),
+        picture(grid, "generated images", pixels=True),
     ]
     if reference is not None:
-        picture, distances = nearest_images(generated, reference, extractor)
+        neighbours, distances = nearest_images(generated, reference, extractor)
         parts += [
-            "<h2>Generated images and their nearest real ones</h2>",
-            f"<p>Left: generated. Then the {_NEIGHBOURS} real images that are nearest in the features "
-            f"<code>{html.escape(extractor.name)}</code>. Twins would be memorised images. Distance to the nearest: "
-            f"{', '.join(f'{distance:.3g}' for distance in distances)}.</p>",
-            _picture(picture, "generated images beside the nearest real images"),
+            heading("Generated images and their nearest real ones"),
+            prose(
+                f"Left: generated. Then the {_NEIGHBOURS} real images that are nearest in the features "
+                f"`{extractor.name}`. Twins would be memorised images. Distance to the nearest: "
+                f"{', '.join(f'{distance:.3g}' for distance in distances)}."
+            ),
+            picture(neighbours, "generated images beside the nearest real images", pixels=True),
         ]
     details = {name: value for name, value in scores.items() if isinstance(value, dict) and name != "floor"}
     parts += [
-        "<h2>Settings</h2>",
-        f"<p><code>{html.escape(scores.get('command', ''))}</code></p>",
-        f"<pre>{html.escape(json.dumps(details, indent=2))}</pre>",
+        heading("Settings"),
+        prose(f"`{scores['command']}`") if "command" in scores else "",
+        folded("What the figures depend on", json.dumps(details, indent=2)),
     ]
-    page = f"<!doctype html>\n<meta charset='utf-8'>\n<title>Scores</title>\n<style>{_STYLE}</style>\n"
-    replace_text(path, page + "\n".join(parts) + "\n")
-
-
-def _table(scores: dict[str, Any]) -> str:
-    head, _, *rows = [line.strip("| ").split(" | ") for line in format_scores(scores).splitlines()]
-    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _picture(image: Image.Image, description: str) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img alt='{description}' src='data:image/png;base64,{data}'>"
+    write_page(path, "Scores", parts, [] if raw is None else [raw])

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..errors import UsageError
 from ..process import available_cores
 from .description import Study, StudyRun, load_study
-from .report import save_figure, summarise, write_report
+from .report import summarise, write_report
 from .single_run import complete, read_result, read_timing, time_step
 from .workers import Progress, Task, run_tasks
 
@@ -21,7 +21,7 @@ def run_study(path: str | Path, output_dir: str | Path, jobs: int | None = None)
 
     Args:
         path (`str` or `Path`): The description, a YAML file; see `Study`.
-        output_dir (`str` or `Path`): Folder of the runs and of the report, `study.md`, `study.json` and `study.png`.
+        output_dir (`str` or `Path`): Folder of the runs and of the report (`study.html`, `.md`, `.json`, `.png`).
         jobs (`int`, *optional*): Runs side by side, of one thread each; by default one for each core, or one on a GPU.
 
     Returns:
@@ -69,5 +69,4 @@ def _finish_study(study: Study, runs: list[StudyRun], folder: Path, jobs: int) -
         raise UsageError("\n".join(["some runs failed; the others are kept, and the same command goes on.", *failures]))
     summary = summarise(study, runs)
     write_report(summary, folder)
-    save_figure(summary, folder / "study.png")
     return summary

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from scipy import stats
 
 from ..files import replace_text
+from ..page import folded, heading, markdown, picture, write_page
 from .description import Study, StudyRun
 from .single_run import SPIKES, read_result, read_timing
 
@@ -104,9 +106,17 @@ def _interval(values: Sequence[float]) -> list[float] | None:
 
 
 def write_report(summary: dict[str, Any], folder: Path) -> None:
-    """Writes `study.json` and `study.md`."""
+    """Writes `study.json`, `study.md`, `study.png`, and all of them as a page, `study.html`."""
+    table, figure = format_table(summary), folder / "study.png"
     replace_text(folder / "study.json", json.dumps(summary, indent=2) + "\n")
-    replace_text(folder / "study.md", format_table(summary))
+    replace_text(folder / "study.md", table)
+    save_figure(summary, figure)
+    parts = [markdown(table)]
+    if figure.exists():
+        title = "Differences to the baseline from the same seeds"
+        parts += [heading(title), picture(figure, title)]
+    parts += [heading("Settings"), folded("The study", yaml.safe_dump(summary["study"], sort_keys=False))]
+    write_page(folder / "study.html", f"Study: {folder.name}", parts, [folder / "study.json"])
 
 
 def format_table(summary: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def prepare_output_dir(options: OutputOptions, checkpoint: Path | None) -> None:
     if checkpoint is not None and checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve():
         return
     valuables = [*list_checkpoints(folder / CHECKPOINTS), folder / BEST, folder / "model_index.json"]
-    names = (METRICS_LOG, "metrics.json", "curves.png", SAMPLES, "samples.png", "README.md")
+    names = (METRICS_LOG, "metrics.json", "curves.png", SAMPLES, "samples.png", "report.html", "README.md")
     traces = [folder / name for name in names]
     found = [path for path in valuables if path.exists()]
     # A run that was killed before its first checkpoint is no reason to stop. It has left its description; without

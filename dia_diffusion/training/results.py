@@ -22,6 +22,7 @@ from .folder import BEST, SAMPLES, read_best
 from .log import METRICS_LOG, read_metrics
 from .objective import held_out_loss
 from .options import OutputOptions
+from .report import write_run_report
 from .state import TrainingState
 from .trackers import log_picture
 
@@ -98,7 +99,7 @@ class RunResults:
         return {"fid": scores["fid"]}
 
     def finish(self, step: int, global_batch_size: int) -> dict[str, Any]:
-        """Saves the pipeline, samples.png, curves.png and metrics.json. Returns the figures."""
+        """Saves the pipeline, samples.png, curves.png, metrics.json and report.html. Returns the figures."""
         options, folder = self.options, self.folder
         metrics = read_metrics(folder / METRICS_LOG)
         figures: dict[str, Any] = {"step": step, "global_batch_size": global_batch_size}
@@ -112,6 +113,7 @@ class RunResults:
             if options.score_features is not None:
                 figures |= self._score(pipeline, options.score_num_images, DEFAULT_METRICS, self.held_out)
             replace_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
+            write_run_report(folder, figures)
         return figures
 
     def _score(

@@ -186,8 +186,11 @@ def test_analyze_leaves_figures_and_pictures(tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--num_images", "12", "--num_timesteps", "2", "--output_dir", str(out)]
     assert main(["analyze", str(tmp_path / "model"), *options]) == 0
-    names = {"analysis.json", "correlation.png", "cka.png", "channels.png", "gates.png"}
+    names = {"analysis.json", "correlation.png", "cka.png", "channels.png", "gates.png", "report.html"}
     assert {path.name for path in out.iterdir()} == names
+    page = (out / "report.html").read_text()
+    assert page.count("<img") == 4
+    assert "<td>every pair</td>" in page
     figures = json.loads((out / "analysis.json").read_text())
     assert figures["notes"] == []
     assert figures["num_images"] == 12

@@ -67,7 +67,7 @@ def test_a_training_run_is_pushed_with_its_card_and_sampled_by_id(hub, tmp_path)
     assert hub.private == {"friend/digits"}
     pipeline = {"model_index.json", "pipeline_dia_unet.py", "scheduler/scheduler_config.json", "unet/config.json"}
     weights = {"unet/dia_unet.py", "unet/diffusion_pytorch_model.safetensors"}
-    record = "README.md samples.png curves.png metrics.json metrics.jsonl training_config.yaml".split()
+    record = "README.md report.html samples.png curves.png metrics.json metrics.jsonl training_config.yaml".split()
     assert files.keys() == pipeline | weights | {*record}
     assert files["samples.png"] == (tmp_path / "run" / "samples.png").read_bytes()
     assert not any(TOKEN.encode() in content for content in files.values())

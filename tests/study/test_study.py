@@ -1,5 +1,6 @@
 """A study is the same study whatever happens to it, its comparisons are paired, and its statistics are right."""
 
+import base64
 import json
 import signal
 import subprocess
@@ -90,6 +91,10 @@ def test_the_report_holds_what_was_asked_for(undisturbed):
     assert [line.split()[1] for line in table[:4]] == ["variant", "---", "plain", "dia"]
     assert f"{dia['held_out_loss']['mean']:.5f}" in table[3]
     assert (folder / "study.png").stat().st_size > 1000
+    page = (folder / "study.html").read_text()
+    assert f"<td>{dia['parameters']:,}</td>" in page
+    assert base64.b64encode((folder / "study.png").read_bytes()).decode() in page
+    assert "href='study.json'" in page
 
 
 def test_a_study_that_was_finished_is_not_done_again(undisturbed):

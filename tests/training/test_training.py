@@ -1,5 +1,6 @@
 """Training runs, small but real: what they leave, and what is said where they cannot start."""
 
+import base64
 import json
 import shutil
 import sys
@@ -26,6 +27,11 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     folder, figures, lines = undisturbed
     expected = "model_index.json unet scheduler README.md samples.png curves.png metrics.json metrics.jsonl checkpoints"
     assert set(expected.split()) <= {path.name for path in folder.iterdir()}
+    page = (folder / "report.html").read_text()
+    for picture in ("samples.png", "curves.png"):
+        assert base64.b64encode((folder / picture).read_bytes()).decode() in page
+    assert f"<td>{figures['fid']:.4f}</td>" in page
+    assert "max_train_steps: 6" in page
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
     assert json.loads((folder / "metrics.json").read_text()) == figures
     scores = {"fid", "kid_mean", "kid_std", "precision", "recall", "num_images", "features"}

@@ -1,0 +1,138 @@
+"""Reports as pages: one HTML file with its pictures inside, that needs no server, no network and no other file."""
+
+import base64
+import html
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from PIL import Image
+
+from .files import replace_text
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --accent: light-dark(#0b57d0, #8ab4f8) }
+* { box-sizing: border-box }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
+h1, h2 { line-height: 1.2; text-wrap: balance }
+h2 { margin-top: 2.5rem; font-size: 1.25rem }
+a { color: var(--accent) }
+.wide { overflow-x: auto; margin: 1rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+td, th { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
+td:first-child, th:first-child { text-align: left }
+th[data-sorts] { cursor: pointer; user-select: none }
+th[aria-sort=ascending]::after { content: " \\25b2" }
+th[aria-sort=descending]::after { content: " \\25bc" }
+img { max-width: 100%; height: auto; background: white }
+img.pixels { image-rendering: pixelated }
+pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--line); border-radius: .3rem }
+summary { cursor: pointer }
+@media (max-width: 40rem) {
+  table { font-size: .85rem }
+  td, th { padding: .25rem .4rem }
+  td:first-child, th { white-space: normal }
+}
+"""
+# A click on a head sorts by its column: by the first number in each cell, or by text where there are none.
+_SCRIPT = """
+for (const head of document.querySelectorAll('th[data-sorts]')) {
+  const sort = () => {
+    const column = head.cellIndex, body = head.closest('table').tBodies[0];
+    const up = head.getAttribute('aria-sort') !== 'ascending', rows = [...body.rows];
+    const text = row => row.cells[column].textContent.trim();
+    const number = row => parseFloat(text(row).replace(/,/g, '').replace('\\u2212', '-'));
+    const numeric = rows.some(row => !isNaN(number(row)));
+    rows.sort((a, b) => {
+      if (!numeric) return (up ? 1 : -1) * text(a).localeCompare(text(b));
+      const [x, y] = [number(a), number(b)];
+      if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y);
+      return up ? x - y : y - x;
+    });
+    for (const other of head.parentNode.cells) other.removeAttribute('aria-sort');
+    head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+    body.append(...rows);
+  };
+  head.addEventListener('click', sort);
+  head.addEventListener('keydown', event => { if (event.key === 'Enter') sort(); });
+}
+"""
+
+
+def write_page(path: Path, title: str, parts: Sequence[str], raw: Sequence[Path] = ()) -> None:
+    """Writes a page.
+
+    Args:
+        path (`Path`): The file.
+        title (`str`): Its heading.
+        parts (sequence of `str`): HTML, as the functions below make it.
+        raw (sequence of `Path`, *optional*): Files with the figures as they are, for links to them.
+    """
+    links = [f"<a href='{quote(os.path.relpath(file, path.parent))}'>{html.escape(file.name)}</a>" for file in raw]
+    figures = [f"<p>Raw figures: {', '.join(links)}</p>"] if links else []
+    head = (
+        "<!doctype html>\n<html lang='en'>\n<meta charset='utf-8'>\n"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n"
+    )
+    body = [f"<h1>{html.escape(title)}</h1>", *parts, *figures]
+    replace_text(path, head + "\n".join(body) + f"\n<script>{_SCRIPT}</script>\n</html>\n")
+
+
+def heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def prose(text: str) -> str:
+    """A paragraph; `code` and **strong** words as in Markdown."""
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    text = re.sub(r"[*][*]([^*]+)[*][*]", r"<b>\1</b>", text)
+    return f"<p>{text}</p>"
+
+
+def folded(title: str, text: str) -> str:
+    """A text as it is, to be unfolded."""
+    return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
+
+
+def picture(image: Image.Image | Path, description: str, pixels: bool = False) -> str:
+    """A picture, or a PNG file; `pixels` are not smoothed when it is enlarged."""
+    if isinstance(image, Path):
+        data = image.read_bytes()
+    else:
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        data = buffer.getvalue()
+    kind, text = " class='pixels'" if pixels else "", html.escape(description, quote=True)
+    return f"<img{kind} alt='{text}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
+
+
+def markdown(text: str, sortable: bool = True) -> str:
+    """Tables and paragraphs, as the reports print them in Markdown.
+
+    Args:
+        text (`str`): Each line that begins with a bar is a row of a table, each other one a paragraph.
+        sortable (`bool`, *optional*, defaults to `True`): Whether a click on a head sorts the rows by its column.
+    """
+    parts, rows = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+            continue
+        if rows:
+            parts.append(_table(rows[0], rows[2:], sortable))
+            rows = []
+        if line.strip():
+            parts.append(prose(line))
+    return "\n".join(parts)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], sortable: bool) -> str:
+    sorts = " data-sorts tabindex='0'" if sortable and len(rows) > 1 else ""
+    names = "".join(f"<th{sorts} scope='col'>{html.escape(cell)}</th>" for cell in head)
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<div class='wide'><table><thead><tr>{names}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
