@@ -173,7 +173,17 @@ def make_parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--jobs",
         type=number_type(int, COUNT),
-        help="runs side by side, of one thread each (default: one for each core)",
+        help="runs side by side (default: one for each GPU, or for each core where there is none; with --ray as many "
+        "as there is room for)",
+    )
+    study.add_argument(
+        "--ray", metavar="ADDRESS", help="do the runs on the Ray cluster there, or on the one of this machine: auto"
+    )
+    study.add_argument("--cpus_per_run", type=number_type(int, COUNT), help="with --ray: cores of a run (default: 1)")
+    study.add_argument(
+        "--gpus_per_run",
+        type=number_type(float, Range(least=0, most=1)),
+        help="with --ray: the share of a GPU that a run takes (default: 1 if the cluster has GPUs)",
     )
     return parser
 
@@ -230,11 +240,18 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> None:
-    from .study import run_study
+    from .study import Cluster, run_study
 
-    folder = options.output_dir or Path("runs") / options.config.stem
+    folder, resources = (
+        options.output_dir or Path("runs") / options.config.stem,
+        (options.cpus_per_run, options.gpus_per_run),
+    )
+    if options.ray is None and resources != (None, None):
+        raise UsageError(
+            "--cpus_per_run and --gpus_per_run say what a run takes of a cluster: they need --ray ADDRESS."
+        )
     try:
-        run_study(options.config, folder, options.jobs)
+        run_study(options.config, folder, options.jobs, options.ray and Cluster(options.ray, *resources))
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         sys.exit(128 + interruption.signum)

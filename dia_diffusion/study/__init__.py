@@ -4,6 +4,6 @@ from ..door import open_door
 
 __getattr__, __all__ = open_door(
     __name__,
-    command="run_study",
+    command="Cluster run_study",
     report="compare",
 )

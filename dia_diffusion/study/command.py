@@ -1,28 +1,43 @@
 """A study from its description to its report: `dia study`."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..errors import UsageError
 from ..process import available_cores
 from .description import Study, StudyRun, load_study
+from .engine import Engine, Task, run_tasks
+from .local import LocalEngine, visible_gpus
+from .progress import Progress
 from .report import summarise, write_report
 from .single_run import complete, read_result, read_timing, time_step
-from .workers import Progress, Task, run_tasks
 
 
-def run_study(path: str | Path, output_dir: str | Path, jobs: int | None = None) -> dict[str, Any]:
+class Cluster(NamedTuple):
+    """A Ray cluster that does the runs of a study: its address, and what each run takes; see `on_ray.connect`."""
+
+    address: str
+    cpus_per_run: int | None = None
+    gpus_per_run: float | None = None
+
+
+def run_study(
+    path: str | Path, output_dir: str | Path, jobs: int | None = None, cluster: Cluster | None = None
+) -> dict[str, Any]:
     """Does what is not done yet of a study, and writes its report.
 
     Args:
         path (`str` or `Path`): The description, a YAML file; see `Study`.
         output_dir (`str` or `Path`): Folder of the runs and of the report (`study.html`, `.md`, `.json`, `.png`).
-        jobs (`int`, *optional*): Runs side by side, of one thread each; by default one for each core, or one on a GPU.
+        jobs (`int`, *optional*): Runs side by side, of one thread each; by default one for each GPU, or for each core
+            where there is none. On a cluster as many as it has room for.
+        cluster (`Cluster`, *optional*): Where the runs are done instead of on this machine.
 
     Returns:
         `dict`: What is in study.json; see `summarise`.
@@ -33,28 +48,39 @@ def run_study(path: str | Path, output_dir: str | Path, jobs: int | None = None)
     """
     study, folder = load_study(path), Path(output_dir)
     runs = study.runs(folder)
-    if jobs is None:
-        jobs = 1 if torch.cuda.is_available() else available_cores()
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise UsageError(f"jobs must be at least 1, but is {jobs}.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            return _finish_study(study, runs, folder, jobs)
+        with FileLock(folder / ".lock", timeout=0), _engine(folder, len(runs), jobs, cluster) as engine:
+            return _finish_study(study, runs, folder, engine)
     except Timeout as error:
         raise UsageError(f"another process is at work on the study in '{folder}': wait for it or stop it.") from error
 
 
-def _finish_study(study: Study, runs: list[StudyRun], folder: Path, jobs: int) -> dict[str, Any]:
+def _engine(folder: Path, runs: int, jobs: int | None, cluster: Cluster | None) -> AbstractContextManager[Engine]:
+    if cluster is not None:
+        if find_spec("ray") is None:
+            raise UsageError("--ray needs Ray, on each machine: pip install 'dia-diffusion[ray]'.")
+        from .on_ray import connect
+
+        return connect(cluster.address, folder, jobs or runs, cluster.cpus_per_run, cluster.gpus_per_run)
+    gpus = visible_gpus()
+    jobs = jobs or len(gpus) or available_cores()
+    print(f"Runs side by side on this machine: {jobs}, of one thread each{f', on {len(gpus)} GPUs' if gpus else ''}.")
+    return nullcontext(LocalEngine(jobs, gpus))
+
+
+def _finish_study(study: Study, runs: list[StudyRun], folder: Path, engine: Engine) -> dict[str, Any]:
     # 1. train and score; the table grows with each run
     with Progress(runs) as progress:
 
-        def follow(finished: bool) -> None:
+        def follow(ended: bool) -> None:
             progress.update()
-            if finished:
+            if ended:
                 write_report(summarise(study, runs), folder)
 
-        failures = run_tasks([Task(complete, run) for run in runs if read_result(run) is None], jobs, follow)
+        failures = run_tasks(engine, [Task(complete, run) for run in runs if read_result(run) is None], follow)
 
     # 2. time the steps, one variant after the other, with nothing else at work
     firsts = {run.variant: run for run in reversed(runs)}
@@ -62,7 +88,7 @@ def _finish_study(study: Study, runs: list[StudyRun], folder: Path, jobs: int) -
     untimed = [run for name, run in firsts.items() if name != study.baseline and read_timing(run) is None]
     if study.timing_rounds and not failures:
         with tqdm(total=len(untimed), desc="Timing", unit="variant") as bar:
-            failures = run_tasks([Task(measure, run) for run in untimed], 1, bar.update)
+            failures = run_tasks(engine, [Task(measure, run) for run in untimed], bar.update, slots=1)
 
     # 3. report
     if failures:
