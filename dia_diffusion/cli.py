@@ -164,6 +164,13 @@ def make_parser() -> argparse.ArgumentParser:
     analyze.add_argument("--output_dir", type=_path, default=Path("analysis"), help="where to (default: analysis)")
     analyze.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
 
+    app = commands.add_parser(
+        "app", help="try a model in a browser", description="A page to try a model (pip install 'dia-diffusion[app]')."
+    )
+    app.set_defaults(function=_app)
+    app.add_argument("model", type=os.path.expanduser, help="folder or Hub id of a pipeline")
+    app.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
+
     study = commands.add_parser(
         "study", help="compare variants over seeds", description="Train and score variants of a model over seeds."
     )
@@ -237,6 +244,12 @@ def _analyze(options: argparse.Namespace) -> None:
     from .analysis import analyze
 
     analyze(options)
+
+
+def _app(options: argparse.Namespace) -> None:
+    from .app import launch_app
+
+    launch_app(options.model, options.device)
 
 
 def _study(options: argparse.Namespace) -> None:

@@ -167,7 +167,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         # 3. to images
         if output_type != "latent" and not (finite & latents.isfinite().all()):
             raise NotFiniteImagesError(self.name_or_path or type(self.unet).__name__)
-        images = self._postprocess(latents if output_type == "latent" else self._decode(latents), output_type)
+        images = self._postprocess(latents if output_type == "latent" else self.decode(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -291,8 +291,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             # Some are written for some prediction types only, and say so at their first step.
             raise UsageError(f"{type(self.scheduler).__name__} cannot be used here: {error}") from error
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Images in about [-1, 1] `(B, C, H, W)`."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in about [-1, 1] `(B, C, H, W)` from what a step gives, as a callback has it."""
         if self.vae is None:
             return latents
         images = self.vae.decode(unscale_latents(latents, self.vae.config).to(self.vae.dtype)).sample

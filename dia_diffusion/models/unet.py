@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -192,11 +193,16 @@ class DIAUNet2DModel(UNet2DModel):
             `dict[str, Tensor]`: for each residual block, in order of execution, its name and its gate `(batch,
             channels)`. Values lie in (0, 2) with `dia_init="identity"` and in (0, 1) with `"paper"`.
         """
-        if self.dia is None:
-            raise UsageError("this model has no attention maps: dia_attention is 'none'.")
-        with record_maps(self._chain) as maps:
+        with self.record_attention_maps() as maps:
             self(sample, timestep, class_labels)
         return maps
+
+    def record_attention_maps(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """A context in which the dictionary that it yields holds, after each forward pass in this thread, what
+        `attention_maps` returns: for those who do not call the model themselves."""
+        if self.dia is None:
+            raise UsageError("this model has no attention maps: dia_attention is 'none'.")
+        return record_maps(self._chain)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint

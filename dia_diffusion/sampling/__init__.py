@@ -6,6 +6,6 @@ __getattr__, __all__ = open_door(
     __name__,
     command="sample",
     loading="load_pipeline",
-    numbered="check_sampling sample_batch sample_images",
-    schedulers="DEFAULT_SCHEDULER make_scheduler",
+    numbered="check_sampling image_generators sample_batch sample_images",
+    schedulers="DEFAULT_SCHEDULER make_scheduler scheduler_names",
 )

@@ -53,6 +53,11 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 DEFAULT_SCHEDULER = "dpm_sde"
 
 
+def scheduler_names() -> list[str]:
+    """The names that there are."""
+    return list(SCHEDULERS)
+
+
 def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """The scheduler of this short name, for the model of a configuration, whichever scheduler that was saved by.
 

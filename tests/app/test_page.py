@@ -1,0 +1,129 @@
+"""The page, in a real browser."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from browser import open_browser
+from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
+from dia_diffusion.app import Maker
+from dia_diffusion.sampling import make_scheduler, sample_batch
+
+gradio = pytest.importorskip("gradio", reason="gradio is not installed (pip install 'dia-diffusion[app]')")
+
+
+def make_pipeline():
+    from diffusers import DDPMScheduler
+
+    torch.manual_seed(1)
+    unet = DIAUNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+        num_class_embeds=3,
+        dia_init="paper",
+        dia_hidden_size=8,
+    )
+    scheduler = make_scheduler("ddim", DDPMScheduler().config)
+    return DIAUNetPipeline(unet, scheduler, {0: "cat", 1: "dog"})
+
+
+@pytest.fixture(scope="module")
+def opened():
+    from dia_diffusion.app import make_app
+
+    pipeline = make_pipeline()
+    app = make_app(Maker(pipeline), "animals")
+    with open_browser() as browser:
+        _, url, _ = app.launch(quiet=True, prevent_thread_lock=True, server_name="127.0.0.1")
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(60_000)
+        page.goto(url)
+        yield page, pipeline
+        app.close()
+
+
+def click(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def wait_for(page, words):
+    page.locator("[role=status]", has_text=words).wait_for()
+
+
+def downloaded(page):
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download", exact=True).click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".png"))
+        return np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names])
+
+
+def of(images):
+    return images[:, 0].numpy()
+
+
+def test_a_click_makes_images_which_can_be_had(opened):
+    page, pipeline = opened
+    page.get_by_label("Seed").fill("3")
+    page.get_by_label("Steps").fill("50")
+    page.get_by_label("Class").click()
+    page.get_by_role("option", name="dog").click()
+    click(page, "Make images")
+    wait_for(page, "Done: 10 images of seed 3")
+    assert page.locator("#images img").count() == 10
+    assert np.array_equal(downloaded(page), of(sample_batch(pipeline, range(10), 50, 3, class_label=1)))
+    click(page, "Again")
+    wait_for(page, "Done: 10 images of seed 4")
+    assert page.get_by_label("Seed").input_value() == "4"
+    seen = of(sample_batch(pipeline, range(10), 50, 4, class_label=1))
+    assert np.array_equal(downloaded(page), seen)
+    page.locator("#images img").nth(2).click()
+    click(page, "Vary")
+    wait_for(page, "Done: 10 images of seed 4, varied")
+    varied = downloaded(page)
+    assert np.array_equal(varied[0], seen[2])
+    assert len({image.tobytes() for image in varied}) == 10
+
+
+def test_images_appear_while_they_are_denoised_and_the_work_can_be_stopped(opened):
+    page, _ = opened
+    page.get_by_label("Steps").fill("1000")
+    click(page, "Make images")
+    wait_for(page, "of 1000")
+    assert page.locator("#images img").count() == 10
+    bar = page.locator("progress").first
+    assert 0 < int(bar.get_attribute("value")) < 1000
+    click(page, "Stop")
+    page.get_by_label("Steps").fill("2")
+    click(page, "Make images")
+    wait_for(page, "Done: 10 images")
+
+
+def test_a_look_inside_shows_gates_and_images_without_attention(opened):
+    page, _ = opened
+    page.get_by_label("Steps").fill("4")
+    click(page, "Make images")
+    wait_for(page, "Done: 10 images")
+    page.get_by_role("tab", name="Look inside").click()
+    click(page, "Look inside the images just made")
+    wait_for(page, "Mean difference of the images")
+    for name in ("#gates img", "#with img", "#without img"):
+        page.locator(name).first.wait_for()
+    page.get_by_role("tab", name="Images").click()
+
+
+def test_what_the_pipeline_refuses_is_said_in_its_words(opened):
+    page, _ = opened
+    page.get_by_label("Steps").fill("1001")
+    click(page, "Make images")
+    page.get_by_text("steps must be at most 1000, as many as the model has timesteps, but is 1001.").wait_for()
