@@ -16,8 +16,12 @@ ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no -
 demo: $(READY)
 	@test -f $(DEMO)/metrics.json || $(BIN)/accelerate launch $(ONE_PROCESS) train_unet.py --resume_from_checkpoint latest
 	@test -f $(DEMO)/images.png || $(BIN)/dia sample $(DEMO) --num_images 100 --output_dir $(DEMO)/images --overwrite
-	@echo "Digits from the trained model: $(DEMO)/samples.png (one column a digit), $(DEMO)/images/"
-	@echo "Training curves: $(DEMO)/curves.png. Scores: $(DEMO)/metrics.json. Model card: $(DEMO)/README.md"
+	@echo
+	@echo "Made: $(DEMO)/report.html (open it in a browser: samples, scores, curves) and 100 digits in $(DEMO)/images/."
+	@echo "Next, after \`. $(BIN)/activate\`:"
+	@echo "  dia app $(DEMO)                    try the model in a browser"
+	@echo "  dia sample $(DEMO) --class_label 7 --num_images 16 --output_dir sevens"
+	@echo "  dia train --help                       train on your own images"
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
