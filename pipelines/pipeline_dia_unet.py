@@ -18,11 +18,11 @@ from torch import Tensor
 
 from dia_diffusion.divergence import NotFiniteImagesError
 from dia_diffusion.errors import UsageError
+from dia_diffusion.pipelines.noise import NoiseKind, find_misfit, noise_kind
 from dia_diffusion.pipelines.self_contained import SelfContained
 from dia_diffusion.scaling import unscale_latents
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 class DIAUNetPipeline(SelfContained, DiffusionPipeline):
@@ -34,9 +34,11 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
     also holds its code, for [`~diffusers.DiffusionPipeline.from_pretrained`] with `trust_remote_code=True`.
 
     Parameters:
-        unet ([`DIAUNet2DModel`]): Predicts noise, sample or velocity, as `scheduler.config.prediction_type` says. With
-            labels and guidance, its last class embedding stands for "no class".
-        scheduler ([`~diffusers.SchedulerMixin`]): Any diffusers scheduler for such a prediction.
+        unet ([`DIAUNet2DModel`]): Predicts noise, sample or velocity, as `scheduler.config.prediction_type` says, EDM's
+            preconditioned image, or the velocity of a flow. With labels and guidance, its last class embedding stands
+            for "no class".
+        scheduler ([`~diffusers.SchedulerMixin`]): Any diffusers scheduler for such a prediction. It says which of these
+            the UNet is: another kind of scheduler is refused later.
         id2label (`dict[int, str]`, *optional*): The name of each class by its number, as in `DiTPipeline`.
         vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.AutoencoderTiny`], *optional*):
             Decodes what the UNet makes, where that is latents. `vae.enable_slicing()` and `vae.enable_tiling()` bound
@@ -56,6 +58,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self._trained_on = None if scheduler is None or find_misfit(scheduler) else noise_kind(scheduler.config)
         if id2label is not None:
             # JSON, in which it is saved, has no numbers for keys.
             self.register_to_config(id2label={int(number): name for number, name in id2label.items()})
@@ -147,7 +150,9 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         # Clipping would hide from the images what the model gives.
         finite = torch.ones((), dtype=torch.bool, device=self._execution_device)
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_input = self.scheduler.scale_model_input(latents, timestep)
+            # A flow does not scale.
+            scale = getattr(self.scheduler, "scale_model_input", None)
+            model_input = latents if scale is None else scale(latents, timestep)
             if guide:
                 # Both predictions of the guidance in one batch.
                 both = torch.cat([labels, torch.full_like(labels, self.null_class)])
@@ -187,23 +192,12 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
 
     def _check_scheduler(self) -> None:
         """Refuses schedulers that would run, or nearly, but not denoise with what such a UNet predicts."""
-        scheduler, config = self.scheduler, self.scheduler.config
-        # `from_config` also keeps what a scheduler was given and does not know, so its own arguments are what counts.
-        own = inspect.signature(type(scheduler).__init__).parameters
-        if "prediction_type" not in own:
-            reason = "it has no prediction_type"
-        elif config.prediction_type not in PREDICTION_TYPES or config.get("use_flow_sigmas"):
-            reason = f"it is set to flow matching (prediction_type '{config.prediction_type}')"
-        elif "beta_schedule" in config and "beta_schedule" not in own:
-            reason = f"it does not follow the noise schedule '{config.beta_schedule}' of the configuration it came from"
-        elif _required(scheduler.step) - {"model_output", "timestep", "sample"}:
-            reason = f"its steps need {', '.join(sorted(_required(scheduler.step)))}"
-        else:
-            return
-        raise UsageError(
-            f"{type(scheduler).__name__} does not fit a UNet that predicts noise, sample or velocity: {reason}. "
-            "Use for example DDIMScheduler.from_config(pipe.scheduler.config)."
-        )
+        reason, trained = find_misfit(self.scheduler, self._trained_on), self._trained_on or NoiseKind.BETAS
+        if reason is not None:
+            raise UsageError(
+                f"{type(self.scheduler).__name__} does not fit {trained.words}: {reason}. Use for example "
+                f"{trained.value}.from_config(pipe.scheduler.config)."
+            )
 
     def _check_latents(self) -> None:
         """Refuses a VAE of other latents, and schedulers that keep samples within the range of pixels."""
@@ -278,7 +272,9 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         elif latents.shape != shape:
             raise UsageError(f"latents must have the shape {shape}, but have {tuple(latents.shape)}.")
-        return latents.to(device=self._execution_device, dtype=self.unet.dtype) * self.scheduler.init_noise_sigma
+        # A flow begins with the noise as it is.
+        scale = getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return latents.to(device=self._execution_device, dtype=self.unet.dtype) * scale
 
     def _step_arguments(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
@@ -308,9 +304,3 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(images) if output_type == "pil" else images
-
-
-def _required(function: Callable) -> set[str]:
-    """Names of the arguments without which a function cannot be called."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}

@@ -25,11 +25,9 @@ from dia_diffusion.study.description import load_study
 from dia_diffusion.training import (
     TrainingState,
     build_unet,
-    diffusion_loss,
     draw_step,
     held_out_loss,
     load_pixels,
-    make_noise_scheduler,
 )
 
 
@@ -102,22 +100,22 @@ def train(study: str, variant: str, seed: int, steps: int) -> dict:
     if variant != "plain":
         attach(unet, time_conditioned=False, hidden_size=32, branches=places(unet, variant))
     training = TrainingState(optimisation, accelerator, unet, steps)
-    scheduler, size = make_noise_scheduler(config.objective), optimisation.train_batch_size
+    objective, size = config.objective.make(), optimisation.train_batch_size
     shape = (size, data.channels, data.resolution, data.resolution)
     order = torch.Generator().manual_seed(seed)
     rows = torch.cat([torch.randperm(len(data), generator=order) for _ in range(-(-steps * size // len(data)))])
     for step in tqdm(range(1, steps + 1), desc=f"{variant}, seed {seed}", unit="step"):
         batch = data.fetch(rows[(step - 1) * size : step * size].tolist())
-        draws = draw_step(seed, step, shape, scheduler.config.num_train_timesteps, "cpu")
+        draws = draw_step(seed, step, shape, objective, "cpu")
         images = batch["images"].float() / 127.5 - 1
         images = torch.where(draws.flips[:, None, None, None], images.flip(3), images)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = batch["labels"] if data.num_classes else None
-        loss = diffusion_loss(training.model, scheduler, images, draws.noise, draws.timesteps, labels)
+        loss = objective.loss(training.model, images, draws.noise, draws.levels, labels)
         accelerator.backward(loss)
         training.update(step)
     with training.averaged() as averaged:
-        loss = held_out_loss(averaged, scheduler, held_out, 250, len(held_out), described.loss_draws)
+        loss = held_out_loss(averaged, objective, held_out, 250, len(held_out), described.loss_draws)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     return {
         "variant": variant,

@@ -53,6 +53,7 @@ FITTING = {
     ],
     "lr_scheduler": ["piecewise_constant", "polynomial", "constant"],
     "dia_attention": ["eca", "srm", "cbam", "time"],
+    "objective": ["edm", "flow"],
     "prediction_type": ["sample", "v_prediction"],
     "score_features": ["pixels"],
     "channels": [1, 3],

@@ -10,7 +10,7 @@ from ..data import describe_images, load_dataset_splits, prepare_pixels
 from ..distributed import find_device, make_state
 from ..errors import UsageError
 from ..latents import downsampling_factor, encode_posterior
-from ..sampling import load_pipeline, make_scheduler
+from ..sampling import load_pipeline, make_noising_scheduler
 from ..scaling import scale_latents
 from .classifier import collect_classifier_maps, load_classifier, place_branches, read_processor
 from .maps import collect_maps
@@ -52,7 +52,7 @@ def analyze(options: argparse.Namespace) -> None:
             f"{unet.config.num_class_embeds - 1}."
         )
     print(f"Images: {describe_images(pixels, options.dataset)} Device: {pipeline.device}.")
-    scheduler = make_scheduler("ddpm", pipeline.scheduler.config)
+    scheduler = make_noising_scheduler(pipeline.scheduler.config)
     maps, timesteps = collect_maps(
         unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size, encode
     )

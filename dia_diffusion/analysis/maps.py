@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..data import PixelDataset, to_unit_range
 from ..models import DIAUNet2DModel
 from ..progress import progress_bar
 from ..randomness import step_seed
+from ..sampling import noise_images, spread_timesteps
 
 
 class Block(NamedTuple):
@@ -53,29 +54,28 @@ def spread_rows(length: int, num_images: int) -> list[int]:
 @torch.no_grad()
 def collect_maps(
     unet: DIAUNet2DModel,
-    scheduler: DDPMScheduler,
+    scheduler: SchedulerMixin,
     dataset: PixelDataset,
     num_images: int = 512,
     num_timesteps: int = 10,
     batch_size: int = 64,
     encode: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[dict[str, np.ndarray], list[int]]:
+) -> tuple[dict[str, np.ndarray], list[float]]:
     """The maps of all blocks for noisy images, with noise that is the same each time.
 
     Args:
-        unet (`DIAUNet2DModel`), scheduler (`DDPMScheduler`): The model, and the noise that it was trained with.
+        unet (`DIAUNet2DModel`), scheduler (`SchedulerMixin`): The model, and the noise that it was trained with.
         dataset (`PixelDataset`): The images, with labels if the model is class-conditional.
         num_images (`int`, *optional*): How many, spread evenly over the data set; all if it has fewer.
-        num_timesteps (`int`, *optional*): How many, spread evenly over the schedule.
+        num_timesteps (`int`, *optional*): How many, spread evenly over the scheduler's.
         batch_size (`int`, *optional*): Images at a time.
         encode (`Callable`, *optional*): From images in [-1, 1] `(B, C, H, W)` to what the model sees, if not these.
 
     Returns:
-        `dict`: for each block its maps, float32 `(T, N, C)`; and the list of timesteps.
+        `dict`: for each block its maps, float32 `(T, N, C)`; and the timesteps, as the model is told them.
     """
     rows = spread_rows(len(dataset), num_images)
-    length = scheduler.config.num_train_timesteps
-    timesteps = [int((index + 0.5) * length / num_timesteps) for index in range(num_timesteps)]
+    timesteps = spread_timesteps(scheduler, num_timesteps)
     unet.eval()
     collected: dict[str, list[list[np.ndarray]]] = {}
     for number, timestep in enumerate(progress_bar(timesteps, desc="Attention maps", unit="timestep")):
@@ -85,10 +85,10 @@ def collect_maps(
             images = to_unit_range(batch["images"])
             images = images if encode is None else encode(images)
             noise = torch.randn(images.shape, generator=generator)
-            noisy = scheduler.add_noise(images, noise, torch.full((len(images),), timestep)).to(unet.device)
+            noisy = noise_images(scheduler, images, noise, timestep).to(unet.device)
             labels = batch["labels"].to(unet.device) if "labels" in batch else None
-            for name, gate in unet.attention_maps(noisy, timestep, labels).items():
+            for name, gate in unet.attention_maps(noisy, timestep.to(unet.device), labels).items():
                 per_timestep = collected.setdefault(name, [[] for _ in timesteps])
                 per_timestep[number].append(gate.float().cpu().numpy())
     maps = {name: np.stack([np.concatenate(parts) for parts in parts_of]) for name, parts_of in collected.items()}
-    return maps, timesteps
+    return maps, [round(timestep, 3) for timestep in timesteps.tolist()]

@@ -27,13 +27,13 @@ _PAIR_PATHS = {"same path": "tab:blue", "different paths": "tab:orange"}
 
 
 def report(
-    maps: dict[str, np.ndarray], timesteps: Sequence[int], folder: Path, blocks: Sequence[Block] | None = None
+    maps: dict[str, np.ndarray], timesteps: Sequence[float], folder: Path, blocks: Sequence[Block] | None = None
 ) -> dict[str, Any]:
     """Writes `analysis.json`, `correlation.png`, `cka.png`, `channels.png`, `gates.png`, and all of them as a page,
     `report.html`.
 
     Args:
-        maps (`dict`), timesteps (sequence of `int`): What `collect_maps` returned; no timesteps for a classifier.
+        maps (`dict`), timesteps (sequence of `float`): What `collect_maps` returned; no timesteps for a classifier.
         folder (`Path`): Where to.
         blocks (sequence of `Block`, *optional*): Where the blocks stand; by default that is read off a UNet's names.
 
@@ -161,7 +161,7 @@ def save_channels(blocks: Sequence[Block], correlation: dict[str, Similarity], p
     figure.savefig(path, dpi=120)
 
 
-def save_gates(blocks: Sequence[Block], maps: dict[str, np.ndarray], timesteps: Sequence[int], path: Path) -> None:
+def save_gates(blocks: Sequence[Block], maps: dict[str, np.ndarray], timesteps: Sequence[float], path: Path) -> None:
     """The distribution of each block's gates, and their mean at each timestep."""
     from matplotlib.figure import Figure
 

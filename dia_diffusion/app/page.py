@@ -116,7 +116,11 @@ def _controls(maker: Maker) -> list[gr.components.Component]:
         gr.Dropdown(labels, value=-1, label="Class", visible=classes is not None),
         gr.Number(0, label="Seed", precision=0),
         gr.Number(25, label="Steps", precision=0),
-        gr.Dropdown([_OWN, *scheduler_names()], label="Sampler", info=f"Its own: {type(pipeline.scheduler).__name__}"),
+        gr.Dropdown(
+            [_OWN, *scheduler_names(pipeline.scheduler.config)],
+            label="Sampler",
+            info=f"Its own: {type(pipeline.scheduler).__name__}",
+        ),
         gr.Slider(1, 10, value=1, step=0.5, label="Guidance", info="1: none", visible=classes is not None),
         gr.Slider(1, _MOST_IMAGES, value=10, step=1, label="Number"),
     ]

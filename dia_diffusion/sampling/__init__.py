@@ -6,6 +6,7 @@ __getattr__, __all__ = open_door(
     __name__,
     command="sample",
     loading="load_pipeline",
+    noising="make_noising_scheduler noise_images spread_timesteps",
     numbered="check_sampling image_generators sample_batch sample_images",
-    schedulers="DEFAULT_SCHEDULER make_scheduler scheduler_names",
+    schedulers="make_scheduler scheduler_names",
 )

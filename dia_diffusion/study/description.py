@@ -1,7 +1,7 @@
 """A study: variants of a model, each trained from several seeds at equal steps and scored alike.
 
 Within a seed all variants start from the same weights, where they have the same layers, and see the same images,
-timesteps and noise in the same order (`training.objective.draw_step`), so that their differences are paired.
+noise and its levels in the same order (`training.draws.draw_step`), so that their differences are paired.
 """
 
 import inspect
@@ -197,6 +197,8 @@ def _check_unchanged(run: StudyRun) -> None:
     if now["init_from"] is not None or now["model_config_name_or_path"] is not None:
         # The record says what that model is, where the study leaves it open.
         elsewhere |= {name for name in now if name.startswith("dia_") and now[name] is None}
+    # Where it is left open, the data decide.
+    elsewhere |= {"sigma_data"} if now["sigma_data"] is None else set()
     changed = [name for name in before if name not in elsewhere and before[name] != now[name]]
     if changed:
         lines = "; ".join(f"{name} is {now[name]}, was {before[name]}" for name in changed)

@@ -13,6 +13,7 @@ from scipy import stats
 
 from ..files import replace_text
 from ..page import folded, heading, markdown, picture, write_page
+from ..training import OBJECTIVES
 from .description import Study, StudyRun
 from .single_run import SPIKES, read_result, read_timing
 
@@ -23,7 +24,7 @@ _IMAGES = (
     "dataset_name dataset_config_name train_data_dir image_column resolution channels center_crop "
     "preserve_input_precision on_bad_image"
 ).split()
-_OBJECTIVE = "prediction_type snr_gamma ddpm_num_steps ddpm_beta_schedule rescale_betas_zero_snr".split()
+_OBJECTIVE = ["objective", *(name for kind in OBJECTIVES.values() for name in kind.option_names())]
 _MUST_AGREE = {"held_out_loss": _IMAGES + _OBJECTIVE, "fid": _IMAGES}
 _CONFIDENCE = 0.95
 

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,11 @@ from ..training import (
     METRICS_LOG,
     TrainingState,
     build_unet,
-    diffusion_loss,
     draw_step,
     held_out_loss,
     load_pixels,
     make_accelerator,
-    make_noise_scheduler,
+    measure_std,
     read_metrics,
     train,
 )
@@ -98,7 +98,7 @@ def _score(run: StudyRun) -> dict[str, Any]:
         raise UsageError("a study needs held-out images, and this data set has none.")
     loss = held_out_loss(
         unet,
-        make_noise_scheduler(config.objective),
+        config.objective.make().fitted(partial(measure_std, data)),
         held_out,
         _BATCH_SIZE,
         limit=len(held_out),
@@ -126,18 +126,16 @@ def make_step(run: StudyRun) -> Callable[[], None]:
     # Another variant, of another precision perhaps, may have been made in this process.
     AcceleratorState._reset_state()
     accelerator = make_accelerator(config.optimisation.mixed_precision, config.output)
-    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes)
+    objective = config.objective.make().fitted(partial(measure_std, data))
+    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes, objective.num_timesteps)
     training = TrainingState(config.optimisation, accelerator, unet, 10_000)
-    scheduler = make_noise_scheduler(config.objective)
     batch = data.fetch(range(config.optimisation.train_batch_size))
     images = to_unit_range(batch["images"].to(accelerator.device)).contiguous(memory_format=torch.channels_last)
     labels = batch["labels"].to(accelerator.device) if data.num_classes else None
-    draws = draw_step(0, 0, tuple(images.shape), scheduler.config.num_train_timesteps, accelerator.device)
+    draws = draw_step(0, 0, tuple(images.shape), objective, accelerator.device)
 
     def step() -> None:
-        snr_gamma = config.objective.snr_gamma
-        loss = diffusion_loss(training.model, scheduler, images, draws.noise, draws.timesteps, labels, snr_gamma)
-        accelerator.backward(loss)
+        accelerator.backward(objective.loss(training.model, images, draws.noise, draws.levels, labels))
         training.update(1)
 
     return step

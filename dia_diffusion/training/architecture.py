@@ -53,7 +53,7 @@ def _block_types(levels: int, attending: tuple[int, ...] = ()) -> dict[str, Any]
 
 
 def build_unet(
-    options: ModelOptions, resolution: int, channels: int, num_classes: int | None, num_timesteps: int = 1000
+    options: ModelOptions, resolution: int, channels: int, num_classes: int | None, num_timesteps: int | None = 1000
 ) -> DIAUNet2DModel:
     """A fresh UNet for a run, or a saved one to go on with.
 
@@ -63,7 +63,8 @@ def build_unet(
         options (`ModelOptions`): Say which.
         resolution, channels (`int`): Of the images.
         num_classes (`int`, *optional*): Makes the UNet class-conditional; one more embedding stands for "no class".
-        num_timesteps (`int`, *optional*, defaults to 1000): Of the noise schedule.
+        num_timesteps (`int`, *optional*, defaults to 1000):
+            How many there are. `None` where they are numbers between, as negative ones.
 
     Raises:
         UsageError: if the options do not go together, or the levels do not divide the resolution.
@@ -87,7 +88,7 @@ def build_unet(
     return DIAUNet2DModel.from_config(arguments)
 
 
-def _try(arguments: dict[str, Any], from_data: dict[str, Any], num_timesteps: int) -> None:
+def _try(arguments: dict[str, Any], from_data: dict[str, Any], num_timesteps: int | None) -> None:
     """Builds the UNet and runs it once on tensors that have a shape and nothing else: whatever diffusers or torch
     cannot do shows, and costs neither memory nor random numbers."""
     try:
@@ -125,7 +126,7 @@ def _read_unet_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_fit(unet: DIAUNet2DModel, from_data: dict[str, Any], num_timesteps: int) -> None:
+def _check_fit(unet: DIAUNet2DModel, from_data: dict[str, Any], num_timesteps: int | None) -> None:
     config, factor = unet.config, unet.downsampling_factor
     resolution, channels, embeddings = (from_data[name] for name in ("sample_size", "in_channels", "num_class_embeds"))
     if resolution % factor:
@@ -143,6 +144,11 @@ def _check_fit(unet: DIAUNet2DModel, from_data: dict[str, Any], num_timesteps: i
         raise UsageError(
             f"the UNet has {config.num_class_embeds} class embeddings, but the data needs {embeddings} (one for "
             "each class and one for 'no class', with --class_conditional)."
+        )
+    if config.time_embedding_type != "positional" and num_timesteps is None:
+        raise UsageError(
+            f"time_embedding_type '{config.time_embedding_type}' takes whole or positive timesteps only, and this "
+            "objective has others: use a UNet with positional."
         )
     if config.time_embedding_type == "learned" and config.num_train_timesteps < num_timesteps:
         raise UsageError(

@@ -1,5 +1,6 @@
 """The batches of a run: which images a process takes at a step, and all that is random about them."""
 
+import math
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from torch.utils.data import DataLoader
 from ..data import EndlessShuffle, PixelDataset, describe_images, load_dataset_splits, prepare_pixels, to_unit_range
 from ..distributed import say
 from ..randomness import step_seed
-from .objective import draw_step
+from .draws import draw_step
+from .objectives import Objective
 from .options import DataOptions
 
 
@@ -45,7 +47,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # in [-1, 1], (B, C, H, W)
     noise: Tensor  # (B, C, H, W), standard normal
-    timesteps: Tensor  # int64 (B,)
+    levels: Tensor  # of the noise, as the objective has it, (B,)
     labels: Tensor | None  # int64 (B,)
     seed: int  # of what is random inside of the model
 
@@ -77,6 +79,17 @@ def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None
         say(f"No images are held out: {'; '.join(held_out.left_out)}.")
         return data, None
     return data, held_out
+
+
+def measure_std(data: PixelDataset, most: int = 10_000) -> float:
+    """The standard deviation of the pixels, in [-1, 1], of up to `most` images that are spread evenly over the data."""
+    count, sums = min(len(data), most), torch.zeros(3, dtype=torch.float64)
+    for start in range(0, count, 500):
+        rows = [number * len(data) // count for number in range(start, min(start + 500, count))]
+        pixels = to_unit_range(data.fetch(rows)["images"]).double()
+        sums += torch.stack([torch.tensor(pixels.numel()), pixels.sum(), pixels.square().sum()])
+    number, total, squares = sums.tolist()
+    return math.sqrt(max(squares / number - (total / number) ** 2, 0.0))
 
 
 def describe_data(options: DataOptions, data: PixelDataset, held_out: PixelDataset | None) -> str:
@@ -118,17 +131,17 @@ def prepare_batches(
     seed: int,
     steps: range,
     device: torch.device,
-    num_timesteps: int,
+    objective: Objective,
     random_flip: bool = False,
     label_dropout: float = 0.0,
 ) -> Iterator[Batch]:
-    """Makes batches of what `make_loader` loads: flipped where asked for, with noise and timesteps.
+    """Makes batches of what `make_loader` loads: flipped where asked for, with noise and its levels.
 
     What is random about a step is drawn for its global batch, of which each process takes its rows.
     """
     shape = (plan.images, data.channels, data.resolution, data.resolution)
     for step in steps:
-        whole = draw_step(seed, step, shape, num_timesteps, device)
+        whole = draw_step(seed, step, shape, objective, device)
         for rows in map(plan.rows, range(plan.micros)):
             draws, pixels = whole.rows(rows), next(loaded)
             images = to_unit_range(pixels["images"].to(device, non_blocking=True))
@@ -139,4 +152,4 @@ def prepare_batches(
             if data.num_classes is not None:
                 labels = pixels["labels"].to(device, non_blocking=True)
                 labels = labels.masked_fill(draws.label_drops < label_dropout, data.num_classes)
-            yield Batch(images, draws.noise, draws.timesteps, labels, step_seed(seed, step, rows.start + 1))
+            yield Batch(images, draws.noise, draws.levels, labels, step_seed(seed, step, rows.start + 1))

@@ -1,28 +1,27 @@
 """Mistakes about what a run leaves, seen before it trains."""
 
-from diffusers import DDPMScheduler
-
 from ..data import PixelDataset
 from ..errors import UsageError
-from ..sampling import DEFAULT_SCHEDULER, make_scheduler
+from ..sampling import make_scheduler
 from ..scoring import get_extractor
+from .objectives import Objective
 from .options import OutputOptions
 
 
 def check_results(
-    options: OutputOptions, scheduler: DDPMScheduler, data: PixelDataset, held_out: PixelDataset | None
+    options: OutputOptions, objective: Objective, data: PixelDataset, held_out: PixelDataset | None
 ) -> None:
     """Tries what is cheap of the samples and scores that a run is to make.
 
     Raises:
         UsageError: for what would fail when the run is trained.
     """
-    steps, sampler = options.ddpm_num_inference_steps, make_scheduler(DEFAULT_SCHEDULER, scheduler.config)
+    steps, sampler = options.ddpm_num_inference_steps, make_scheduler(None, objective.scheduler.config)
     try:
         sampler.set_timesteps(steps)
     except (IndexError, ValueError) as error:
         raise UsageError(f"ddpm_num_inference_steps {steps} does not fit the noise schedule: {error}.") from error
-    if sampler.timesteps.min() < 0:
+    if objective.num_timesteps is not None and sampler.timesteps.min() < 0:
         raise UsageError(f"ddpm_num_inference_steps {steps} goes below the last timestep by rounding: take one less.")
     if options.score_features is None:
         return

@@ -5,12 +5,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..data import PixelDataset
@@ -18,13 +18,13 @@ from ..divergence import NotFiniteError
 from ..process import Interrupted, catch_interrupts
 from .accelerator import Meetings, check_same_start, make_accelerator
 from .architecture import build_unet
-from .batches import Batch, BatchPlan, describe_data, load_pixels, make_loader, prepare_batches
+from .batches import Batch, BatchPlan, describe_data, load_pixels, make_loader, measure_std, prepare_batches
 from .card import launch_command, write_model_card
 from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint
 from .checks import check_results
 from .folder import claim, leave_branch, prepare_output_dir
 from .log import METRICS_LOG, RunLog
-from .objective import diffusion_loss, make_noise_scheduler
+from .objectives import Objective
 from .options import DataOptions, TrainingConfig
 from .parsing import CONFIG, save_config
 from .publishing import make_hub_repository, push_run
@@ -37,9 +37,10 @@ from .trackers import start_trackers
 def train(config: TrainingConfig) -> dict[str, Any]:
     """Trains a UNet as the configuration says, and leaves the pipeline and its record in `config.output.folder`.
 
-    What is random about step k (order of images, crops, timesteps, noise, flips, label dropout) depends on the seed, k
-    and the position in the global batch alone. Dropout inside of the model depends on the seed, k and the position of
-    the batch in the global batch: it is the same when a run is resumed, but not when the batches are divided otherwise.
+    What is random about step k (order of images, crops, noise and its levels, flips, label dropout) depends on the
+    seed, k and the position in the global batch alone. Dropout inside of the model depends on the seed, k and the
+    position of the batch in the global batch: it is the same when a run is resumed, but not when the batches are
+    divided otherwise.
 
     Returns:
         `dict`: what is in metrics.json: the final losses and, where asked for, the scores. Empty on processes other
@@ -61,13 +62,14 @@ def train(config: TrainingConfig) -> dict[str, Any]:
 
 def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     # 1. set up
-    optimisation, objective, output = config.optimisation, config.objective, config.output
+    optimisation, objective, output = config.optimisation, config.objective.make(), config.output
     folder, main, device, seed = output.folder, accelerator.is_main_process, accelerator.device, optimisation.seed
-    scheduler = make_noise_scheduler(objective)
     with accelerator.main_process_first():
         data, held_out = load_pixels(config.data)
-    accelerator.print(f"{describe_data(config.data, data, held_out)}\nDevice: {device}.")
-    check_results(output, scheduler, data, held_out)
+    objective = objective.fitted(partial(measure_std, data))
+    described = f"{describe_data(config.data, data, held_out)}\nObjective: {objective.describe()}."
+    accelerator.print(f"{described}\nDevice: {device}.")
+    check_results(output, objective, data, held_out)
     plan = BatchPlan(
         optimisation.train_batch_size,
         optimisation.gradient_accumulation_steps,
@@ -77,8 +79,8 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     epoch_steps = -(-len(data) // plan.images)
     total_steps = optimisation.max_train_steps or optimisation.num_epochs * epoch_steps
     torch.manual_seed(seed)
-    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes, objective.ddpm_num_steps)
-    config = replace(config, model=config.model.as_built(unet))
+    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes, objective.num_timesteps)
+    config = replace(config, model=config.model.as_built(unet), objective=config.objective.as_built(objective))
     training = TrainingState(optimisation, accelerator, unet, total_steps)
 
     # 2. go on where an earlier run stopped
@@ -100,18 +102,18 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
         leave_branch(folder, start)
     start_trackers(accelerator, record)
     log = RunLog(folder / METRICS_LOG, accelerator, output.logging_steps, plan.images, start, total_steps, pending)
-    results = RunResults(output, training, scheduler, data, held_out, seed, plan.per_process)
+    results = RunResults(output, training, objective, data, held_out, seed, plan.per_process)
     meetings = Meetings(accelerator)
 
     # 3. train
     steps = range(start + 1, total_steps + 1)
     loaded = iter(make_loader(config.data, data, plan, seed, steps, device))
-    length, flip, drop = objective.ddpm_num_steps, config.data.random_flip, objective.label_dropout
-    batches = prepare_batches(loaded, data, plan, seed, steps, device, length, flip, drop)
+    flip, drop = config.data.random_flip, config.objective.label_dropout
+    batches = prepare_batches(loaded, data, plan, seed, steps, device, objective, flip, drop)
     training.unet.train()
     with closing(log), catch_interrupts() as signals, _advice_on_divergence(folder / CHECKPOINTS):
         for step in steps:
-            loss = accumulate_gradients(training, scheduler, batches, plan.micros, objective.snr_gamma)
+            loss = accumulate_gradients(training, objective, batches, plan.micros)
             norm = training.update(step)
             log.add(step, loss, norm, training.learning_rate(step))
             last = step == total_steps
@@ -157,11 +159,7 @@ def _digest_without_labels(data: PixelDataset, options: DataOptions) -> str | No
 
 
 def accumulate_gradients(
-    training: TrainingState,
-    scheduler: DDPMScheduler,
-    batches: Iterator[Batch],
-    micros: int,
-    snr_gamma: float | None = None,
+    training: TrainingState, objective: Objective, batches: Iterator[Batch], micros: int
 ) -> Tensor:
     """The gradient of a step, from its next `micros` batches. Returns the loss on this process, on the device."""
     accelerator = training.accelerator
@@ -171,9 +169,7 @@ def accumulate_gradients(
         if training.unet.config.dropout:
             torch.manual_seed(batch.seed)
         with nullcontext() if micro == micros - 1 else accelerator.no_sync(training.model):
-            part = diffusion_loss(
-                training.model, scheduler, batch.images, batch.noise, batch.timesteps, batch.labels, snr_gamma
-            )
+            part = objective.loss(training.model, batch.images, batch.noise, batch.levels, batch.labels)
             accelerator.backward(part / micros)
         loss += part.detach() / micros
     return loss

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from ..errors import UsageError
 from ..models import DIAUNet2DModel
 from ..ranges import COUNT, NATURAL, SEED, Range
+from .objectives import OBJECTIVES, Objective
 from .values import PATH, read_value
 
 # What the options may be: each number has its range.
@@ -116,18 +117,77 @@ class ModelOptions(_Options):
 
 @dataclass
 class ObjectiveOptions(_Options):
-    """What the UNet learns."""
+    """What the UNet learns. Options that belong to one objective have its default, and are `None` for the others."""
 
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = _option("epsilon", "What the model predicts.")
-    ddpm_num_steps: Annotated[int, Range(least=2)] = _option(1000, "Timesteps of the noise schedule.")
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = _option(
-        "linear", "How noise grows; squaredcos_cap_v2 is the cosine schedule."
+    objective: Literal[tuple(OBJECTIVES)] = _option(
+        "ddpm", "ddpm: noise by a schedule of betas. edm: Karras et al. 2022. flow: flow matching on straight paths."
     )
-    rescale_betas_zero_snr: bool = _option(False, "Zero signal at the last timestep (Lin et al. 2023).")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = _option(
+        None, "ddpm: what the model predicts, by default epsilon."
+    )
+    ddpm_num_steps: Annotated[int, Range(least=2)] | None = _option(
+        None, "ddpm: timesteps of the noise schedule, by default 1000."
+    )
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] | None = _option(
+        None, "ddpm: how noise grows, by default linear; squaredcos_cap_v2 is the cosine schedule."
+    )
+    rescale_betas_zero_snr: bool | None = _option(
+        None, "ddpm: zero signal at the last timestep (Lin et al. 2023).", nargs="?", const=True
+    )
     snr_gamma: Annotated[float, Range(above=0)] | None = _option(
-        None, "Min-SNR loss weighting (Hang et al. 2023); 5 is usual."
+        None, "ddpm: Min-SNR loss weighting (Hang et al. 2023); 5 is usual."
+    )
+    sigma_data: Annotated[float, Range(least=1e-3, most=1e3)] | None = _option(
+        None, "edm: standard deviation of the images in [-1, 1]; by default it is measured."
+    )
+    p_mean: Annotated[float, Range(least=-5, most=5)] | None = _option(
+        None, "edm: mean of ln(sigma) in training, by default -1.2."
+    )
+    p_std: Annotated[float, Range(above=0, most=5)] | None = _option(
+        None, "edm: standard deviation of ln(sigma) in training, by default 1.2."
+    )
+    weighting_scheme: Literal["logit_normal", "none"] | None = _option(
+        None, "flow: distribution of times in training, logit_normal (the default); none: uniform."
+    )
+    logit_mean: Annotated[float, Range(least=-10, most=10)] | None = _option(
+        None, "flow: mean of the logit of the time, by default 0."
+    )
+    logit_std: Annotated[float, Range(above=0, most=10)] | None = _option(
+        None, "flow: standard deviation of the logit of the time, by default 1."
     )
     label_dropout: Share = _option(0.1, "Share of labels replaced by 'no class', for classifier-free guidance.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.of_others(self.objective):
+            if (value := getattr(self, name)) is not None:
+                owners = [key for key, kind in OBJECTIVES.items() if name in kind.option_names()]
+                raise UsageError(
+                    f"{name} {value} has no meaning with --objective {self.objective}: it belongs to "
+                    f"{', '.join(owners)}. Leave it out."
+                )
+        for name, value in asdict(self.make()).items():
+            setattr(self, name, value)
+
+    @staticmethod
+    def of_others(objective: str) -> list[str]:
+        """The options that belong to other objectives than this one."""
+        names = [name for kind in OBJECTIVES.values() for name in kind.option_names()]
+        return [name for name in names if name not in OBJECTIVES[objective].option_names()]
+
+    def make(self) -> Objective:
+        """The objective that they describe.
+
+        Raises:
+            UsageError: if the options do not go together.
+        """
+        kind = OBJECTIVES[self.objective]
+        given = {name: getattr(self, name) for name in kind.option_names()}
+        return kind(**{name: value for name, value in given.items() if value is not None})
+
+    def as_built(self, objective: Objective) -> "ObjectiveOptions":
+        """What was given, completed by what the objective is: for the record."""
+        return replace(self, **asdict(objective))
 
 
 @dataclass
@@ -230,10 +290,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.model.dia_attention == "srm" and self.optimisation.train_batch_size == 1:
             raise UsageError("dia_attention 'srm' normalises over the batch: it needs a train_batch_size of 2 or more.")
-        if self.output.ddpm_num_inference_steps > self.objective.ddpm_num_steps:
+        steps, most = self.output.ddpm_num_inference_steps, self.objective.make().num_timesteps
+        if most is not None and steps > most:
             raise UsageError(
-                f"ddpm_num_inference_steps {self.output.ddpm_num_inference_steps} is more than ddpm_num_steps "
-                f"{self.objective.ddpm_num_steps}: a sampler has no more steps than the noise schedule."
+                f"ddpm_num_inference_steps {steps} is more than ddpm_num_steps {most}: a sampler has no more steps "
+                "than the noise schedule."
             )
 
     @classmethod

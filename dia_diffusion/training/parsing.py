@@ -15,7 +15,7 @@ from ..data import DIGITS
 from ..errors import UsageError
 from ..files import replace_text
 from ..suggestions import SuggestingParser, nearest
-from .options import MODEL_OPTION_NAMES, OPTION_NAMES, PARTS, TrainingConfig
+from .options import MODEL_OPTION_NAMES, OPTION_NAMES, PARTS, ObjectiveOptions, TrainingConfig
 
 RECIPES = files(__package__) / "recipes"
 CONFIG = "training_config.yaml"
@@ -47,7 +47,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
     """Reads the command line. `--config FILE` gives options, which flags override; `--num_epochs` overrides the
-    `max_train_steps` of a file too.
+    `max_train_steps` of a file too, and `--objective` its options of other objectives.
 
     Without a configuration, and without data or with `--dataset_name digits`, the recipe for the embedded digits
     gives the defaults.
@@ -71,13 +71,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
     nothing = argparse.Namespace(**dict.fromkeys([*OPTION_NAMES, "config"], MISSING))
     parsed = vars(parser.parse_args(arguments, nothing))
     given = {name: value for name, value in parsed.items() if value is not MISSING}
-    options = _defaults(given) | given
+    options = _for_objective(_defaults(given), given.get("objective")) | given
     options.pop("config", None)
     if "num_epochs" in given and "max_train_steps" in given:
         print(f"max_train_steps {given['max_train_steps']} counts, and not num_epochs {given['num_epochs']}.")
     elif "num_epochs" in given:
         options["max_train_steps"] = None  # Of the configuration.
     return TrainingConfig.from_flat(**options)
+
+
+def _for_objective(options: dict[str, Any], objective: str | None) -> dict[str, Any]:
+    """What a configuration says of its own objective was not said of another that is named instead."""
+    if objective is None:
+        return options
+    of_others = ObjectiveOptions.of_others(objective)
+    left_out = [f"{name} {options[name]}" for name in of_others if options.get(name) is not None]
+    if left_out:
+        print(f"Of another objective, and left out: {', '.join(left_out)}.")
+    return {name: value for name, value in options.items() if name not in of_others}
 
 
 def _defaults(given: dict[str, Any]) -> dict[str, Any]:

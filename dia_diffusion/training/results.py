@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from PIL.Image import Image
 
 from ..data import PixelDataset, image_grid
 from ..files import replace_file, replace_files, replace_text, set_aside
 from ..models import DIAUNet2DModel
 from ..pipelines import DIAUNetPipeline
-from ..sampling import DEFAULT_SCHEDULER, make_scheduler, sample_images
+from ..sampling import make_scheduler, sample_images
 from ..scoring import DEFAULT_METRICS, PipelineImages, evaluate, get_extractor
 from .curves import save_curves
 from .folder import BEST, SAMPLES, read_best
+from .held_out import held_out_loss
 from .log import METRICS_LOG, read_metrics
-from .objective import held_out_loss
+from .objectives import Objective
 from .options import OutputOptions
 from .report import write_run_report
 from .state import TrainingState
@@ -33,7 +33,7 @@ class RunResults:
 
     Args:
         options (`OutputOptions`): What to leave.
-        training (`TrainingState`), scheduler (`DDPMScheduler`): The run.
+        training (`TrainingState`), objective (`Objective`): The run.
         data, held_out (`PixelDataset`): Its images.
         seed (`int`): Of the samples.
         batch_size (`int`): Held-out images at a time.
@@ -41,7 +41,7 @@ class RunResults:
 
     options: OutputOptions
     training: TrainingState
-    scheduler: DDPMScheduler
+    objective: Objective
     data: PixelDataset
     held_out: PixelDataset | None
     seed: int
@@ -64,7 +64,7 @@ class RunResults:
 
     def held_out_loss(self, step: int) -> dict[str, float]:
         with self.training.averaged() as unet:
-            return {"held_out_loss": held_out_loss(unet, self.scheduler, self.held_out, self.batch_size)}
+            return {"held_out_loss": held_out_loss(unet, self.objective, self.held_out, self.batch_size)}
 
     def save_pipeline(self, step: int) -> None:
         with self.training.averaged() as unet:
@@ -130,7 +130,7 @@ class RunResults:
         return evaluate(images, self.data, extractor.to(device), metrics, held_out, options.eval_batch_size)
 
     def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:
-        return DIAUNetPipeline(unet, make_scheduler(DEFAULT_SCHEDULER, self.scheduler.config), self.data.id2label)
+        return DIAUNetPipeline(unet, make_scheduler(None, self.objective.scheduler.config), self.data.id2label)
 
     def _sample_grid(self, pipeline: DIAUNetPipeline) -> Image:
         count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps

@@ -12,15 +12,16 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiTPipeline,
-    FlowMatchEulerDiscreteScheduler,
+    IPNDMScheduler,
     UNet2DModel,
 )
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
+from dia_diffusion.pipelines import NoiseKind
 from dia_diffusion.sampling import load_pipeline, make_scheduler, sample_images
+from dia_diffusion.sampling.families import FAMILIES
 from dia_diffusion.sampling.numbered import image_generators
-from dia_diffusion.sampling.schedulers import SCHEDULERS
 
 TINY = {
     "sample_size": 8,
@@ -97,7 +98,7 @@ def test_the_progress_bar_can_be_turned_off(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+@pytest.mark.parametrize("name", sorted(FAMILIES[NoiseKind.BETAS].samplers))
 def test_an_image_depends_on_its_seed_alone(name):
     pipe = pipeline(num_class_embeds=3)
     pipe.scheduler = make_scheduler(name, pipe.scheduler.config)
@@ -185,8 +186,8 @@ def test_errors_say_what_to_do(tmp_path):
         (lambda: pipe(latents=torch.zeros(1, 3, 8, 8)), r"latents must have the shape \(1, 1, 8, 8\)"),
         (lambda: conditional(class_labels=5), "must lie between 0 and 2"),
         (lambda: conditional(batch_size=2, class_labels=[1]), "1 class_labels were given for a batch of 2"),
-        (lambda: DIAUNetPipeline(pipe.unet, FlowMatchEulerDiscreteScheduler())(), "no prediction_type"),
-        (lambda: make_scheduler("best", {}), "ddpm, ddim"),
+        (lambda: DIAUNetPipeline(pipe.unet, IPNDMScheduler())(), "no prediction_type"),
+        (lambda: make_scheduler("best", pipe.scheduler.config), "ddpm, ddim"),
         (lambda: next(sample_images(pipe, 0, 1)), "num_images must be at least 1"),
         (lambda: next(sample_images(pipe, 1, 1, class_label=1)), "class-conditional pipeline, which this is not"),
         (lambda: next(sample_images(pipe, 1, 1, seed=-1)), "seed must be at least 0, but is -1"),

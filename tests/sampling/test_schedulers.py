@@ -15,8 +15,11 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     KarrasVePipeline,
     KarrasVeScheduler,
     ModelMixin,
@@ -33,13 +36,16 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
+from dia_diffusion.pipelines import NoiseKind
 from dia_diffusion.sampling import make_scheduler
-from dia_diffusion.sampling.schedulers import SCHEDULERS
+from dia_diffusion.sampling.families import FAMILIES
 
 MEAN, STD = 0.3, 0.4
+# By schedules of betas; those for EDM and for flows have tests of their own at the end.
+SCHEDULERS = FAMILIES[NoiseKind.BETAS].samplers
 # Those that diffusers has for the prediction of noise and velocity only.
 WITHOUT_SAMPLE = {"pndm", "euler_ancestral", "kdpm2", "kdpm2_ancestral"}
-# Accepted by the pipeline, but not for models trained here: see `SCHEDULERS`.
+# Accepted by the pipeline, but not for models trained here: see `FAMILIES`.
 OTHERS = {
     "CogVideoXDDIMScheduler": "another noise schedule",
     "DDIMParallelScheduler": "DDIM, for another pipeline",
@@ -47,9 +53,6 @@ OTHERS = {
     "DDIMInverseScheduler": "from images to noise",
     "DPMSolverMultistepInverseScheduler": "from images to noise",
     "DPMSolverSDEScheduler": "draws its noise by itself",
-    "CosineDPMSolverMultistepScheduler": "EDM's preconditioning",
-    "EDMEulerScheduler": "EDM's preconditioning",
-    "EDMDPMSolverMultistepScheduler": "EDM's preconditioning",
     "LCMScheduler": "for distilled models",
     "TCDScheduler": "for distilled models",
     "UnCLIPScheduler": "one noise schedule only",
@@ -101,13 +104,25 @@ class ShrinkingUNet(GaussianUNet):
 class EDMGaussianUNet(GaussianUNet):
     """The same as seen through EDM's preconditioning (arXiv 2206.00364, table 1), with `c_noise = log(sigma) / 4`."""
 
+    data = 0.5
+
     def forward(self, sample, timestep, class_labels=None):
-        data = 0.5
+        data = self.data
         sigma = (4 * timestep.double()).exp()
         noisy = sample.double() * (sigma**2 + data**2).sqrt()
         image = MEAN + STD**2 * (noisy - MEAN) / (STD**2 + sigma**2)
         skip, out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2).sqrt()
         return UNet2DOutput(sample=((image - skip * noisy) / out).to(sample.dtype))
+
+
+class FlowGaussianUNet(GaussianUNet):
+    """The velocity `n - x_0` at `x_t = (1 - t) x_0 + t n`, whose time is a thousandth of the timestep."""
+
+    def forward(self, sample, timestep, class_labels=None):
+        time = timestep.double() / 1000
+        deviation = (sample.double() - (1 - time) * MEAN) / ((1 - time) ** 2 * STD**2 + time**2)
+        noise, image = time * deviation, MEAN + (1 - time) * STD**2 * deviation
+        return UNet2DOutput(sample=(noise - image).to(sample.dtype))
 
 
 def name_of(value):
@@ -232,9 +247,26 @@ def test_a_noise_schedule_that_not_all_samplers_can_make(name, schedule, kind):
     assert images.std().item() == pytest.approx(STD, abs=0.06)
 
 
-@pytest.mark.parametrize("config", [EDMEulerScheduler().config, {"beta_schedule": "linear", "use_flow_sigmas": True}])
-def test_a_model_of_another_kind_of_noise_is_refused(config):
-    with pytest.raises(UsageError, match="scheduler 'ddim' does not fit this model"):
+@pytest.mark.parametrize(
+    ("name", "config", "fitting"),
+    [
+        ("ddim", EDMEulerScheduler().config, "use euler, dpm, dpm_sde"),
+        ("ddim", FlowMatchEulerDiscreteScheduler().config, "use euler, heun, dpm"),
+        ("heun", EDMEulerScheduler().config, "use euler, dpm, dpm_sde"),
+    ],
+)
+def test_a_model_of_another_kind_of_noise_is_refused(name, config, fitting):
+    with pytest.raises(UsageError, match=f"scheduler '{name}' does not fit this model.*{fitting}"):
+        make_scheduler(name, config)
+    with pytest.raises(UsageError, match=r"unknown scheduler 'foo'\. Choose one of: euler, "):
+        make_scheduler("foo", config)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"beta_schedule": "linear", "use_flow_sigmas": True}, {"sigma_data": 0.5, "prediction_type": "v"}]
+)
+def test_a_model_whose_noise_no_sampler_knows_is_refused(config):
+    with pytest.raises(UsageError, match="no scheduler but its own"):
         make_scheduler("ddim", config)
 
 
@@ -277,11 +309,6 @@ def test_the_sde_solver_with_its_own_noise():
     assert_is_the_distribution(draw(GaussianUNet(), scheduler, steps=50))
 
 
-@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
-def test_a_unet_trained_in_edms_way_is_sampled_with_its_schedulers(name):
-    assert_is_the_distribution(draw(EDMGaussianUNet(), getattr(diffusers, name)()))
-
-
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_schedule_does_not_change_with_the_scheduler(name):
     """The betas of a configuration that was never saved are kept too, where another scheduler has other defaults."""
@@ -294,12 +321,13 @@ def test_a_schedule_does_not_change_with_the_scheduler(name):
 @pytest.mark.parametrize(
     ("class_name", "options", "words"),
     [
-        ("FlowMatchEulerDiscreteScheduler", {}, "no prediction_type"),
-        ("FlowMatchHeunDiscreteScheduler", {}, "no prediction_type"),
+        ("FlowMatchEulerDiscreteScheduler", {}, "does not follow the noise schedule 'linear'"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "does not follow the noise schedule 'linear'"),
+        ("FlowMatchLCMScheduler", {}, "for models of another kind"),
         ("CMStochasticIterativeScheduler", {}, "no prediction_type"),
         ("IPNDMScheduler", {}, "no prediction_type"),
         ("ScoreSdeVeScheduler", {}, "no prediction_type"),
-        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "flow matching"),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "flow matching"),
         ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "flow matching"),
         ("EDMEulerScheduler", {}, "does not follow the noise schedule 'linear'"),
         ("CogVideoXDPMScheduler", {}, "its steps need .*old_pred_original_sample"),
@@ -336,11 +364,12 @@ except UsageError as error:
 
 
 def test_every_scheduler_of_diffusers_has_a_name_or_a_reason():
-    named = {class_name for class_name, _ in SCHEDULERS.values()}
+    named = {class_name for family in FAMILIES.values() for class_name, _ in family.samplers.values()}
     for class_name in (name for name in dir(schedulers) if name.endswith("Scheduler") and name not in named):
         scheduler_class = getattr(schedulers, class_name)
         if not issubclass(scheduler_class, SchedulerMixin):
-            assert class_name in OTHERS  # A stand-in for a class that needs a package that is not installed.
+            # A stand-in for a class that needs a package that is not installed.
+            assert class_name in {*OTHERS, "CosineDPMSolverMultistepScheduler"}
             continue
         try:
             scheduler = scheduler_class()
@@ -431,3 +460,98 @@ def test_latents_are_the_noise_that_would_be_drawn(scheduler):
     unet = DIAUNet2DModel(**TINY).eval()
     noise = torch.cat([torch.randn(1, 3, 8, 8, generator=generator) for generator in generators(4)])
     assert torch.equal(draw(unet, scheduler, steps=3, latents=noise), draw(unet, scheduler, steps=3))
+
+
+# For each other kind of noise: a UNet that knows the answer, and the configuration that such a model is saved with.
+OTHER_KINDS = {
+    NoiseKind.EDM: (EDMGaussianUNet, EDMEulerScheduler()),
+    NoiseKind.FLOW: (FlowGaussianUNet, FlowMatchEulerDiscreteScheduler()),
+}
+NAMED = [(kind, name) for kind in OTHER_KINDS for name in FAMILIES[kind].samplers]
+
+
+@pytest.mark.parametrize(("kind", "name"), NAMED, ids=str)
+def test_every_scheduler_of_edm_and_of_flows_lands_on_the_distribution(kind, name):
+    unet, saved = OTHER_KINDS[kind]
+    # More pixels than above, and more exact: mean and variance, and no covariance of neighbours or of images.
+    images = draw(unet(sample_size=64), make_scheduler(name, saved.config))
+    assert images.mean().item() == pytest.approx(MEAN, abs=0.015)
+    assert images.std().item() == pytest.approx(STD, abs=0.02)
+    deviation = (images - images.mean()) / images.std()
+    assert (deviation[..., 1:] * deviation[..., :-1]).mean().abs() < 0.03
+    assert (deviation[0] * deviation[1]).mean().abs() < 0.05
+
+
+@pytest.mark.parametrize("data", [0.2, 0.5, 1.5])
+@pytest.mark.parametrize("name", FAMILIES[NoiseKind.EDM].samplers)
+def test_sigma_data_goes_from_the_saved_scheduler_to_every_other(name, data):
+    unet = EDMGaussianUNet()
+    unet.data = data
+    scheduler = make_scheduler(name, EDMDPMSolverMultistepScheduler(sigma_data=data, solver_order=3).config)
+    assert_is_the_distribution(draw(unet, scheduler))
+    assert scheduler.config.sigma_data == data
+    assert scheduler.config.get("solver_order", 2) == 2
+
+
+@pytest.mark.parametrize("name", FAMILIES[NoiseKind.FLOW].samplers)
+def test_a_shift_goes_from_the_saved_scheduler_to_every_other(name):
+    """The times of all samplers are shifted alike, and the distribution is still that of the data."""
+    saved = make_scheduler("dpm", FlowMatchHeunDiscreteScheduler(shift=3.0).config).config
+    scheduler = make_scheduler(name, json.loads(json.dumps(dict(saved))))
+    assert_is_the_distribution(draw(FlowGaussianUNet(), scheduler))
+    middle = scheduler.sigmas[len(scheduler.sigmas) // 2].item()
+    assert middle == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize(("kind", "name"), NAMED, ids=str)
+def test_a_pipeline_can_be_called_again_and_with_any_number_of_steps(kind, name, steps):
+    """Their place among the steps, and Heun's first half, must not be left over from the call before."""
+    unet, saved = OTHER_KINDS[kind]
+    pipe = DIAUNetPipeline(unet(sample_size=8), make_scheduler(name, saved.config))
+    pipe.set_progress_bar_config(disable=True)
+    evaluated = []
+
+    def stop(pipeline, index, timestep, tensors):
+        evaluated.append(timestep)
+        pipeline._interrupt = len(evaluated) == stop_at
+        return tensors
+
+    def images(**arguments):
+        return pipe(4, steps, generators(4), output_type="latent", callback_on_step_end=stop, **arguments).images
+
+    stop_at = 2
+    images()
+    stop_at, evaluated = 0, []
+    first = images()
+    assert first.isfinite().all()
+    # All but the last of Heun's steps are two.
+    assert len(evaluated) == (2 * steps - 1 if name == "heun" else steps) == len(pipe.scheduler.timesteps)
+    assert torch.equal(images(), first)
+
+
+@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("other", NoiseKind)
+def test_a_scheduler_of_another_kind_is_refused_in_a_pipeline(kind, other):
+    """Fresh, or made from the configuration of the one before: it would give noise, or something near to images."""
+    saved = {NoiseKind.BETAS: DDPMScheduler()} | {key: value for key, (_, value) in OTHER_KINDS.items()}
+    pipe = DIAUNetPipeline(ShrinkingUNet(), saved[kind])
+    for class_name, options in FAMILIES[other].samplers.values():
+        for scheduler in (
+            getattr(diffusers, class_name)(**options),
+            getattr(diffusers, class_name).from_config(json.loads(saved[kind].to_json_string()), **options),
+        ):
+            pipe.scheduler = scheduler
+            if other is kind:
+                assert pipe(num_inference_steps=2, output_type="latent").images.isfinite().all()
+                continue
+            with pytest.raises(UsageError, match=rf"{class_name} does not fit .*{kind.value}\.from_config"):
+                pipe(num_inference_steps=2)
+
+
+@pytest.mark.parametrize(("kind", "name"), NAMED, ids=str)
+def test_models_of_edm_and_of_flows_in_half_precision(kind, name):
+    unet = DIAUNet2DModel(**TINY).to(dtype=torch.bfloat16)
+    images = draw(unet, make_scheduler(name, OTHER_KINDS[kind][1].config), steps=4)
+    assert images.dtype == torch.bfloat16
+    assert images.isfinite().all()

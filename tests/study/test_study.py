@@ -23,7 +23,7 @@ from dia_diffusion.study import compare, run_study
 from dia_diffusion.study.description import load_study
 from dia_diffusion.study.report import format_table, save_figure, summarise
 from dia_diffusion.study.single_run import complete, count_spikes, read_result, read_timing, time_step
-from dia_diffusion.training import build_unet, loop
+from dia_diffusion.training import Objective, build_unet
 from training_runs import fresh_state
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -134,12 +134,13 @@ def test_variants_start_from_the_same_weights_and_see_the_same(tmp_path, monkeyp
     path = write_study(tmp_path / "study.yaml", variants, {"learning_rate": 0.0, "max_train_steps": 3})
     seen = []
 
-    def watched(unet, scheduler, images, noise, timesteps, *others):
-        seen.append((images.clone(), noise.clone(), timesteps.clone()))
-        return diffusion_loss(unet, scheduler, images, noise, timesteps, *others)
+    def watched(objective, network, images, noise, levels, *others):
+        if network.training:
+            seen.append((images.clone(), noise.clone(), levels.clone()))
+        return loss(objective, network, images, noise, levels, *others)
 
-    diffusion_loss = loop.diffusion_loss
-    monkeypatch.setattr(loop, "diffusion_loss", watched)
+    loss = Objective.loss
+    monkeypatch.setattr(Objective, "loss", watched)
     starts, views = {}, {}
     for run in runs_of(path, tmp_path)[1]:
         seen.clear()
@@ -206,6 +207,13 @@ def test_unet_arguments_of_common_and_of_a_variant_are_merged(tmp_path):
         ({"snr_gamma": 5.0}, {"held_out_loss": ["snr_gamma"]}),
         ({"ddpm_num_steps": 500}, {"held_out_loss": ["ddpm_num_steps"]}),
         ({"ddpm_beta_schedule": "sigmoid"}, {"held_out_loss": ["ddpm_beta_schedule"]}),
+        (
+            {"objective": "flow"},
+            {
+                "held_out_loss": "objective prediction_type ddpm_num_steps ddpm_beta_schedule rescale_betas_zero_snr "
+                "weighting_scheme logit_mean logit_std".split()
+            },
+        ),
         ({"resolution": 16}, {"held_out_loss": ["resolution"], "fid": ["resolution"]}),
         ({"dataset_name": "mnist5k"}, {"held_out_loss": ["dataset_name"], "fid": ["dataset_name"]}),
         ({"learning_rate": 0.1, "dia_attention": "se", "dropout": 0.5}, {}),

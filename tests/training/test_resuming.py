@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
-from dia_diffusion.training import TrainingState, build_unet, diffusion_loss, parse_arguments
+from dia_diffusion.training import TrainingState, build_unet, parse_arguments
 from dia_diffusion.training.checkpoint import find_latest, load_checkpoint
+from dia_diffusion.training.objectives import DDPM
 from dia_diffusion.training.resuming import check_same_experiment
 from training_runs import ROOT, assert_same_weights, configure, fresh_state, losses, run, weights
 
@@ -155,14 +156,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
 def test_a_nan_stops_the_run_and_the_last_checkpoint_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     options = {"max_train_steps": 12, "logging_steps": 4, "checkpointing_steps": 3}
     run(tmp_path / "whole", **options)
-    calls = []
+    calls, loss = [], DDPM.loss
 
     def poisoned(*args, **kwargs):
         calls.append(None)
-        return diffusion_loss(*args, **kwargs) * (float("nan") if len(calls) == 8 else 1)
+        return loss(*args, **kwargs) * (float("nan") if len(calls) == 8 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dia_diffusion.training.loop.diffusion_loss", poisoned)
+        patch.setattr(DDPM, "loss", poisoned)
         with pytest.raises(UsageError, match=r"at step 8 the loss is nan .* at learning rate"):
             run(tmp_path / "run", **options)
     # Noticed when the figures of steps 5 to 8 were read.
