@@ -211,7 +211,9 @@ def _add_sampling_options(parser: argparse.ArgumentParser, num_images: int) -> N
         "--steps", "--num_inference_steps", type=number_type(int, COUNT), default=25, help="denoising (default: 25)"
     )
     parser.add_argument(
-        "--scheduler", help="sampler, for example dpm_sde, dpm, ddim or ddpm; by default the pipeline's own"
+        "--scheduler",
+        help="sampler, such as dpm_sde or euler, by default the pipeline's own; a name that does not fit is "
+        "answered with those that do",
     )
     parser.add_argument(
         "--seed", type=number_type(int, NATURAL), default=0, help="the same seed gives the same images (default: 0)"

@@ -84,7 +84,10 @@ def _what_is_used(options: argparse.Namespace, pipeline: DiffusionPipeline, clas
         kind = f" of its {classes} classes in turn" + (f" ({shown})" if names else "")
     elif classes:
         kind = f" of class {class_label}" + (f" ({names[class_label]})" if 0 <= class_label < len(names) else "")
+    # Schedulers of second order evaluate the model twice in each step but the last.
+    evaluations = getattr(pipeline.scheduler, "order", 1) * (options.steps - 1) + 1
+    twice = f" ({evaluations} evaluations of the model)" if evaluations > options.steps else ""
     return (
         f"{options.num_images:,} images{kind} from '{options.model}': {options.steps} steps of "
-        f"{type(pipeline.scheduler).__name__}, seed {options.seed}. Device: {pipeline.device}."
+        f"{type(pipeline.scheduler).__name__}{twice}, seed {options.seed}. Device: {pipeline.device}."
     )

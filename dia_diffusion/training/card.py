@@ -26,6 +26,7 @@ def write_model_card(
     license: str | None = None,
     hub_id: str | None = None,
     class_names: list[str] | None = None,
+    objective: str = "denoising diffusion",
 ) -> None:
     """Writes `folder/README.md` of a finished run.
 
@@ -37,6 +38,7 @@ def write_model_card(
         license (`str`, *optional*): An identifier of the Hub.
         hub_id (`str`, *optional*): The repository on the Hub that the folder is for.
         class_names (`list[str]`, *optional*): The classes that the model knows, in the order of their numbers.
+        objective (`str`, *optional*): What it learned.
     """
     data, on_hub = _data_name(options)
     scores = figures.get("features") is not None
@@ -49,7 +51,7 @@ def write_model_card(
 A diffusion UNet with shared attention (DIA, [arXiv 2210.16101](https://arxiv.org/abs/2210.16101)), trained on
 `{data}` at {options.resolution}x{options.resolution} pixels for {figures["step"]:,} steps of
 {figures["global_batch_size"]} images. {parameters:,} parameters, of which attention {attention:,}
-(`{unet.config.dia_attention}`, sharing `{unet.config.dia_sharing}`).
+(`{unet.config.dia_attention}`, sharing `{unet.config.dia_sharing}`). Objective: {objective}.
 {_classes(class_names)}
 ![samples](samples.png)
 

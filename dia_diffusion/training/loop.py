@@ -143,7 +143,8 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
         figures = results.finish(total_steps, plan.images)
         command, start_from = launch_command(output.hub_token), config.model.init_from
         names = data.class_names
-        write_model_card(folder, unet, figures, command, config.data, start_from, output.license, hub_id, names)
+        said = (config.data, start_from, output.license, hub_id, names, objective.describe())
+        write_model_card(folder, unet, figures, command, *said)
         if hub_id is not None:
             push_run(output, hub_id)
     accelerator.wait_for_everyone()

@@ -116,9 +116,9 @@ def test_a_signal_to_accelerate_launch_reaches_the_training(tmp_path):
 
 
 def test_accelerate_launch_starts_as_many_processes_on_a_cpu_as_it_was_asked_for(tmp_path):
-    """Without MPI accelerate itself starts one only."""
-    _, one = run(tmp_path / "one", train_batch_size=8)
-    config = configure(tmp_path / "two", train_batch_size=4)
+    """Without MPI accelerate itself starts one only. Each measures the images and takes its rows of the noise."""
+    _, one = run(tmp_path / "one", train_batch_size=8, objective="edm")
+    config = configure(tmp_path / "two", train_batch_size=4, objective="edm")
     command = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2", "train_unet.py"]
     process = subprocess.run(
         [sys.executable, *command, "--config", str(config)], cwd=ROOT, capture_output=True, text=True

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.data import prepare_pixels
@@ -14,6 +15,8 @@ from dia_diffusion.data.embedded import load_digits_dataset
 from dia_diffusion.errors import UsageError
 from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
 from dia_diffusion.training import parse_arguments, train
+from dia_diffusion.training.options import ObjectiveOptions
+from dia_diffusion.training.parsing import save_config
 from training_runs import assert_same_weights, configure, fresh_state, losses, run, weights
 
 
@@ -95,6 +98,81 @@ def test_prediction_types_and_precisions_train_and_resume(tmp_path, kind, precis
     run(tmp_path / "run", **options, resume_from_checkpoint="latest")
     assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "scheduler", "settings"),
+    [
+        # The standard deviation of the 1,437 digits in [-1, 1].
+        ({"objective": "edm"}, "EDMDPMSolverMultistepScheduler", {"sigma_data": 0.7519}),
+        (
+            {"objective": "edm", "sigma_data": 0.6, "p_mean": -0.8},
+            "EDMDPMSolverMultistepScheduler",
+            {"sigma_data": 0.6},
+        ),
+        ({"objective": "flow", "weighting_scheme": "none"}, "FlowMatchEulerDiscreteScheduler", {"shift": 1.0}),
+    ],
+    ids=str,
+)
+def test_other_objectives_train_resume_and_load(tmp_path, options, scheduler, settings):
+    run(tmp_path / "whole", **options, class_conditional=True)
+    pipeline = DIAUNetPipeline.from_pretrained(tmp_path / "whole")
+    assert type(pipeline.scheduler).__name__ == scheduler
+    assert {name: pipeline.scheduler.config[name] for name in settings} == settings
+    record = yaml.safe_load((tmp_path / "whole" / "training_config.yaml").read_text())
+    assert record["objective"] == options["objective"]
+    assert record["prediction_type"] is None
+    assert "Objective: " in (tmp_path / "whole" / "README.md").read_text()
+    assert (tmp_path / "whole" / "samples.png").exists()
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    # From the record, in which what was measured stands.
+    config = ["--config", str(tmp_path / "whole" / "training_config.yaml"), "--output_dir", str(tmp_path / "run")]
+    train(parse_arguments([*config, "--resume_from_checkpoint", "latest"]))
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    with pytest.raises(UsageError, match="another experiment: objective is ddpm, was "):
+        run(tmp_path / "run", class_conditional=True, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"objective": "edm", "prediction_type": "epsilon"},
+            "prediction_type epsilon has no meaning with --objective edm",
+        ),
+        ({"objective": "flow", "snr_gamma": 5.0}, "it belongs to ddpm. Leave it out"),
+        ({"objective": "flow", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True has no meaning"),
+        ({"objective": "flow", "sigma_data": 0.5}, "it belongs to edm"),
+        ({"logit_std": 2.0}, "logit_std 2.0 has no meaning with --objective ddpm: it belongs to flow"),
+        ({"objective": "edm", "sigma_data": 0}, "sigma_data must be at least 0.001, but is 0"),
+        ({"objective": "edm", "p_std": float("nan")}, "p_std must be a number"),
+        ({"objective": "edm", "p_mean": 50}, "p_mean must be at most 5"),
+        ({"objective": "flows"}, "objective must be one of ddpm, edm, flow"),
+        ({"objective": "edm", "unet_arguments": "{time_embedding_type: fourier}"}, "use a UNet with positional"),
+        (
+            {"objective": "flow", "unet_arguments": "{time_embedding_type: learned, num_train_timesteps: 1000}"},
+            "use a UNet with positional",
+        ),
+    ],
+    ids=str,
+)
+def test_options_of_another_objective_are_refused_before_the_work(tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        run(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_objective_takes_from_a_configuration_what_is_not_of_its_own(tmp_path, capsys):
+    """The recipe for the digits says how noise is predicted, and the record of a run says all."""
+    config = parse_arguments(["--objective", "flow", "--logit_std", "0.5"])
+    assert config.optimisation.max_train_steps == 2500
+    assert "left out: prediction_type v_prediction, ddpm_beta_schedule squaredcos_cap_v2." in capsys.readouterr().out
+    save_config(config, tmp_path / "flow.yaml")
+    assert parse_arguments(["--config", str(tmp_path / "flow.yaml")]) == config
+    again = parse_arguments(["--config", str(tmp_path / "flow.yaml"), "--objective", "edm"])
+    assert again.objective == ObjectiveOptions(objective="edm")
 
 
 @pytest.mark.parametrize("arguments", [{"dia_attention": "srm"}, {"dia_attention": "cbam"}, {"dia_attention": "none"}])
