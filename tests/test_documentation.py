@@ -1,0 +1,172 @@
+"""The commands in the documentation: those that are quick run, the others are read by the parsers that they are for."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from diffusers import DDPMScheduler
+
+from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
+from dia_diffusion.cli import main, make_parser
+from dia_diffusion.training import parse_arguments
+from training_runs import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# What is not this project's.
+OTHERS = {
+    "accelerate": {"--num_processes", "--num_machines", "--mixed_precision", "--dynamo_backend", "--cpu", "--quiet"},
+    "ray": {"--head", "--address"},
+    "pip": {"--index-url"},
+    "hf": {"--exclude"},
+}
+
+
+def documented_commands():
+    """Each command of a fenced block, with its page; comments are left out."""
+    for page in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line, comments=True):
+                    yield pytest.param(words, id=f"{page.name}: {' '.join(words)[:70]}")
+
+
+COMMANDS = list(documented_commands())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model as that of the demo: of ten classes, 8x8 in grey."""
+    folder = tmp_path_factory.mktemp("model")
+    unet = DIAUNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+        num_class_embeds=11,
+        dia_init="paper",
+    )
+    names = {number: str(number) for number in range(10)}
+    DIAUNetPipeline(unet, DDPMScheduler(), names).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def somewhere(model, tmp_path, monkeypatch):
+    """A folder with a model where the documentation has one, and with what its commands name."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(model)
+    (tmp_path / "studies").symlink_to(ROOT / "studies")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read_training(arguments):
+    options = [word for word in arguments if word != "..."]
+    if "--config" not in options:
+        parse_arguments(options)
+
+
+def read_dia(arguments):
+    if arguments[0] == "train":
+        read_training(arguments[1:])
+    else:
+        make_parser().parse_args(arguments)
+
+
+def read_launch(arguments):
+    """`accelerate launch`: its own options, the script or module, and the options of that."""
+    assert arguments[0] == "launch"
+    start = next(i for i, word in enumerate(arguments) if word in ("train_unet.py", "-m", "--module"))
+    assert {word for word in arguments[1:start] if word.startswith("-")} <= OTHERS["accelerate"]
+    if arguments[start] == "train_unet.py":
+        read_training(arguments[start + 1 :])
+    else:
+        module, *rest = arguments[start + 1 :]
+        {"dia_diffusion.train": read_training, "dia_diffusion.cli": read_dia}[module](rest)
+
+
+def read_script(arguments):
+    """A script of the repository: it is there, and knows the options."""
+    if arguments[0] == "-m":
+        assert arguments[1] == "pytest"
+        assert all((ROOT / word).exists() for word in arguments[2:] if word.startswith("tests/"))
+        return
+    text = (ROOT / arguments[0]).read_text()
+    assert all(f'"{word.partition("=")[0]}"' in text for word in arguments[1:] if word.startswith("--"))
+
+
+def read_make(arguments):
+    assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in arguments)
+
+
+def read_install(arguments):
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 does not read TOML")
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = [extra for word in arguments for extra in re.findall(r"\[(.*?)\]", word)]
+    assert set(extras) <= set(known)
+
+
+READERS = {
+    "dia": read_dia,
+    "accelerate": read_launch,
+    "python": read_script,
+    "make": read_make,
+    "pip": read_install,
+    "ray": lambda arguments: None,
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_documented_command_is_understood(words, somewhere):
+    READERS[Path(words[0]).name](words[1:])
+
+
+# What is put at the end of a command, so that it is quick: of an option that stands twice the last counts.
+QUICK = {
+    "sample": ["--num_images", "4", "--steps", "2"],
+    "evaluate": ["--num_images", "20", "--steps", "2"],
+    "analyze": ["--num_images", "8"],
+}
+
+
+def is_quick(words):
+    return words[0] == "dia" and words[1] in QUICK and words[2] == "runs/digits"
+
+
+@pytest.mark.parametrize("words", [one for one in COMMANDS if is_quick(one.values[0])])
+def test_a_quick_command_runs(words, somewhere):
+    assert main([*words[1:], *QUICK[words[1]]]) == 0
+    names = [words[i + 1] for i, word in enumerate(words) if word in ("--output_dir", "--output", "--report")]
+    assert names
+    assert all((somewhere / name).exists() for name in names)
+
+
+def known_options(capsys):
+    """All options of all commands, of the scripts, and of the others'."""
+    parsers = [make_parser()]
+    parsers += next(action.choices for action in parsers[0]._actions if hasattr(action, "_parser_class")).values()
+    known = {option for parser in parsers for option in parser._option_string_actions}
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    for folder in ("examples", "benchmarks", "tools", "studies"):
+        for path in (ROOT / folder).glob("*.py"):
+            known |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
+    return known.union(*OTHERS.values())
+
+
+def test_no_page_names_an_option_that_there_is_not(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # No option is broken in two.
+    known = known_options(capsys)
+    assert "--learning_rate" in known
+    named = {
+        (page.name, option) for page in PAGES for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text())
+    }
+    # `--dia_*` stands for all that begin so.
+    unknown = {(page, name) for page, name in named if name not in known and name != "--dia_"}
+    assert not unknown
