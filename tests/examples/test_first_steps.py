@@ -1,0 +1,26 @@
+"""The notebook runs from top to bottom."""
+
+import re
+
+import pytest
+
+from training_runs import ROOT
+
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (pip)")
+nbformat = pytest.importorskip("nbformat")
+
+
+def test_the_notebook_runs_and_does_what_it_says(undisturbed, monkeypatch):
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed (pip)")
+    monkeypatch.setenv("FIRST_STEPS_MODEL", str(undisturbed[0]))
+    monkeypatch.setenv("FIRST_STEPS_SECONDS", "1")
+    notebook = nbformat.read(ROOT / "examples" / "first_steps.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": ROOT / "examples"}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "same output: True" in text
+    fresh = float(re.search(r"its attention taken off ([\d.]+)", text).group(1))
+    trained = float(re.search(r"held-out loss ([\d.]+)", text).group(1))
+    assert trained < fresh
