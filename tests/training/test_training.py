@@ -238,6 +238,19 @@ def test_a_compiled_model_trains_as_one_that_is_not(tmp_path):
     DIAUNetPipeline.from_pretrained(tmp_path / "compiled")
 
 
+def test_gradients_are_clipped_to_a_norm_or_with_zero_not_at_all(tmp_path):
+    """Adam forgets the scale of gradients, unless they are near its epsilon."""
+    runs = {}
+    for norm in (0, 1e9, 1e-9):
+        run(tmp_path / str(norm), max_grad_norm=norm, adam_epsilon=1e-3, max_train_steps=3)
+        runs[norm] = weights(tmp_path / str(norm), step=3)
+    assert_same_weights(runs[0], runs[1e9])
+    changed = [
+        name for name in runs[0] if name.startswith("unet.") and not torch.equal(runs[0][name], runs[1e-9][name])
+    ]
+    assert len(changed) > 10
+
+
 def test_zero_terminal_snr(tmp_path):
     run(tmp_path / "run", rescale_betas_zero_snr=True, prediction_type="v_prediction", snr_gamma=5.0)
     pipeline = DIAUNetPipeline.from_pretrained(tmp_path / "run")
