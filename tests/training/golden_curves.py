@@ -58,16 +58,15 @@ def curve(name: str, folder: Path) -> list[float]:
 
 
 def computed_on() -> dict[str, str]:
-    """Where the same additions are made in the same order."""
+    """Where the same additions are made in the same order: blocks of a matrix follow the caches, too."""
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    found = dict(line.replace("\t", "").split(":", 1) for line in reversed(lines) if ":" in line)
     return {
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "processor": model,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-    }
+    } | {name: found.get(name, "").strip() for name in ("model name", "cpu family", "model", "cache size")}
 
 
 @contextmanager
