@@ -30,6 +30,7 @@ from dia_diffusion import DIAUNet2DModel
 from dia_diffusion.data import prepare_pixels
 from dia_diffusion.process import tune_process
 from dia_diffusion.training import (
+    OBJECTIVES,
     BatchPlan,
     DataOptions,
     OptimisationOptions,
@@ -106,7 +107,7 @@ def this_trainer(
     data = prepare_pixels(dataset, RESOLUTION)
     model = DIAUNet2DModel(**unet, dia_attention=attention)
     training = TrainingState(OptimisationOptions(**options), accelerator, model, 10_000)
-    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    objective = OBJECTIVES["ddpm"]()
     plan, steps, device = BatchPlan(batch_size), range(1, 10_001), accelerator.device
     loader = iter(make_loader(DataOptions(), data, plan, 0, steps, device))
 
@@ -117,9 +118,9 @@ def this_trainer(
             waiting.append(time.perf_counter() - start)
             yield batch
 
-    batches = prepare_batches(timed(), data, plan, 0, steps, device, 1000, random_flip=True)
+    batches = prepare_batches(timed(), data, plan, 0, steps, device, objective, random_flip=True)
     for step in steps:
-        accumulate_gradients(training, scheduler, batches, plan.micros)
+        accumulate_gradients(training, objective, batches, plan.micros)
         training.update(step)
         yield
 

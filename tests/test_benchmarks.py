@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from dia_diffusion import attach
+from dia_diffusion.data import prepare_pixels
+from dia_diffusion.data.embedded import load_digits_dataset
 from dia_diffusion.models.families import FAMILIES
+from dia_diffusion.sampling import make_scheduler
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -195,3 +198,19 @@ def test_the_peer_benchmark_ends_well_where_the_peer_is_not_installed(benchmark,
     assert peer.main() == 0
     assert "make peers" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_the_best_network_of_every_objective_ends_at_images_of_the_data(benchmark):
+    """With each sampler: 25 evaluations or more take noise to images that the network knows."""
+    objectives = benchmark("objectives")
+    digits = prepare_pixels(load_digits_dataset()["test"], 8)
+    known = digits.fetch(range(len(digits)))["images"].flatten(1).float() / 127.5 - 1
+    for name, pipeline in objectives.best_pipelines(digits):
+        pipeline.set_progress_bar_config(disable=True)
+        config = pipeline.scheduler.config
+        for sampler in objectives.SAMPLERS[name]:
+            pipeline.scheduler = make_scheduler(sampler, config)
+            images = pipeline(8, 25, torch.Generator().manual_seed(0), output_type="latent").images
+            nearest = torch.cdist(images.flatten(1), known).min(1)
+            assert nearest.values.max() < 0.5, (name, sampler)
+            assert len(nearest.indices.unique()) > 4

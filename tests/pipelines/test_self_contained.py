@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchHeunDiscreteScheduler, UNet2DModel
 
 from autoencoders import random_vae
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
@@ -33,12 +33,12 @@ TINY = {
 }
 
 
-def dia_pipeline(seed=0):
+def dia_pipeline(seed=0, scheduler=None):
     torch.manual_seed(seed)
     unet = DIAUNet2DModel(**TINY, dia_hidden_size=8).eval()
     for decoder in unet.dia.decoders.values():
         torch.nn.init.normal_(decoder.weight)
-    return DIAUNetPipeline(unet, DDIMScheduler())
+    return DIAUNetPipeline(unet, scheduler or DDIMScheduler())
 
 
 def in_default_format(pipeline):
@@ -55,6 +55,8 @@ def test_a_folder_gives_the_same_images_where_only_diffusers_is(tmp_path, diffus
         DDIMScheduler(clip_sample=False),
     )
     pipelines["latents"] = DIAUNetPipeline(unet, scheduler, vae=random_vae())
+    for name, scheduler in (("edm", EDMEulerScheduler(sigma_data=0.7)), ("flow", FlowMatchHeunDiscreteScheduler())):
+        pipelines[name] = dia_pipeline(2, scheduler)
     for name, pipeline in pipelines.items():
         pipeline.save_pretrained(tmp_path / name)
     code = """
@@ -62,8 +64,7 @@ import json, sys, torch
 from diffusers import DiffusionPipeline
 from environments import digest
 
-names = ("first", "second", "plain", "latents")
-loaded = {n: DiffusionPipeline.from_pretrained(n, trust_remote_code=True) for n in names}
+loaded = {n: DiffusionPipeline.from_pretrained(n, trust_remote_code=True) for n in sys.argv[2:]}
 # All at once: loading a second pipeline runs its code again, which must not disturb the first.
 digests = {name: digest(pipeline) for name, pipeline in loaded.items()}
 loaded["first"].save_pretrained("saved again")
@@ -79,12 +80,12 @@ modules = sorted({type(p.unet).__module__ for p in loaded.values()})
 print(json.dumps({"digests": digests, "refusal": refusal, "old": images.tolist(), "modules": modules}))
 """
     home = {"HF_HOME": str(tmp_path / "home")}
-    found = json.loads(run_python(code, REFERENCE, python=diffusers_only, folder=tmp_path, **home))
+    found = json.loads(run_python(code, REFERENCE, *pipelines, python=diffusers_only, folder=tmp_path, **home))
     # Of a VAE the last bits hang on where its weights lie in memory.
     pipelines["latents"] = DIAUNetPipeline.from_pretrained(tmp_path / "latents")
     expected = {name: digest(pipeline) for name, pipeline in pipelines.items()}
     assert found["digests"] == expected | {"saved again": expected["first"]}
-    assert len(set(expected.values())) == 4
+    assert len(set(expected.values())) == 6
     assert found["modules"] == ["diffusers.models.unets.unet_2d", "diffusers_modules.local.dia_unet"]
     assert "trust_remote_code=True" in found["refusal"]
     assert digest(DIAUNetPipeline.from_pretrained(tmp_path / "saved again")) == expected["first"]

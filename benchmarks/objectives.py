@@ -1,0 +1,184 @@
+"""Fréchet distance against the number of model evaluations, for each objective with its samplers.
+
+    python benchmarks/objectives.py              the best network there can be, in closed form: what the samplers lose
+    python benchmarks/objectives.py STUDY        networks that were trained: what is gained by each objective
+
+STUDY is the folder that `dia study studies/objectives.yaml` leaves. The distance is that of `dia evaluate`, in the
+features of the digits, to the training images. All samplers are compared at equal evaluations of the model: Heun's
+method takes half as many steps.
+
+    [--num_images N] [--output RESULT.json] [--picture PICTURE.png]
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+from torch import Tensor
+
+from dia_diffusion import DIAUNetPipeline
+from dia_diffusion.data import PixelDataset, load_images, prepare_pixels, to_unit_range
+from dia_diffusion.errors import UsageError
+from dia_diffusion.process import tune_process
+from dia_diffusion.sampling import load_pipeline, make_scheduler
+from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
+from dia_diffusion.training import OBJECTIVES
+from measuring import RESULTS, row, save_result
+
+DATA = "digits"
+SAMPLERS = {
+    "ddpm": ["ddim", "dpm", "dpm_sde"],
+    "edm": ["euler", "dpm", "dpm_sde"],
+    "flow": ["euler", "heun", "dpm", "dpm_sde", "unipc"],
+}
+# Odd, because Heun's method takes two for each step but the last.
+EVALUATIONS = (5, 9, 15, 25, 49)
+BATCH = 250
+# For each variant the samplers, and for each of them the distances of its seeds at each number of evaluations.
+Curves = dict[str, dict[str, list[list[float]]]]
+
+
+# The level of a timestep, for each objective.
+LEVELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ddpm": lambda timestep: timestep.long(),
+    "edm": lambda timestep: (4 * timestep).exp(),
+    # Some samplers round timesteps down, to 0 at last.
+    "flow": lambda timestep: (timestep / 1000).clamp(min=1e-4),
+}
+# As the demo has it, and with what the images have.
+OPTIONS = {
+    "ddpm": {"prediction_type": "v_prediction", "ddpm_beta_schedule": "squaredcos_cap_v2"},
+    "edm": {},
+    "flow": {},
+}
+
+
+class BestNetwork(ModelMixin, ConfigMixin):
+    """What a network would answer if it were perfect, for the images of a data set and no others.
+
+    At `x = a y + b n` the mean of the image y is that of all images, weighted by `exp(-|x - a y|² / 2 b²)`. The mean of
+    what is predicted, which is linear in y and n, follows.
+    """
+
+    @register_to_config
+    def __init__(self, sample_size: int, in_channels: int, num_class_embeds: int | None = None):
+        super().__init__()
+        self.class_embedding = None
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def of(self, name: str, images: Tensor) -> "BestNetwork":
+        """Sets the objective, and the images `(N, C, H, W)` in [-1, 1]."""
+        self.level, self.images = LEVELS[name], images.flatten(1).double()
+        self.objective = OBJECTIVES[name](**OPTIONS[name]).fitted(lambda: images.std().item())
+        return self
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> UNet2DOutput:
+        level = self.level(timestep.double()).view(1)
+        # The objective is linear: what it makes of an image of 1 without noise, and of noise of 1 without an image.
+        one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        of_image, of_noise = self.objective.lesson(one, zero, level), self.objective.lesson(zero, one, level)
+        a, b = of_image.sample.view(()), of_noise.sample.view(())
+        noisy = sample.flatten(1).double()
+        image = (-torch.cdist(noisy, a * self.images).square() / (2 * b**2)).softmax(1) @ self.images
+        answer = of_image.target.view(()) * image + of_noise.target.view(()) * (noisy - a * image) / b
+        return UNet2DOutput(sample=answer.view_as(sample).to(sample.dtype))
+
+
+def best_pipelines(images: PixelDataset) -> Iterator[tuple[str, DIAUNetPipeline]]:
+    pixels = to_unit_range(images.fetch(range(len(images)))["images"])
+    for name in OBJECTIVES:
+        network = BestNetwork(images.resolution, images.channels).of(name, pixels)
+        yield name, DIAUNetPipeline(network, make_scheduler(None, network.objective.scheduler.config))
+
+
+def trained_pipelines(study: Path) -> Iterator[tuple[str, DIAUNetPipeline]]:
+    for name in OBJECTIVES:
+        for folder in sorted(study.glob(f"{name}/seed-*")):
+            # Of a run that is not finished there is none.
+            if (folder / "result.json").exists():
+                yield name, load_pipeline(str(folder), device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure(
+    pipelines: Iterator[tuple[str, DIAUNetPipeline]], train: PixelDataset, num_images: int, evaluations: Sequence[int]
+) -> Curves:
+    """The distances of the images of each pipeline with each of its samplers."""
+    curves: Curves = {}
+    extractor = get_extractor(DATA)
+    for seed, (name, pipeline) in enumerate(pipelines):
+        config = pipeline.scheduler.config
+        for sampler in SAMPLERS[name]:
+            points = curves.setdefault(name, {}).setdefault(sampler, [[] for _ in evaluations])
+            for number, point in zip(evaluations, points, strict=True):
+                pipeline.scheduler = make_scheduler(sampler, config)
+                steps = (number + 1) // pipeline.scheduler.order
+                images = PipelineImages(pipeline, num_images, steps - (pipeline.scheduler.order == 1), seed)
+                scores = evaluate(images, train, extractor.to(pipeline.device), ("fid",), batch_size=BATCH)
+                point.append(scores["fid"])
+    return curves
+
+
+def draw(curves: Curves, evaluations: Sequence[int], floor: float, path: Path) -> None:
+    """A panel for each objective: the mean of the seeds, and the smallest and the largest."""
+    figure = Figure(figsize=(4 * len(curves), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for axes, (name, samplers) in zip(panels, curves.items(), strict=True):
+        for (sampler, points), marker in zip(samplers.items(), "osD^v", strict=False):
+            means = [statistics.mean(point) for point in points]
+            spread = [[m - min(p) for m, p in zip(means, points, strict=True)]]
+            spread += [[max(p) - m for m, p in zip(means, points, strict=True)]]
+            axes.errorbar(evaluations, means, yerr=spread, label=sampler, marker=marker, markersize=5, capsize=2)
+        axes.axhline(floor, color="tab:gray", linestyle=":", label="held-out images")
+        axes.set(title=name, xlabel="model evaluations", xscale="log", yscale="log")
+        axes.set_xticks(evaluations)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    panels[0].set_ylabel("Fréchet distance")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", type=Path, help="folder of a study with trained models")
+    parser.add_argument("--num_images", type=int, default=1000, help="for each point of the curves (default: 1000)")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, help="odd numbers of evaluations")
+    parser.add_argument("--output", type=Path, default=RESULTS / "objectives.json", help="JSON file")
+    parser.add_argument("--picture", type=Path, default=RESULTS / "objectives.png", help="where the picture goes")
+    options = parser.parse_args()
+    tune_process()
+    train, held_out = (prepare_pixels(split, 8, 1) for split in load_images(DATA))
+    pipelines = best_pipelines(train) if options.study is None else trained_pipelines(options.study)
+    try:
+        curves = measure(pipelines, train, options.num_images, options.evaluations)
+        floor = evaluate(held_out, train, get_extractor(DATA), ("fid",))["fid"]
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not curves:
+        print(f"error: no run in '{options.study}' is finished: dia study studies/objectives.yaml.", file=sys.stderr)
+        return 2
+    rows = [
+        row(f"{name}, {sampler}, {number} evaluations", statistics.mean(point), "Fréchet distance")
+        for name, samplers in curves.items()
+        for sampler, points in samplers.items()
+        for number, point in zip(options.evaluations, points, strict=True)
+    ]
+    more = {"num_images": options.num_images, "evaluations": list(options.evaluations)}
+    save_result(options.output, rows, curves=curves, floor=floor, **more)
+    draw(curves, options.evaluations, floor, options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
