@@ -29,9 +29,6 @@ class PixelDataset:
         left_out (`list[str]`, *optional*): Which images were left out, and why.
     """
 
-    # What a model sees of an image is the image itself.
-    draws_from_posterior = False
-
     def __init__(
         self,
         rows: Dataset,
@@ -53,6 +50,11 @@ class PixelDataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def pixels(self) -> "PixelDataset":
+        """The images in pixels: these. (Latents know the images that they were made of by the same name.)"""
+        return self
 
     @property
     def num_classes(self) -> int | None:
@@ -113,6 +115,9 @@ class PixelDataset:
             batch["labels"] = torch.from_numpy(self.labels[list(indices)])
         return batch
 
+    def draw(self, seed: int, step: int, count: int, device: torch.device | str = "cpu") -> None:
+        """Nothing is drawn: what a model sees of an image is the image itself. (Latents are drawn.)"""
+
     def model_inputs(
         self, batch: Mapping[str, Tensor], flips: Tensor | None = None, draws: Tensor | None = None
     ) -> Tensor:
@@ -123,7 +128,7 @@ class PixelDataset:
             flips (`Tensor` of shape `(B,)`, *optional*): Which of them are flipped horizontally.
             draws (`Tensor`, *optional*): Has no meaning here.
         """
-        images = to_unit_range(batch["images"]).contiguous(memory_format=torch.channels_last)
+        images = to_unit_range(batch["images"])
         return images if flips is None else torch.where(flips[:, None, None, None], images.flip(-1), images)
 
     def numbered(self, numbers: range) -> Tensor:
@@ -139,7 +144,7 @@ class EndlessShuffle(torch.utils.data.Dataset):
     step, and any number of processes can share the positions of a batch.
 
     Args:
-        dataset (`PixelDataset`): The images.
+        dataset (`PixelDataset`, or another with its `fetch`): The images.
         seed (`int`): Seed of the order and of the crops.
         center_crop (`bool`): Whether images that are not square are cut in the middle or at random.
     """

@@ -4,7 +4,7 @@ from ..door import open_door
 
 __getattr__, __all__ = open_door(
     __name__,
-    autoencoder="downsampling_factor encode_posterior load_vae vae_digest",
+    autoencoder="VAE downsampling_factor encode_posterior load_vae vae_digest",
     encoding="encode_images",
     rows="LatentDataset",
     shape="LatentShape find_latent_shape",

@@ -52,6 +52,9 @@ def load_vae(name_or_path: str) -> VAE:
         raise UsageError(f"the VAE '{name_or_path}' lacks weights, for example {sorted(info['missing_keys'])[0]}.")
     if not all(tensor.isfinite().all() for tensor in vae.state_dict().values()):
         raise UsageError(f"the VAE '{name_or_path}' has weights that are not finite numbers.")
+    if Path(name_or_path).exists():
+        # Not the place where it lies on this machine, which would be saved with it.
+        vae.register_to_config(_name_or_path=Path(name_or_path).resolve().name)
     return vae.eval().requires_grad_(False)
 
 

@@ -9,8 +9,12 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data import PixelDataset
+from ..randomness import step_seed
 from ..scaling import scale_latents
 from .shape import LatentShape
+
+# Of the streams of random numbers of a step; those of batches are numbered from 1.
+_POSTERIOR = 2**32 - 1
 
 
 class LatentDataset:
@@ -24,8 +28,6 @@ class LatentDataset:
             flipped images.
     """
 
-    draws_from_posterior = True
-
     def __init__(
         self,
         pixels: PixelDataset,
@@ -37,6 +39,7 @@ class LatentDataset:
         self.channels, self.resolution = shape
         self.vae_config = dict(vae_config)
         self.rows = {"posterior": rows} | ({} if flipped is None else {"flipped": flipped})
+        self.pixels = pixels
         self.labels = pixels.labels
         self.num_classes = pixels.num_classes
 
@@ -63,6 +66,13 @@ class LatentDataset:
             batch["labels"] = torch.from_numpy(self.labels[indices])
         return batch
 
+    def draw(self, seed: int, step: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Standard normal numbers for draws from the posterior of `count` images, `(count, c, r, r)`: a function of the
+        seed and the step alone."""
+        generator = torch.Generator(device).manual_seed(step_seed(seed, step, _POSTERIOR))
+        shape = (count, self.channels, self.resolution, self.resolution)
+        return torch.randn(shape, generator=generator, device=device)
+
     def model_inputs(
         self, batch: Mapping[str, Tensor], flips: Tensor | None = None, draws: Tensor | None = None
     ) -> Tensor:
@@ -71,7 +81,7 @@ class LatentDataset:
         Args:
             batch (`dict`): What `fetch` gave, on any device.
             flips (`Tensor` of shape `(B,)`, *optional*): Which of them are flipped.
-            draws (`Tensor` of shape `(B, c, r, r)`, *optional*): Standard normal; by default the mean counts.
+            draws (`Tensor` of shape `(B, c, r, r)`, *optional*): What `draw` gave; by default the mean counts.
 
         Returns:
             `Tensor`: float32 of shape `(B, c, r, r)`.
@@ -81,4 +91,4 @@ class LatentDataset:
             posterior = torch.where(flips[:, None, None, None, None], batch["flipped"], posterior)
         mean, std = posterior.float().unbind(dim=1)
         latents = mean if draws is None else mean + std * draws
-        return scale_latents(latents, self.vae_config).contiguous(memory_format=torch.channels_last)
+        return scale_latents(latents, self.vae_config)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-from ..data import to_unit_range
 from ..divergence import NotFiniteError, NotFiniteImagesError
 from ..errors import UsageError
 from ..files import replace_text
@@ -26,7 +25,7 @@ from ..training import (
     build_unet,
     draw_step,
     held_out_loss,
-    load_pixels,
+    load_data,
     make_accelerator,
     measure_std,
     read_metrics,
@@ -93,7 +92,7 @@ def _score(run: StudyRun) -> dict[str, Any]:
     config, scoring, optimisation = run.config, run.scoring, run.config.optimisation
     pipeline = DIAUNetPipeline.from_pretrained(run.folder).to("cuda" if torch.cuda.is_available() else "cpu")
     unet = pipeline.unet
-    data, held_out = load_pixels(config.data)
+    data, held_out = load_data(config.data)
     if held_out is None:
         raise UsageError("a study needs held-out images, and this data set has none.")
     loss = held_out_loss(
@@ -114,15 +113,16 @@ def _score(run: StudyRun) -> dict[str, Any]:
     if scoring.num_images:
         steps = config.output.ddpm_num_inference_steps
         images = PipelineImages(pipeline, scoring.num_images, steps, optimisation.seed)
-        extractor = get_extractor(scoring.features, data.resolution, data.channels)
-        scores["fid"] = evaluate(images, data, extractor, metrics=["fid"], batch_size=_BATCH_SIZE)["fid"]
+        pixels = data.pixels
+        extractor = get_extractor(scoring.features, pixels.resolution, pixels.channels)
+        scores["fid"] = evaluate(images, pixels, extractor, metrics=["fid"], batch_size=_BATCH_SIZE)["fid"]
     return scores
 
 
 def make_step(run: StudyRun) -> Callable[[], None]:
     """A training step of a run on a batch that stays the same: what there is to time of it."""
     config = run.config
-    data, _ = load_pixels(config.data)
+    data, _ = load_data(config.data)
     # Another variant, of another precision perhaps, may have been made in this process.
     AcceleratorState._reset_state()
     accelerator = make_accelerator(config.optimisation.mixed_precision, config.output)
@@ -130,8 +130,8 @@ def make_step(run: StudyRun) -> Callable[[], None]:
     unet = build_unet(config.model, data.resolution, data.channels, data.num_classes, objective.num_timesteps)
     training = TrainingState(config.optimisation, accelerator, unet, 10_000)
     batch = data.fetch(range(config.optimisation.train_batch_size))
-    images = to_unit_range(batch["images"].to(accelerator.device)).contiguous(memory_format=torch.channels_last)
-    labels = batch["labels"].to(accelerator.device) if data.num_classes else None
+    batch = {name: values.to(accelerator.device) for name, values in batch.items()}
+    images, labels = data.model_inputs(batch).contiguous(memory_format=torch.channels_last), batch.get("labels")
     draws = draw_step(0, 0, tuple(images.shape), objective, accelerator.device)
 
     def step() -> None:

@@ -9,6 +9,7 @@ __getattr__, __all__ = open_door(
     checkpoint="CHECKPOINTS",
     draws="draw_step",
     held_out="held_out_loss",
+    latents="load_data",
     log="METRICS_LOG read_metrics",
     loop="accumulate_gradients train",
     objectives="OBJECTIVES Objective",

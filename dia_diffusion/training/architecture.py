@@ -53,7 +53,12 @@ def _block_types(levels: int, attending: tuple[int, ...] = ()) -> dict[str, Any]
 
 
 def build_unet(
-    options: ModelOptions, resolution: int, channels: int, num_classes: int | None, num_timesteps: int | None = 1000
+    options: ModelOptions,
+    resolution: int,
+    channels: int,
+    num_classes: int | None,
+    num_timesteps: int | None = 1000,
+    latent_factor: int | None = None,
 ) -> DIAUNet2DModel:
     """A fresh UNet for a run, or a saved one to go on with.
 
@@ -61,10 +66,12 @@ def build_unet(
 
     Args:
         options (`ModelOptions`): Say which.
-        resolution, channels (`int`): Of the images.
+        resolution, channels (`int`): Of the images, or of their latents.
         num_classes (`int`, *optional*): Makes the UNet class-conditional; one more embedding stands for "no class".
         num_timesteps (`int`, *optional*, defaults to 1000):
             How many there are. `None` where they are numbers between, as negative ones.
+        latent_factor (`int`, *optional*):
+            How many pixels a latent stands for along one side, where the UNet sees latents.
 
     Raises:
         UsageError: if the options do not go together, or the levels do not divide the resolution.
@@ -74,7 +81,7 @@ def build_unet(
     from_data["num_class_embeds"] = None if num_classes is None else num_classes + 1
     if options.init_from is not None:
         unet = _load_unet(options.init_from, flags)
-        _check_fit(unet, from_data, num_timesteps)
+        _check_fit(unet, from_data, num_timesteps, latent_factor)
         unet.register_to_config(sample_size=resolution)
         return unet
     if options.model_config_name_or_path is not None:
@@ -84,17 +91,19 @@ def build_unet(
         if options.block_out_channels is not None:
             arguments |= _block_types(len(options.block_out_channels))
     arguments |= flags | from_data
-    _try(arguments, from_data, num_timesteps)
+    _try(arguments, from_data, num_timesteps, latent_factor)
     return DIAUNet2DModel.from_config(arguments)
 
 
-def _try(arguments: dict[str, Any], from_data: dict[str, Any], num_timesteps: int | None) -> None:
+def _try(
+    arguments: dict[str, Any], from_data: dict[str, Any], num_timesteps: int | None, latent_factor: int | None
+) -> None:
     """Builds the UNet and runs it once on tensors that have a shape and nothing else: whatever diffusers or torch
     cannot do shows, and costs neither memory nor random numbers."""
     try:
         with FakeTensorMode(), torch.no_grad():
             unet = DIAUNet2DModel.from_config(arguments)
-            _check_fit(unet, from_data, num_timesteps)
+            _check_fit(unet, from_data, num_timesteps, latent_factor)
             zeros = torch.zeros(2, dtype=torch.long)
             size = from_data["sample_size"]
             sample = torch.zeros(2, from_data["in_channels"], size, size)
@@ -126,20 +135,23 @@ def _read_unet_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_fit(unet: DIAUNet2DModel, from_data: dict[str, Any], num_timesteps: int | None) -> None:
+def _check_fit(
+    unet: DIAUNet2DModel, from_data: dict[str, Any], num_timesteps: int | None, latent_factor: int | None
+) -> None:
     config, factor = unet.config, unet.downsampling_factor
     resolution, channels, embeddings = (from_data[name] for name in ("sample_size", "in_channels", "num_class_embeds"))
     if resolution % factor:
+        shrink, what = (1, "it") if latent_factor is None else (latent_factor, f"latents of {resolution}x{resolution}")
         raise UsageError(
-            f"resolution {resolution} does not fit a UNet whose levels halve it down to 1/{factor}: choose a "
-            f"multiple of {factor}, or fewer levels with --block_out_channels."
+            f"resolution {resolution * shrink} does not fit a UNet whose levels halve {what} down to 1/{factor}: "
+            f"choose a multiple of {factor * shrink}, or fewer levels with --block_out_channels."
         )
     _check_channels(config)
     if config.in_channels != channels:
-        raise UsageError(
-            f"the UNet has {config.in_channels} channels, the images have {channels}: add --channels "
-            f"{config.in_channels}."
-        )
+        what, advice = f"images have {channels}", f"add --channels {config.in_channels}"
+        if latent_factor is not None:
+            what, advice = f"latents have {channels}", "it was made for pixels, or for another VAE"
+        raise UsageError(f"the UNet has {config.in_channels} channels, the {what}: {advice}.")
     if config.num_class_embeds != embeddings:
         raise UsageError(
             f"the UNet has {config.num_class_embeds} class embeddings, but the data needs {embeddings} (one for "

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data import EndlessShuffle, PixelDataset, describe_images, load_dataset_splits, prepare_pixels, to_unit_range
+from ..data import EndlessShuffle, PixelDataset, describe_images, load_dataset_splits, prepare_pixels
 from ..distributed import say
+from ..latents import LatentDataset
 from ..randomness import step_seed
 from .draws import draw_step
 from .objectives import Objective
@@ -45,7 +46,7 @@ class BatchPlan(NamedTuple):
 class Batch(NamedTuple):
     """What the loss is computed from, for B images of one process, on its device."""
 
-    images: Tensor  # in [-1, 1], (B, C, H, W)
+    images: Tensor  # in [-1, 1], or latents of about unit variance, (B, C, H, W)
     noise: Tensor  # (B, C, H, W), standard normal
     levels: Tensor  # of the noise, as the objective has it, (B,)
     labels: Tensor | None  # int64 (B,)
@@ -81,13 +82,14 @@ def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None
     return data, held_out
 
 
-def measure_std(data: PixelDataset, most: int = 10_000) -> float:
-    """The standard deviation of the pixels, in [-1, 1], of up to `most` images that are spread evenly over the data."""
+def measure_std(data: PixelDataset | LatentDataset, most: int = 10_000) -> float:
+    """The standard deviation of what a model sees, pixels in [-1, 1] or latents, of up to `most` images that are spread
+    evenly over the data."""
     count, sums = min(len(data), most), torch.zeros(3, dtype=torch.float64)
     for start in range(0, count, 500):
         rows = [number * len(data) // count for number in range(start, min(start + 500, count))]
-        pixels = to_unit_range(data.fetch(rows)["images"]).double()
-        sums += torch.stack([torch.tensor(pixels.numel()), pixels.sum(), pixels.square().sum()])
+        seen = data.model_inputs(data.fetch(rows), draws=data.draw(0, start, len(rows))).double()
+        sums += torch.stack([torch.tensor(seen.numel()), seen.sum(), seen.square().sum()])
     number, total, squares = sums.tolist()
     return math.sqrt(max(squares / number - (total / number) ** 2, 0.0))
 
@@ -100,9 +102,14 @@ def describe_data(options: DataOptions, data: PixelDataset, held_out: PixelDatas
 
 
 def make_loader(
-    options: DataOptions, data: PixelDataset, plan: BatchPlan, seed: int, steps: range, device: torch.device
+    options: DataOptions,
+    data: PixelDataset | LatentDataset,
+    plan: BatchPlan,
+    seed: int,
+    steps: range,
+    device: torch.device,
 ) -> DataLoader:
-    """The pixels and labels of this process, micro-batch by micro-batch, for steps counted from 1."""
+    """The pixels (or latents) and labels of this process, micro-batch by micro-batch, for steps counted from 1."""
     rows = [plan.rows(micro) for micro in range(plan.micros)]
     positions = ([(step - 1) * plan.images + row for row in range(r.start, r.stop)] for step in steps for r in rows)
     return DataLoader(
@@ -126,7 +133,7 @@ def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def prepare_batches(
     loaded: Iterator[dict[str, Tensor]],
-    data: PixelDataset,
+    data: PixelDataset | LatentDataset,
     plan: BatchPlan,
     seed: int,
     steps: range,
@@ -135,21 +142,22 @@ def prepare_batches(
     random_flip: bool = False,
     label_dropout: float = 0.0,
 ) -> Iterator[Batch]:
-    """Makes batches of what `make_loader` loads: flipped where asked for, with noise and its levels.
+    """Makes batches of what `make_loader` loads: flipped where asked for, latents drawn from their posterior, with
+    noise and its levels.
 
     What is random about a step is drawn for its global batch, of which each process takes its rows.
     """
     shape = (plan.images, data.channels, data.resolution, data.resolution)
     for step in steps:
+        posterior = data.draw(seed, step, plan.images, device)
         whole = draw_step(seed, step, shape, objective, device)
         for rows in map(plan.rows, range(plan.micros)):
-            draws, pixels = whole.rows(rows), next(loaded)
-            images = to_unit_range(pixels["images"].to(device, non_blocking=True))
+            draws, batch = whole.rows(rows), next(loaded)
+            batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+            drawn = None if posterior is None else posterior[rows]
+            images = data.model_inputs(batch, draws.flips if random_flip else None, drawn)
             images = images.contiguous(memory_format=torch.channels_last)
-            if random_flip:
-                images = torch.where(draws.flips[:, None, None, None], images.flip(-1), images)
             labels = None
             if data.num_classes is not None:
-                labels = pixels["labels"].to(device, non_blocking=True)
-                labels = labels.masked_fill(draws.label_drops < label_dropout, data.num_classes)
+                labels = batch["labels"].masked_fill(draws.label_drops < label_dropout, data.num_classes)
             yield Batch(images, draws.noise, draws.levels, labels, step_seed(seed, step, rows.start + 1))

@@ -52,7 +52,7 @@ A diffusion UNet with shared attention (DIA, [arXiv 2210.16101](https://arxiv.or
 `{data}` at {options.resolution}x{options.resolution} pixels for {figures["step"]:,} steps of
 {figures["global_batch_size"]} images. {parameters:,} parameters, of which attention {attention:,}
 (`{unet.config.dia_attention}`, sharing `{unet.config.dia_sharing}`). Objective: {objective}.
-{_classes(class_names)}
+{_latents(options.vae, unet)}{_classes(class_names)}
 ![samples](samples.png)
 
 ## Use
@@ -109,6 +109,14 @@ def launch_command(secret: str | None = None) -> str:
     """The command line of this process, without what is secret in it."""
     command = shlex.join(["accelerate", "launch", *sys.argv])
     return command if secret is None else command.replace(secret, "TOKEN")
+
+
+def _latents(vae: str | None, unet: UNet2DModel) -> str:
+    if vae is None:
+        return ""
+    name, config = Path(vae).resolve().name if Path(vae).exists() else vae, unet.config
+    size = f"{config.in_channels}x{config.sample_size}x{config.sample_size}"
+    return f"\nIt works on latents of {size}, which the pipeline's `vae` (`{name}`) decodes.\n"
 
 
 def _classes(names: list[str] | None) -> str:

@@ -18,6 +18,8 @@ from .parsing import CONFIG
 SAMPLES = "samples"
 BEST = "best"
 LOCK = ".lock"
+# Where a run keeps its VAE, and a pipeline has it too.
+VAE_FOLDER = "vae"
 # Where a run was killed, what it had started may hold the lock for a moment longer.
 _PATIENCE_SECONDS = 3
 
@@ -54,8 +56,8 @@ def claim(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def prepare_output_dir(options: OutputOptions, checkpoint: Path | None) -> None:
-    """Empties the output directory of an earlier run if that is asked for. Without it, nothing is removed.
+def check_output_dir(options: OutputOptions, checkpoint: Path | None) -> None:
+    """Refuses to write over what another run left, unless that is asked for.
 
     Args:
         options (`OutputOptions`): Name the folder.
@@ -65,18 +67,15 @@ def prepare_output_dir(options: OutputOptions, checkpoint: Path | None) -> None:
         UsageError: if the folder holds anything that the run would write over and that it does not go on from.
     """
     folder = options.folder
-    if checkpoint is not None and checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve():
+    if options.overwrite_output_dir or _goes_on_there(folder, checkpoint):
         return
-    valuables = [*list_checkpoints(folder / CHECKPOINTS), folder / BEST, folder / "model_index.json"]
-    names = (METRICS_LOG, "metrics.json", "curves.png", SAMPLES, "samples.png", "report.html", "README.md")
-    traces = [folder / name for name in names]
-    found = [path for path in valuables if path.exists()]
+    found = [path for path in _valuables(folder) if path.exists()]
     # A run that was killed before its first checkpoint is no reason to stop. It has left its description; without
     # that the files are not those of a run.
     killed_early = options.resume_from_checkpoint == "latest" and (folder / CONFIG).exists()
     if checkpoint is not None or not killed_early:
-        found += [path for path in traces if path.exists()]
-    if found and not options.overwrite_output_dir:
+        found += [path for path in _traces(folder) if path.exists()]
+    if found:
         why = "there is no usable checkpoint that was asked for"
         if checkpoint is not None:
             why = f"'{checkpoint}' is a checkpoint of another"
@@ -85,9 +84,29 @@ def prepare_output_dir(options: OutputOptions, checkpoint: Path | None) -> None:
             "(--resume_from_checkpoint latest or the name of a checkpoint), start anew there "
             "(--overwrite_output_dir), or choose another --output_dir."
         )
-    if options.overwrite_output_dir:
-        for path in (folder / CHECKPOINTS, *valuables, *traces):
+
+
+def prepare_output_dir(options: OutputOptions, checkpoint: Path | None) -> None:
+    """As `check_output_dir`, and empties the directory of an earlier run if that is asked for. Without it, nothing is
+    removed."""
+    check_output_dir(options, checkpoint)
+    folder = options.folder
+    if options.overwrite_output_dir and not _goes_on_there(folder, checkpoint):
+        for path in (folder / CHECKPOINTS, folder / VAE_FOLDER, *_valuables(folder), *_traces(folder)):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _goes_on_there(folder: Path, checkpoint: Path | None) -> bool:
+    return checkpoint is not None and checkpoint.resolve().parent == (folder / CHECKPOINTS).resolve()
+
+
+def _valuables(folder: Path) -> list[Path]:
+    return [*list_checkpoints(folder / CHECKPOINTS), folder / BEST, folder / "model_index.json"]
+
+
+def _traces(folder: Path) -> list[Path]:
+    names = (METRICS_LOG, "metrics.json", "curves.png", SAMPLES, "samples.png", "report.html", "README.md")
+    return [folder / name for name in names]
 
 
 def leave_branch(folder: Path, step: int) -> None:

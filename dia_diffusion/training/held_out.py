@@ -6,14 +6,20 @@ import math
 import torch
 from torch import nn
 
-from ..data import PixelDataset, to_unit_range
+from ..data import PixelDataset
+from ..latents import LatentDataset
 from ..randomness import step_seed
 from .objectives import Objective
 
 
 @torch.no_grad()
 def held_out_loss(
-    unet: nn.Module, objective: Objective, dataset: PixelDataset, batch_size: int, limit: int = 1024, draws: int = 1
+    unet: nn.Module,
+    objective: Objective,
+    dataset: PixelDataset | LatentDataset,
+    batch_size: int,
+    limit: int = 1024,
+    draws: int = 1,
 ) -> float:
     """The loss on up to `limit` held-out images, with noise and levels that are the same each time.
 
@@ -31,11 +37,13 @@ def held_out_loss(
     total = 0.0
     for draw in range(draws):
         all_noise = torch.randn(shape, generator=torch.Generator().manual_seed(step_seed(0, draw)))
+        posterior = dataset.draw(0, draw, count)
         for start in range(0, count, batch_size):
             batch = dataset.fetch(rows[start : start + batch_size])
-            images = to_unit_range(batch["images"]).to(device)
-            labels = batch["labels"].to(device) if "labels" in batch else None
-            noise = all_noise[start : start + len(images)].to(device)
+            batch = {name: values.to(device) for name, values in batch.items()}
+            taken = slice(start, start + batch_size)
+            images = dataset.model_inputs(batch, draws=None if posterior is None else posterior[taken].to(device))
+            labels, noise = batch.get("labels"), all_noise[taken].to(device)
             order = (torch.arange(start, start + len(images)) + draw * count) * stride % (count * draws)
             levels = objective.levels_at((order + 0.5) / (count * draws)).to(device)
             total += objective.loss(unet, images, noise, levels, labels).item() * len(images)

@@ -22,7 +22,8 @@ from .batches import Batch, BatchPlan, describe_data, load_pixels, make_loader, 
 from .card import launch_command, write_model_card
 from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint
 from .checks import check_results
-from .folder import claim, leave_branch, prepare_output_dir
+from .folder import check_output_dir, claim, leave_branch, prepare_output_dir
+from .latents import LatentSpace
 from .log import METRICS_LOG, RunLog
 from .objectives import Objective
 from .options import DataOptions, TrainingConfig
@@ -66,10 +67,11 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     folder, main, device, seed = output.folder, accelerator.is_main_process, accelerator.device, optimisation.seed
     with accelerator.main_process_first():
         data, held_out = load_pixels(config.data)
-    objective = objective.fitted(partial(measure_std, data))
-    described = f"{describe_data(config.data, data, held_out)}\nObjective: {objective.describe()}."
-    accelerator.print(f"{described}\nDevice: {device}.")
-    check_results(output, objective, data, held_out)
+    accelerator.print(f"{describe_data(config.data, data, held_out)}\nDevice: {device}.")
+    # What is tried here does not hang on the deviation of the images.
+    check_results(output, objective.fitted(lambda: 1.0), data, held_out)
+    space = None if config.data.vae is None else LatentSpace.load(config.data, data)
+    (channels, resolution), factor = ((data.channels, data.resolution), None) if space is None else space.seen
     plan = BatchPlan(
         optimisation.train_batch_size,
         optimisation.gradient_accumulation_steps,
@@ -79,18 +81,26 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     epoch_steps = -(-len(data) // plan.images)
     total_steps = optimisation.max_train_steps or optimisation.num_epochs * epoch_steps
     torch.manual_seed(seed)
-    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes, objective.num_timesteps)
-    config = replace(config, model=config.model.as_built(unet), objective=config.objective.as_built(objective))
+    unet = build_unet(config.model, resolution, channels, data.num_classes, objective.num_timesteps, factor)
     training = TrainingState(optimisation, accelerator, unet, total_steps)
+    path = find_checkpoint(output, total_steps)
+    if main:
+        check_output_dir(output, path)
+    if space is not None:
+        accelerator.print(space.describe(len(data)))
+        data, held_out = space.encode_all(data, held_out)
+    objective = objective.fitted(partial(measure_std, data))
+    config = replace(config, model=config.model.as_built(unet), objective=config.objective.as_built(objective))
+    accelerator.print(f"Objective: {objective.describe()}.")
 
     # 2. go on where an earlier run stopped
-    record = config.public_dict() | {"global_batch_size": plan.images, "data_digest": data.digest()}
+    record = config.public_dict() | {"global_batch_size": plan.images, "data_digest": data.pixels.digest()}
+    record["vae_digest"] = None if space is None else space.digest
     record["unet"] = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     record = json.loads(json.dumps(record))
-    path = find_checkpoint(output, total_steps)
     start, pending = 0, []
     if path is not None:
-        checkpoint = load_to_resume(path, record, total_steps, _digest_without_labels(data, config.data))
+        checkpoint = load_to_resume(path, record, total_steps, _digest_without_labels(data.pixels, config.data))
         training.restore(checkpoint)
         start, pending = checkpoint.state["step"], checkpoint.state["pending_losses"]
     check_same_start(accelerator, start)
@@ -98,11 +108,14 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
         # A repository that cannot be used is noticed now too, and not when the run is finished.
         hub_id = make_hub_repository(output)
         prepare_output_dir(output, path)
+        if space is not None:
+            space.keep(folder)
         save_config(config, folder / CONFIG)
         leave_branch(folder, start)
     start_trackers(accelerator, record)
     log = RunLog(folder / METRICS_LOG, accelerator, output.logging_steps, plan.images, start, total_steps, pending)
-    results = RunResults(output, training, objective, data, held_out, seed, plan.per_process)
+    results = RunResults(output, training, objective, data, held_out, seed, plan.per_process, space is not None)
+    del space  # The VAE is not held while the UNet trains.
     meetings = Meetings(accelerator)
 
     # 3. train
@@ -142,7 +155,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     if main:
         figures = results.finish(total_steps, plan.images)
         command, start_from = launch_command(output.hub_token), config.model.init_from
-        names = data.class_names
+        names = data.pixels.class_names
         said = (config.data, start_from, output.license, hub_id, names, objective.describe())
         write_model_card(folder, unet, figures, command, *said)
         if hub_id is not None:

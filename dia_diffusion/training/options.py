@@ -55,6 +55,9 @@ class DataOptions(_Options):
     random_flip: bool = _option(False, "Flip images horizontally at random.")
     preserve_input_precision: bool = _option(False, "Keep 16 bits of images that have them, instead of 8.")
     on_bad_image: Literal["error", "skip"] = _option("error", "What to do about an image that cannot be read.")
+    vae: Location | None = _option(
+        None, "Train in the latent space of this AutoencoderKL or AutoencoderTiny: a folder or a Hub id."
+    )
     class_conditional: bool = _option(False, "Condition the model on the labels of the data set.")
     dataloader_num_workers: Natural = _option(0, "Processes that load data; 0 loads in the main process.")
 

@@ -12,12 +12,13 @@ from PIL.Image import Image
 
 from ..data import PixelDataset, image_grid
 from ..files import replace_file, replace_files, replace_text, set_aside
+from ..latents import LatentDataset, load_vae
 from ..models import DIAUNet2DModel
 from ..pipelines import DIAUNetPipeline
 from ..sampling import make_scheduler, sample_images
 from ..scoring import DEFAULT_METRICS, PipelineImages, evaluate, get_extractor
 from .curves import save_curves
-from .folder import BEST, SAMPLES, read_best
+from .folder import BEST, SAMPLES, VAE_FOLDER, read_best
 from .held_out import held_out_loss
 from .log import METRICS_LOG, read_metrics
 from .objectives import Objective
@@ -34,18 +35,20 @@ class RunResults:
     Args:
         options (`OutputOptions`): What to leave.
         training (`TrainingState`), objective (`Objective`): The run.
-        data, held_out (`PixelDataset`): Its images.
+        data, held_out (`PixelDataset` or `LatentDataset`): Its images.
         seed (`int`): Of the samples.
         batch_size (`int`): Held-out images at a time.
+        with_vae (`bool`): Whether the pipeline has the VAE that the output directory holds.
     """
 
     options: OutputOptions
     training: TrainingState
     objective: Objective
-    data: PixelDataset
-    held_out: PixelDataset | None
+    data: PixelDataset | LatentDataset
+    held_out: PixelDataset | LatentDataset | None
     seed: int
     batch_size: int
+    with_vae: bool = False
 
     @property
     def folder(self) -> Path:
@@ -111,7 +114,8 @@ class RunResults:
             replace_file(folder / "samples.png", partial(self._sample_grid(pipeline).save, format="PNG"))
             replace_file(folder / "curves.png", partial(save_curves, metrics))
             if options.score_features is not None:
-                figures |= self._score(pipeline, options.score_num_images, DEFAULT_METRICS, self.held_out)
+                held_out = None if self.held_out is None else self.held_out.pixels
+                figures |= self._score(pipeline, options.score_num_images, DEFAULT_METRICS, held_out)
             replace_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
             write_run_report(folder, figures)
         return figures
@@ -123,14 +127,20 @@ class RunResults:
         metrics: Sequence[str],
         held_out: PixelDataset | None = None,
     ) -> dict[str, Any]:
-        options = self.options
-        extractor = get_extractor(options.score_features, self.data.resolution, self.data.channels)
+        options, data = self.options, self.data.pixels
+        extractor = get_extractor(options.score_features, data.resolution, data.channels)
         images = PipelineImages(pipeline, num_images, options.ddpm_num_inference_steps, self.seed)
         device = self.training.accelerator.device
-        return evaluate(images, self.data, extractor.to(device), metrics, held_out, options.eval_batch_size)
+        return evaluate(images, data, extractor.to(device), metrics, held_out, options.eval_batch_size)
 
     def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:
-        return DIAUNetPipeline(unet, make_scheduler(None, self.objective.scheduler.config), self.data.id2label)
+        config, vae = self.objective.scheduler.config, None
+        if self.with_vae:
+            vae = load_vae(str(self.folder / VAE_FOLDER)).to(unet.device)
+            vae.enable_slicing()
+            # Latents leave the range of pixels.
+            config = {**config, "clip_sample": False}
+        return DIAUNetPipeline(unet, make_scheduler(None, config), self.data.pixels.id2label, vae)
 
     def _sample_grid(self, pipeline: DIAUNetPipeline) -> Image:
         count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps

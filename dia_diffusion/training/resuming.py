@@ -17,7 +17,7 @@ from .options import OutputOptions, TrainingConfig
 # divided, where data and model come from (what they are is compared), and what one changes after a divergence.
 # Anything else makes it another experiment.
 MAY_CHANGE = frozenset(
-    "dataset_name dataset_config_name train_data_dir model_config_name_or_path unet_arguments "
+    "dataset_name dataset_config_name train_data_dir vae model_config_name_or_path unet_arguments "
     "learning_rate lr_warmup_steps mixed_precision max_grad_norm "
     "num_epochs max_train_steps train_batch_size gradient_accumulation_steps eval_batch_size ddpm_num_inference_steps "
     "cache_dir dataloader_num_workers enable_xformers_memory_efficient_attention compile init_from output_dir "
@@ -110,7 +110,7 @@ def check_same_experiment(before: dict[str, Any], now: dict[str, Any]) -> None:
     # Of the model counts what it is, and not which of it was said. What the version of then did not have was what it is
     # by default now.
     arguments = {name: item.default for name, item in inspect.signature(DIAUNet2DModel).parameters.items()}
-    defaults = TrainingConfig().public_dict() | json.loads(json.dumps(arguments, default=str))
+    defaults = TrainingConfig().public_dict() | {"vae_digest": None} | json.loads(json.dumps(arguments, default=str))
     before, now = ({**record, **record.get("unet", {}), "unet": None} for record in (before, now))
     before = _completed(before, now, defaults)
     changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
@@ -134,6 +134,8 @@ def _describe(name: str, old: Any, new: Any, before: dict[str, Any], now: dict[s
     """A difference that is refused, in words."""
     if name == "data_digest":
         return f"the images are others (now from {_source(now)}, then from {_source(before)})"
+    if name == "vae_digest":
+        return f"the VAE is another one (now {now.get('vae') or 'none'}, then {before.get('vae') or 'none'})"
     return f"{name} is {new}, was {old}"
 
 

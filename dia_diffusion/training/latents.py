@@ -1,0 +1,107 @@
+"""The latent space of a run: its VAE while it is needed, and what the UNet sees in place of pixels."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+
+from ..data import PixelDataset
+from ..errors import UsageError
+from ..files import replace_files
+from ..latents import (
+    VAE,
+    LatentDataset,
+    LatentShape,
+    downsampling_factor,
+    encode_images,
+    find_latent_shape,
+    load_vae,
+    vae_digest,
+)
+from .batches import load_pixels
+from .folder import VAE_FOLDER
+from .options import DataOptions
+
+
+@dataclass
+class LatentSpace:
+    """A VAE, and the shape of its latents.
+
+    Args:
+        options (`DataOptions`): Name it.
+        vae: The VAE.
+        shape (`LatentShape`): Of the latents of an image of the run.
+    """
+
+    options: DataOptions
+    vae: VAE
+    shape: LatentShape
+
+    @classmethod
+    def load(cls, options: DataOptions, data: PixelDataset) -> "LatentSpace":
+        """The latent space for a run's images.
+
+        Raises:
+            UsageError: if there is no such VAE, or it does not fit the images, or these can only be cut at random.
+        """
+        vae = load_vae(options.vae)
+        shape = find_latent_shape(vae, data.resolution, data.channels)
+        if not options.center_crop and not _are_square(data):
+            raise UsageError(
+                "images that are not square are cut at random, which latents that are encoded once cannot be: cut "
+                "them in the middle with --center_crop."
+            )
+        return cls(options, vae, shape)
+
+    @property
+    def seen(self) -> tuple[LatentShape, int]:
+        """What the UNet sees of an image, and how many pixels a latent stands for along one side."""
+        return self.shape, downsampling_factor(self.vae)
+
+    @cached_property
+    def digest(self) -> str:
+        return vae_digest(self.vae)
+
+    def describe(self, count: int) -> str:
+        """What a run says at its start, of this number of images."""
+        channels, size = self.shape
+        # A mean and a deviation of two bytes each.
+        size_in_bytes = count * 4 * channels * size**2
+        times = "once"
+        if self.options.random_flip:
+            size_in_bytes, times = 2 * size_in_bytes, "once as they are and once flipped"
+        return (
+            f"Latents: {channels}x{size}x{size} of {type(self.vae).__name__} '{self.options.vae}'; images are encoded "
+            f"{times}, which takes {size_in_bytes / 1e6:,.1f} MB of the cache."
+        )
+
+    def encode(self, data: PixelDataset, flips: bool) -> LatentDataset:
+        """The latents of images, and where asked for those of the flipped images too. All processes share the work."""
+        arguments = {"cache_dir": self.options.cache_dir, "state": PartialState()}
+        rows = encode_images(self.vae, data, **arguments)
+        flipped = encode_images(self.vae, data, flip=True, **arguments) if flips else None
+        return LatentDataset(data, self.shape, self.vae.config, rows, flipped)
+
+    def encode_all(
+        self, data: PixelDataset, held_out: PixelDataset | None
+    ) -> tuple[LatentDataset, LatentDataset | None]:
+        """The latents of the training images, and of the held-out ones if there are any."""
+        latents = self.encode(data, self.options.random_flip)
+        return latents, None if held_out is None else self.encode(held_out, flips=False)
+
+    def keep(self, folder: Path) -> None:
+        """Saves the VAE in the output directory, so that the run does not hang on where it came from."""
+        replace_files(folder / VAE_FOLDER, self.vae.save_pretrained, last="config.json")
+
+
+def load_data(options: DataOptions) -> tuple[PixelDataset | LatentDataset, PixelDataset | LatentDataset | None]:
+    """The training images of a run, and the held-out ones if there are any, as its UNet sees them."""
+    data, held_out = load_pixels(options)
+    return (data, held_out) if options.vae is None else LatentSpace.load(options, data).encode_all(data, held_out)
+
+
+def _are_square(data: PixelDataset) -> bool:
+    sides = data.prepared.select_columns(["width", "height"]).with_format("arrow")[:]
+    return np.array_equal(sides["width"].to_numpy(), sides["height"].to_numpy())
