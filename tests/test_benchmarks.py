@@ -214,3 +214,13 @@ def test_the_best_network_of_every_objective_ends_at_images_of_the_data(benchmar
             nearest = torch.cdist(images.flatten(1), known).min(1)
             assert nearest.values.max() < 0.5, (name, sampler)
             assert len(nearest.indices.unique()) > 4
+
+
+def test_latents_cost_less_than_pixels_and_encoding_is_measured(benchmark):
+    latents = benchmark("latents")
+    rows = {row["case"]: row["value"] for row in latents.measure_encoding("digits", 8) + latents.count_operations()}
+    assert next(iter(rows)) == "encoding 1,797 images of 8x8"
+    # A mean and a deviation of two bytes each, for four channels of 2x2.
+    assert rows["the same, disk"] * 2**20 > 1797 * 4 * 4 * 4
+    step, step_in_latents = (rows[case] for case in rows if case.startswith("training step"))
+    assert step > 10 * step_in_latents

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +19,7 @@ from dia_diffusion.errors import UsageError
 from dia_diffusion.latents import LatentDataset, encode_images, find_latent_shape, load_vae, vae_digest
 from dia_diffusion.latents import encoding as encoding_module
 from dia_diffusion.scaling import scale_latents, unscale_latents
-from training_runs import ROOT
+from forks import start
 
 
 @pytest.fixture(autouse=True)
@@ -143,31 +140,24 @@ def test_a_broken_or_missing_part_is_encoded_anew(pixels, tmp_path):
     assert torch.equal(latents_of(vae, pixels).fetch(range(len(pixels)))["posterior"], expected)
 
 
-ENCODE_SLOWLY = """
-import sys, time
-from autoencoders import random_vae
-from dia_diffusion.data import load_dataset_splits, prepare_pixels
-from dia_diffusion.latents import encode_images, encoding
-
-encode = encoding._encode
-encoding._encode = lambda *arguments: (time.sleep(0.2), encode(*arguments))[1]
-pixels = prepare_pixels(load_dataset_splits("digits")[0], 8, with_labels=True, cache_dir=sys.argv[1])
-encode_images(random_vae(), pixels, cache_dir=sys.argv[1])
-"""
+def encode_slowly(cache):
+    """In a process of its own: as `encode_images`, with time to be killed."""
+    encode = encoding_module._encode
+    encoding_module._encode = lambda *arguments: (time.sleep(0.2), encode(*arguments))[1]
+    pixels = prepare_pixels(load_dataset_splits("digits")[0], 8, with_labels=True, cache_dir=cache)
+    encode_images(random_vae(), pixels, cache_dir=cache)
 
 
 def test_encoding_goes_on_after_a_kill(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-c", ENCODE_SLOWLY, str(killed)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "ACCELERATE_USE_CPU": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    process = start(encode_slowly, str(killed), ACCELERATE_USE_CPU=1)
     deadline = time.monotonic() + 120
     while len(encoded_files(killed / "dia_latents")) < 3:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     done = encoded_files(killed / "dia_latents")
     assert len(done) < 6
     (folder,) = {path.parent for path in done}

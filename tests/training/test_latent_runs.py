@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+from importlib import import_module
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -12,12 +14,23 @@ from PIL import Image
 
 from autoencoders import random_vae
 from dia_diffusion import DIAUNetPipeline
+from dia_diffusion.data.decoding import to_pixels
 from dia_diffusion.errors import UsageError
 from dia_diffusion.latents import load_vae, vae_digest
-from dia_diffusion.training import BatchPlan, load_data, make_loader, parse_arguments, prepare_batches
+from dia_diffusion.scaling import unscale_latents
+from dia_diffusion.training import (
+    BatchPlan,
+    load_data,
+    load_recipe,
+    make_loader,
+    parse_arguments,
+    prepare_batches,
+    train,
+)
 from dia_diffusion.training import state as training_state
-from dia_diffusion.training.objectives import DDPM
-from training_runs import assert_same_weights, configure, fresh_state, launch, losses, run, weights
+from dia_diffusion.training.objectives import DDPM, EDM, Flow
+from forks import start_together
+from training_runs import ROOT, assert_same_weights, configure, fresh_state, losses, run, weights
 
 TINY_UNET = {"block_out_channels": [8, 8], "unet_arguments": {"norm_num_groups": 4}, "dia_hidden_size": 8}
 
@@ -129,12 +142,18 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(vae, finished, tmp_path):
         run(tmp_path / "again", **options(str(tmp_path / "other"), **more))
 
 
+def train_as_configured(config):
+    train(parse_arguments(["--config", config]))
+
+
 def test_two_processes_share_the_encoding_and_give_the_losses_of_one(vae, finished, tmp_path):
     cache = tmp_path / "cache"
     _, _, lines = finished
     config = configure(tmp_path / "two", **options(vae, train_batch_size=4, cache_dir=str(cache)))
-    process = launch(config, 2, ACCELERATE_USE_CPU="1")
-    assert process.returncode == 0, process.stderr
+    processes = start_together(2, train_as_configured, str(config))
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
     expected = [line for line in lines if line[1] or line[2]]
     for (step, *figures), (_, *ours) in zip(losses(tmp_path / "two"), expected, strict=True):
         assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in ours], rel=1e-4), step
@@ -179,3 +198,48 @@ def test_a_run_in_pixels_that_replaces_one_in_latents_leaves_no_vae(vae, tmp_pat
     run(tmp_path / "run", **options(None, max_train_steps=1, overwrite_output_dir=True))
     assert not (tmp_path / "run" / "vae").exists()
     assert DIAUNetPipeline.from_pretrained(tmp_path / "run").vae is None
+
+
+@pytest.mark.parametrize("objective", ["edm", "flow"])
+def test_other_objectives_learn_latents_too(vae, tmp_path, objective):
+    run(tmp_path / "run", **options(vae, objective=objective, max_train_steps=2, class_conditional=False))
+    config = load_recipe(tmp_path / "run" / "training_config.yaml")
+    if objective == "edm":
+        # The deviation is that of what the UNet sees, and not of pixels.
+        data, _ = load_data(parse_arguments(["--config", str(configure(tmp_path / "data", **options(vae)))]).data)
+        seen = data.model_inputs(data.fetch(range(len(data))), draws=torch.randn(len(data), 2, 4, 4))
+        assert config["sigma_data"] == pytest.approx(seen.std().item(), rel=0.02)
+    pipeline = DIAUNetPipeline.from_pretrained(tmp_path / "run")
+    assert np.asarray(pipeline(num_inference_steps=3).images[0]).shape == (8, 8)
+
+
+def test_a_vae_that_loses_nothing_leaves_the_loss_of_pixels(tmp_path, monkeypatch):
+    """Its latents are pixels with their colours turned, so that a network of one layer, turned alike, errs as much."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    with torch.no_grad():
+        lossless_vae = import_module("lossless_vae").lossless_vae(3)
+    lossless_vae.save_pretrained(tmp_path / "vae")
+    config = {"channels": 3, "class_conditional": False}
+    files = [configure(tmp_path / str(vae), **options(vae, **config)) for vae in (None, str(tmp_path / "vae"))]
+    pixels, latents = (load_data(parse_arguments(["--config", str(file)]).data)[1] for file in files)
+    images, seen = (data.model_inputs(data.fetch(range(len(data)))) for data in (pixels, latents))
+    decoded = lossless_vae.decode(unscale_latents(seen, lossless_vae.config)).sample
+    assert torch.equal(to_pixels(decoded), pixels.fetch(range(len(pixels)))["images"])
+    turn = lossless_vae.encoder.conv_in.weight[:3, :, 1, 1]
+    noise, places = torch.randn_like(images), torch.rand(len(images))
+
+    def network(sample, timesteps, labels):
+        return SimpleNamespace(sample=(0.7 * sample + timesteps.view(-1, 1, 1, 1) / 1000).sin())
+
+    def turned(sample, timesteps, labels):
+        return SimpleNamespace(sample=turned_by(turn, network(turned_by(turn.T, sample), timesteps, labels).sample))
+
+    for objective in (DDPM(prediction_type="v_prediction"), EDM(sigma_data=0.5), Flow()):
+        levels = objective.levels_at(places)
+        expected = objective.loss(network, images, noise, levels)
+        found = objective.loss(turned, seen, turned_by(turn, noise), levels)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def turned_by(matrix, images):
+    return torch.einsum("ij,bjhw->bihw", matrix, images)
