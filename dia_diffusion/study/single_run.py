@@ -91,6 +91,8 @@ def _is_trained(run: StudyRun) -> bool:
 def _score(run: StudyRun) -> dict[str, Any]:
     config, scoring, optimisation = run.config, run.scoring, run.config.optimisation
     pipeline = DIAUNetPipeline.from_pretrained(run.folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    if pipeline.vae is not None:
+        pipeline.vae.enable_slicing()
     unet = pipeline.unet
     data, held_out = load_data(config.data)
     if held_out is None:

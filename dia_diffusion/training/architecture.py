@@ -149,6 +149,8 @@ def _check_fit(
     _check_channels(config)
     if config.in_channels != channels:
         what, advice = f"images have {channels}", f"add --channels {config.in_channels}"
+        if latent_factor is None and config.in_channels not in (1, 3):
+            advice = "it was made for latents, whose VAE --vae names"
         if latent_factor is not None:
             what, advice = f"latents have {channels}", "it was made for pixels, or for another VAE"
         raise UsageError(f"the UNet has {config.in_channels} channels, the {what}: {advice}.")

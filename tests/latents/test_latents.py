@@ -250,6 +250,12 @@ def test_latents_too_large_for_half_precision_are_refused(pixels):
         encode_images(vae, pixels)
 
 
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_lost(pixels, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UsageError, match=r"cannot keep latents in .*file.*--cache_dir"):
+        encode_images(random_vae(), pixels, cache_dir=str(tmp_path / "file"))
+
+
 def test_the_parts_hold_all_images_once_whatever_their_number(tmp_path):
     for count in (1, 5, 255, 257, 60_000, 1_281_167):
         for resolution in (8, 32, 256, 1024):

@@ -192,6 +192,20 @@ def test_what_has_no_meaning_in_latents_is_refused_before_the_work(vae, tmp_path
     run(tmp_path / "run", **options(vae, max_train_steps=1, center_crop=True) | unlabelled)
 
 
+def test_a_unet_of_latents_is_fine_tuned_with_its_vae_alone(vae, finished, tmp_path):
+    folder, _, _ = finished
+    own = dict.fromkeys(("block_out_channels", "layers_per_block", "dia_hidden_size"))
+    more = own | {"init_from": str(folder), "class_conditional": True, "max_train_steps": 1}
+    random_vae(latent_channels=4).save_pretrained(tmp_path / "other")
+    for other, words in (
+        (None, "the UNet has 2 channels, the images have 1: it was made for latents"),
+        (str(tmp_path / "other"), r"the UNet has 2 channels, the latents have 4: .* another VAE"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            run(tmp_path / "run", **more, vae=other)
+    run(tmp_path / "run", **more, vae=vae)
+
+
 def test_a_run_in_pixels_that_replaces_one_in_latents_leaves_no_vae(vae, tmp_path):
     run(tmp_path / "run", **options(vae, max_train_steps=1))
     assert (tmp_path / "run" / "vae").is_dir()
