@@ -1,8 +1,11 @@
 """Imports point one way, and a room is entered by its door (CONTRIBUTING.md has the map)."""
 
 import ast
+import re
+import sys
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
+from importlib.metadata import packages_distributions
 
 import pytest
 
@@ -14,6 +17,8 @@ ROOMS = (
 )
 # A room may be entered at these modules too: what a saved pipeline brings along holds the text of its own modules.
 SIDE_DOORS = {"attention", "models"}
+# This package, and the trackers that a user may name and installs.
+NOT_DECLARED = {"dia_diffusion", "trackio", "wandb"}
 FOLDERS = {"dia_diffusion": ROOT / "dia_diffusion", "dia_diffusion.pipelines": ROOT / "pipelines"}
 
 
@@ -81,6 +86,25 @@ def test_a_room_says_what_it_is_for_and_all_that_it_shows_is_there(room):
     package = import_module(f"dia_diffusion.{room}")
     assert package.__doc__
     assert all(hasattr(package, name) for name in getattr(package, "__all__", ()))
+
+
+def test_all_that_is_imported_is_declared():
+    """Of packages that are installed for others, an installation may come without."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 does not read TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
+    names = {re.match(r"[\w-]+", line).group().lower().replace("_", "-") for line in declared}
+    distributions = packages_distributions()
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            roots = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            roots += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for root in {name.split(".")[0] for name in roots} - sys.stdlib_module_names - NOT_DECLARED:
+                known = {name.lower().replace("_", "-") for name in distributions.get(root, [root])}
+                assert known & names, f"{module} imports {root}, which pyproject.toml does not name"
 
 
 def test_every_package_is_installed():

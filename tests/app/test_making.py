@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
+from autoencoders import random_vae
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.app import Maker, Request
 from dia_diffusion.app.gates import draw_gates, gate_table
@@ -178,3 +179,18 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", "nowhere"]) == 2
     assert capsys.readouterr().err == "error: the page needs Gradio: pip install 'dia-diffusion[app]'.\n"
+
+
+@pytest.mark.parametrize("kind", ["flow", "latents"])
+def test_other_kinds_of_pipelines_are_shown_as_they_are_sampled(kind):
+    torch.manual_seed(1)
+    if kind == "flow":
+        pipeline = DIAUNetPipeline(DIAUNet2DModel(**SMALL, dia_init="paper"), FlowMatchEulerDiscreteScheduler())
+    else:
+        unet = DIAUNet2DModel(**SMALL | {"in_channels": 2, "out_channels": 2}, dia_init="paper")
+        scheduler = DDIMScheduler(clip_sample=False)
+        pipeline = DIAUNetPipeline(unet, scheduler, vae=random_vae())
+    moments = list(Maker(pipeline).make(Request((0, 5), steps=3)))
+    assert torch.equal(moments[-1].images(), sample_batch(pipeline, (0, 5), 3))
+    assert moments[0].images().shape == moments[-1].images().shape
+    assert len(moments[0].gates) == 8
