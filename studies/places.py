@@ -95,7 +95,7 @@ def train(study: str, variant: str, seed: int, steps: int) -> dict:
     optimisation, accelerator = config.optimisation, Accelerator()
     data, held_out = load_pixels(config.data)
     torch.manual_seed(seed)
-    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes)
+    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes).to_unet()
     plain = sum(parameter.numel() for parameter in unet.parameters())
     if variant != "plain":
         attach(unet, time_conditioned=False, hidden_size=32, branches=places(unet, variant))
