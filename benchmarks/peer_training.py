@@ -38,12 +38,14 @@ def make_our_round() -> Callable[[], list[int]]:
     """Steps of this trainer. A round gives what `size_of` gives."""
     from attention_cost import SIZES
     from dia_diffusion import DIAUNet2DModel
+    from dia_diffusion.data import prepare_pixels
     from dia_diffusion.process import tune_process
-    from training_throughput import make_images, this_trainer
+    from training_throughput import RESOLUTION, make_images, this_trainer
 
     tune_process()
     arguments, batch_size, _ = SIZES[SIZE]
-    loop = this_trainer(make_images(), arguments, batch_size, "no", "lstm", [], use_ema=True)
+    data = prepare_pixels(make_images(), RESOLUTION)
+    loop = this_trainer(data, arguments, batch_size, "no", "lstm", [], use_ema=True)
     size = size_of(DIAUNet2DModel(**arguments))
 
     def run_round() -> list[int]:

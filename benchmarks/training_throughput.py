@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from attention_cost import SIZES
 from dia_diffusion import DIAUNet2DModel
-from dia_diffusion.data import prepare_pixels
+from dia_diffusion.data import PixelDataset, prepare_pixels
 from dia_diffusion.process import tune_process
 from dia_diffusion.training import (
     OBJECTIVES,
@@ -93,7 +93,7 @@ def plain_loop(dataset: datasets.Dataset, unet: dict[str, Any], batch_size: int,
 
 
 def this_trainer(
-    dataset: datasets.Dataset,
+    data: PixelDataset,
     unet: dict[str, Any],
     batch_size: int,
     precision: str,
@@ -104,7 +104,6 @@ def this_trainer(
     """The step of this trainer, with further `options` of its optimisation; notes the seconds that each step waits for
     data."""
     accelerator = Accelerator(mixed_precision=precision)
-    data = prepare_pixels(dataset, RESOLUTION)
     model = DIAUNet2DModel(**unet, dia_attention=attention)
     training = TrainingState(OptimisationOptions(**options), accelerator, model, 10_000)
     objective = OBJECTIVES["ddpm"]()
@@ -133,7 +132,7 @@ def work(side: str, size: str, batch_size: int, precision: str) -> None:
         loop = plain_loop(make_images(), unet, batch_size, precision)
     else:
         tune_process()
-        loop = this_trainer(make_images(), unet, batch_size, precision, side, waiting)
+        loop = this_trainer(prepare_pixels(make_images(), RESOLUTION), unet, batch_size, precision, side, waiting)
 
     def run_round() -> float:
         waiting.clear()

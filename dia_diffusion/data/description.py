@@ -1,6 +1,6 @@
 """What a command says at its start about the images that it uses."""
 
-from collections import Counter
+import pyarrow.compute as pc
 
 from .pixels import PixelDataset
 
@@ -16,9 +16,10 @@ def describe_images(pixels: PixelDataset, origin: str) -> str:
     """
     about = pixels.prepared.select_columns(["kind", "file_width", "file_height", "transparent"]).with_format("arrow")[:]
     split = pixels.prepared.split
-    widths, heights = about["file_width"].to_numpy(), about["file_height"].to_numpy()
-    low, high = (f"{bound(widths)}x{bound(heights)}" for bound in (min, max))
-    kinds = Counter(about["kind"].to_pylist()).most_common()
+    widths, heights = pc.min_max(about["file_width"]).as_py(), pc.min_max(about["file_height"]).as_py()
+    low, high = (f"{widths[bound]}x{heights[bound]}" for bound in ("min", "max"))
+    counts = pc.value_counts(about["kind"]).to_pylist()
+    kinds = [(one["values"], one["counts"]) for one in sorted(counts, key=lambda one: -one["counts"])]
     named = ", ".join(kind if len(kinds) == 1 else f"{count:,} {kind}" for kind, count in kinds)
     colour = "grey" if pixels.channels == 1 else "colour"
     lines = [
@@ -26,7 +27,7 @@ def describe_images(pixels: PixelDataset, origin: str) -> str:
         f"{low if low == high else f'from {low} to {high}'} pixels, {named}; "
         f"taken as {pixels.resolution}x{pixels.resolution} in {colour}"
     ]
-    transparent = sum(about["transparent"].to_pylist())
+    transparent = pc.sum(about["transparent"]).as_py()
     if transparent:
         lines.append(f"{transparent:,} of them are transparent: they lie on white")
     lines += pixels.left_out

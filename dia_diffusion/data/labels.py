@@ -28,7 +28,8 @@ def read_labels(
     names, seen = (own, range(len(own))) if trained is None else (list(trained[0]), set(np.unique(trained[1]).tolist()))
     numbers = {name: number for number, name in enumerate(names)}
     known = {label: numbers[name] for label, name in enumerate(own) if numbers.get(name) in seen}
-    return np.array([known.get(label, -1) for label in labels.tolist()], dtype=np.int64), names
+    found, places = np.unique(labels, return_inverse=True)
+    return np.array([known.get(label, -1) for label in found.tolist()], dtype=np.int64)[places], names
 
 
 def _numbered(labels: np.ndarray) -> list[str]:

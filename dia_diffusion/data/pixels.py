@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .decoding import DTYPES, to_pixels, to_unit_range
 
+# The order of more images is computed place by place: written out it takes 8 bytes an image in each process.
+_MOST_WRITTEN_OUT = 2**24
+
 
 def _middle(row: int) -> tuple[float, float]:
     return 0.5, 0.5
@@ -83,7 +86,7 @@ class PixelDataset:
         for index in range(0, len(self), -(-len(self) // 1000)):
             digest.update(self.fetch([index])["images"].numpy().tobytes())
         if self.labels is not None and with_classes and with_labels:
-            digest.update(self.labels.astype("<i8").tobytes())
+            digest.update(np.ascontiguousarray(self.labels, "<i8"))
         return digest.hexdigest()
 
     def fetch(self, indices: Sequence[int], crop: Callable[[int], Sequence[float]] = _middle) -> dict[str, Tensor]:
@@ -156,10 +159,44 @@ class EndlessShuffle(torch.utils.data.Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
         size = len(self.dataset)
-        indices = [int(_permutation(self.seed, position // size, size)[position % size]) for position in positions]
+        epochs, places = np.divmod(np.asarray(positions), size)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            places[now] = _permuted(self.seed, int(epoch), size, places[now])
+        indices = places.tolist()
         if self.center_crop:
             return self.dataset.fetch(indices)
         return self.dataset.fetch(indices, lambda row: np.random.default_rng((self.seed, 1, positions[row])).random(2))
+
+
+def _permuted(seed: int, epoch: int, size: int, places: np.ndarray) -> np.ndarray:
+    """Which images stand at these places of an epoch."""
+    if size <= _MOST_WRITTEN_OUT:
+        return _permutation(seed, epoch, size)[places]
+    return _scattered(seed, epoch, size, places)
+
+
+def _scattered(seed: int, epoch: int, size: int, places: np.ndarray) -> np.ndarray:
+    """A permutation that need not be written out: a Feistel network of four rounds (Luby and Rackoff 1988) over the
+    next power of four; what falls beyond the end goes through it again (Black and Rogaway 2002)."""
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.default_rng((seed, 0, epoch)).integers(0, 2**64, 4, dtype=np.uint64)
+    images, outside = places.astype(np.uint64), np.ones(len(places), dtype=bool)
+    while outside.any():
+        left, right = images[outside] >> half, images[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        images[outside] = (left << half) | right
+        outside = images >= size
+    return images.astype(np.int64)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele, Lea and Flood 2014): every bit depends on every other."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 @lru_cache(maxsize=2)

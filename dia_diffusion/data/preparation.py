@@ -4,16 +4,24 @@ Decoding and resizing happen once. `datasets` keeps the result in its cache as a
 contents of the data and the preprocessing, so that it may be larger than memory and a later run finds it ready.
 """
 
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import datasets
+import multiprocess
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from filelock import FileLock
 
 from ..errors import UsageError
+from ..process import available_cores, end_with_parent
 from .columns import find_image_column, find_label_column
 from .contents import hash_files
 from .decoding import DTYPES, GREY_MODES, UNREADABLE, image_to_pixels, on_white, open_header, open_image
@@ -22,6 +30,10 @@ from .pixels import PixelDataset
 
 # Part of the cache key: raise it whenever the same image would give other pixels.
 _PREPROCESSING_VERSION = 2
+# A process is worth starting for so many.
+_IMAGES_A_PROCESS = 1000
+# What a process gathers before it writes.
+_BYTES_A_WRITE = 2**26
 # Of prepared images: their pixels, and what their files were.
 _FEATURES = datasets.Features(
     pixels=datasets.Value("large_binary"),
@@ -46,6 +58,7 @@ def prepare_pixels(
     bits: int = 8,
     trained: tuple[Sequence[str], Sequence[int]] | None = None,
     cache_dir: str | None = None,
+    num_workers: int | None = None,
 ) -> PixelDataset:
     """Decodes every image of a data set once: the shorter side becomes `resolution` pixels, the rest stays to crop.
 
@@ -62,6 +75,9 @@ def prepare_pixels(
             The class names that a model knows and the numbers of those that it was trained on: images have the
             numbers that it knows their classes by, and others are left out.
         cache_dir (`str`, *optional*): Where prepared images are kept; by default in the cache of `datasets`.
+        num_workers (`int`, *optional*):
+            Processes that decode, by default one for each core, and at most one for each thousand images. The rows and
+            their fingerprint are the same whatever their number.
     """
     if resolution < 1:
         raise UsageError(f"resolution must be at least 1, but is {resolution}.")
@@ -84,20 +100,10 @@ def prepare_pixels(
     content = hash_files(_files_of(raw, image_column))
     name = Hasher.hash((dataset._fingerprint, content, (*settings.values(), _PREPROCESSING_VERSION)))
     place = _cache_file(cache_dir, name)
-    if channels is None and not (place and place.exists()):
-        channels = settings["channels"] = _count_channels(raw, image_column)
-    rows = raw.map(
-        _decode_batch,
-        batched=True,
-        batch_size=100,
-        with_indices=True,
-        remove_columns=raw.column_names,
-        features=_FEATURES,
-        fn_kwargs=settings,
-        new_fingerprint=name,
-        cache_file_name=str(place) if place else None,
-        desc="Preparing images",
-    )
+    with _only_one_at(place):
+        if channels is None and not _is_ready(place):
+            channels = settings["channels"] = _count_channels(raw, image_column)
+        rows = _decode(raw, settings, name, place, num_workers)
     left_out = []
     if len(rows) < len(raw):
         left_out.append(f"{len(raw) - len(rows)} of {len(raw)} images could not be read and were left out")
@@ -133,13 +139,66 @@ def prepare_at_own_size(dataset: Dataset) -> PixelDataset:
 
 
 def _cache_file(cache_dir: str | None, name: str) -> Path | None:
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "dia_pixels"
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "dia_pixels" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         # `datasets` keeps it for this process then.
         return None
-    return folder / f"{name}.arrow"
+    return folder / "rows.arrow"
+
+
+@contextmanager
+def _only_one_at(place: Path | None) -> Iterator[None]:
+    """Lets one of several runs that begin at a time prepare the images, and the others find them ready. Removes what a
+    killed one was writing."""
+    if place is None or _is_ready(place):
+        yield
+        return
+    with FileLock(place.with_suffix(".lock")):
+        for stale in place.parent.glob("tmp*"):
+            stale.unlink()
+        yield
+
+
+def _is_ready(place: Path | None) -> bool:
+    """Whether the rows are there: in one file, or in as many as there were processes."""
+    if place is None:
+        return False
+    parts = [path.stem.rpartition("_of_")[2] for path in place.parent.glob(f"{place.stem}_*_of_*.arrow")]
+    return place.exists() or any(parts.count(number) == int(number) for number in parts)
+
+
+def _decode(raw: Dataset, settings: dict[str, Any], name: str, place: Path | None, num_workers: int | None) -> Dataset:
+    """The prepared rows, of the cache where they are there already."""
+    workers = min(num_workers or available_cores(), max(len(raw) // _IMAGES_A_PROCESS, 1))
+    row_bytes = settings["resolution"] ** 2 * 3 * (settings["bits"] // 8)
+    try:
+        return raw.map(
+            _decode_batch,
+            batched=True,
+            batch_size=100,
+            # By default a thousand rows, which are gigabytes where images are large.
+            writer_batch_size=min(max(_BYTES_A_WRITE // row_bytes, 1), 1000),
+            with_indices=True,
+            remove_columns=raw.column_names,
+            features=_FEATURES,
+            fn_kwargs=settings,
+            new_fingerprint=name,
+            cache_file_name=str(place) if place else None,
+            desc="Preparing images",
+            num_proc=workers if workers > 1 else None,
+        )
+    except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            # What `datasets` makes of Ctrl-C while processes are at work.
+            raise KeyboardInterrupt from error
+        if "abruptly died" not in str(error):
+            raise
+        raise UsageError(
+            f"one of {workers} processes that decoded images was killed, perhaps for want of memory: use fewer "
+            "(--preprocessing_num_workers 1). What the others finished is kept."
+        ) from error
 
 
 def _files_of(raw: Dataset, image_column: str) -> list[str]:
@@ -164,6 +223,13 @@ def _count_channels(raw: Dataset, image_column: str) -> int:
     return 1
 
 
+@lru_cache(maxsize=1)
+def _serve(pid: int) -> None:
+    """For a process of several that decode: Ctrl-C is left to the one that started it, with which it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
 def _decode_batch(
     batch: dict[str, list],
     indices: list[int],
@@ -174,6 +240,8 @@ def _decode_batch(
     bits: int,
     on_bad_image: str,
 ) -> dict[str, list]:
+    if multiprocess.parent_process() is not None:
+        _serve(os.getpid())
     out: dict[str, list] = {name: [] for name in _FEATURES}
     for position, (index, encoded) in enumerate(zip(indices, batch[image_column], strict=True)):
         try:

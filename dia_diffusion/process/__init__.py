@@ -6,5 +6,5 @@ __getattr__, __all__ = open_door(
     __name__,
     interrupts="Interrupted catch_interrupts",
     quiet="quiet_dependencies",
-    startup="available_cores end_with_launcher start_missing_processes tune_process",
+    startup="available_cores end_with_launcher end_with_parent start_missing_processes tune_process",
 )

@@ -26,8 +26,14 @@ def tune_process() -> None:
 
 def end_with_launcher() -> None:
     """Lets SIGTERM to `accelerate launch`, which it does not pass on, reach the process that it started (Linux)."""
-    if _launched_alone() and sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if _launched_alone():
+        end_with_parent(signal.SIGTERM)
+
+
+def end_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Lets the end of the process that started this one reach it as a signal (Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signum))
 
 
 def start_missing_processes() -> None:

@@ -58,8 +58,8 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Compares generated images with real ones, in one pass over the generated images.
 
-    The Fréchet distance needs memory for sums only. KID, precision and recall keep the features of both sides, and the
-    Inception Score keeps logits: 4 bytes for each number, reported as `bytes_kept`.
+    The Fréchet distance needs memory for sums only. KID, precision and recall keep the features of both sides, those of
+    at most 50,000 reference images, and the Inception Score keeps logits: 4 bytes for each number (`bytes_kept`).
 
     Args:
         generated (`PipelineImages` or `FolderImages`): What is scored.

@@ -26,6 +26,9 @@ from .frechet import Gaussian, Moments
 # Part of the cache key: raise it whenever the same images would give other statistics.
 _VERSION = 1
 _BATCH_SIZE = 250
+# Of how many images the features themselves are kept, as many as papers take for precision and recall: comparing each
+# with each takes a time that grows with their square.
+MOST_KEPT = 50_000
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class Reference:
     Args:
         gaussian (`Gaussian`): Mean and covariance of their features.
         settings (`dict`): Which images these are, and how they were prepared; ready for JSON.
-        features (`Tensor` of shape `(N, F)`, *optional*): The features themselves, float32, where they were asked for.
-        logits (`Tensor` of shape `(N, K)`, *optional*): Those of a classifier, float32, where they were asked for.
+        features (`Tensor` of shape `(N, F)`, *optional*):
+            The features themselves, float32, where they were asked for; of at most 50,000 images, spread evenly.
+        logits (`Tensor` of shape `(N, K)`, *optional*): Those of a classifier, of the same images, likewise.
     """
 
     gaussian: Gaussian
@@ -60,13 +64,15 @@ def make_reference(
     Args:
         data (`PixelDataset` or `ArchiveImages`): The images.
         extractor (`FeatureExtractor`): How to see them.
-        with_features (`bool`): Whether their features are wanted as well (`4 * N * F` bytes).
+        with_features (`bool`): Whether features are wanted as well (4 bytes for each of F numbers of an image).
         with_logits (`bool`, *optional*, defaults to `False`): Whether the logits of a classifier are wanted as well.
         state (`PartialState`, *optional*): Processes that share the work.
     """
     settings = {"fingerprint": data.fingerprint, "extractor": extractor.settings, "version": _VERSION}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     kept = f"{'-features' if with_features else ''}{'-logits' if with_logits else ''}"
+    is_part = bool(kept) and len(data) > MOST_KEPT
+    kept += f"-{MOST_KEPT}" if is_part else ""
     path = cache_dir() / "references" / f"{key}{kept}.safetensors"
     tensors = _read(path)
     # All of them or none: one that found the file a moment later than another would leave that one waiting.
@@ -82,6 +88,8 @@ def make_reference(
         "resolution": data.resolution,
         "channels": data.channels,
     }
+    if is_part:
+        described["num_images_kept"] = MOST_KEPT
     return Reference(gaussian, described, tensors.get("features"), tensors.get("logits"))
 
 
@@ -95,12 +103,16 @@ def _compute(
     if len(data) < 2:
         raise UsageError(f"scores need at least 2 reference images, but there are {len(data)}.")
     moments, features, logits = Moments(extractor.num_features), [], []
+    count = min(len(data), MOST_KEPT)
+    rows = torch.arange(count) * len(data) // count
     for batch in extract(data, extractor, _BATCH_SIZE, "Reference images", with_logits, state):
+        first = len(moments)
         moments.update(batch.features)
+        chosen = rows[(rows >= first) & (rows < len(moments))] - first
         if with_features:
-            features.append(batch.features)
+            features.append(batch.features[chosen])
         if with_logits:
-            logits.append(batch.logits)
+            logits.append(batch.logits[chosen])
     tensors = moments.gaussian()._asdict()
     del tensors["count"]
     kept = {"features": features, "logits": logits}

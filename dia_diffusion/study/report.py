@@ -15,7 +15,7 @@ from ..files import replace_text
 from ..page import folded, heading, markdown, picture, write_page
 from ..training import OBJECTIVES
 from .description import Study, StudyRun
-from .single_run import SPIKES, read_result, read_timing
+from .single_run import MOST_HELD_OUT, SPIKES, read_result, read_timing
 
 SCORES = {"held_out_loss": "held-out loss", "fid": "Fréchet distance"}
 # What must be the same for a score to be compared: the images, and for a loss what it measures. Losses of zero models
@@ -142,8 +142,8 @@ def _legend(study: dict[str, Any]) -> str:
     seeds, steps = ", ".join(map(str, study["seeds"])), study["common"].get("max_train_steps")
     lines = [
         f"Seeds {seeds}; {steps:,} steps. Means ± half of their 95% interval (t distribution).",
-        f"The held-out loss is on all held-out images, with {study['loss_draws']} fixed draws of noise and timestep "
-        "for each image.",
+        f"The held-out loss is on all held-out images, at most {MOST_HELD_OUT:,}, with {study['loss_draws']} fixed "
+        "draws of noise and timestep for each image.",
         f"The Fréchet distance is of {study['num_images']:,} images." if study["num_images"] else "",
         f"Differences are to `{study['baseline']}` from the same seeds, with their 95% interval; p by a paired t-test, "
         "not corrected for the number of variants.",

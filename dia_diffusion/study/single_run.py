@@ -35,6 +35,8 @@ from .description import StudyRun
 
 RESULT = "result.json"
 TIMING = "timing.json"
+# The noise of all of them is drawn at once.
+MOST_HELD_OUT = 50_000
 _BATCH_SIZE = 250
 _STEPS_A_ROUND = 10
 _SPIKE_FACTOR = 1.5
@@ -102,7 +104,7 @@ def _score(run: StudyRun) -> dict[str, Any]:
         config.objective.make().fitted(partial(measure_std, data)),
         held_out,
         _BATCH_SIZE,
-        limit=len(held_out),
+        limit=MOST_HELD_OUT,
         draws=scoring.loss_draws,
     )
     if not math.isfinite(loss):

@@ -70,6 +70,7 @@ def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None
         "on_bad_image": options.on_bad_image,
         "bits": 16 if options.preserve_input_precision else 8,
         "cache_dir": options.cache_dir,
+        "num_workers": options.preprocessing_num_workers,
     }
     data = prepare_pixels(train_split, options.resolution, options.channels, **settings)
     if held_out_split is None:

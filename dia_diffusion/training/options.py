@@ -59,6 +59,9 @@ class DataOptions(_Options):
         None, "Train in the latent space of this AutoencoderKL or AutoencoderTiny: a folder or a Hub id."
     )
     class_conditional: bool = _option(False, "Condition the model on the labels of the data set.")
+    preprocessing_num_workers: Count | None = _option(
+        None, "Processes that decode the images, once; by default one for each core."
+    )
     dataloader_num_workers: Natural = _option(0, "Processes that load data; 0 loads in the main process.")
 
 

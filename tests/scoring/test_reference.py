@@ -12,6 +12,7 @@ from dia_diffusion.data.embedded import load_digits_dataset
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import cache_dir
 from dia_diffusion.scoring import evaluate, get_extractor
+from dia_diffusion.scoring import reference as reference_module
 from dia_diffusion.scoring.features.pixels import PixelFeatures
 from dia_diffusion.scoring.generated import FolderImages
 from dia_diffusion.scoring.reference import make_reference, read_published
@@ -64,6 +65,21 @@ def test_statistics_are_computed_once(folder, tmp_path):
     assert make_reference(data, extractor, with_features=False).features is None
     assert extractor.seen == 60
     json.dumps(first.settings)
+
+
+def test_of_many_images_a_part_of_the_features_is_kept(folder, tmp_path, monkeypatch):
+    data, extractor = pixels_of(folder, tmp_path), CountingPixels(6, 1)
+    whole = make_reference(data, extractor, with_features=True)
+    monkeypatch.setattr(reference_module, "MOST_KEPT", 7)
+    # Batches end between the images that are kept.
+    monkeypatch.setattr(reference_module, "_BATCH_SIZE", 4)
+    part = make_reference(data, extractor, with_features=True)
+    assert torch.equal(part.features, whole.features[[0, 4, 8, 12, 17, 21, 25]])
+    torch.testing.assert_close(part.gaussian.covariance, whole.gaussian.covariance)
+    assert part.gaussian.count == 30
+    assert part.settings == whole.settings | {"num_images_kept": 7}
+    # Where no features are wanted there is no part of them.
+    assert make_reference(data, extractor, with_features=False).settings == whole.settings
 
 
 @pytest.mark.parametrize("change", ["edit", "add", "remove"])
