@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 WHEEL := build/wheel
 DEMO := runs/digits
-BENCHMARKS := startup attention_cost training_throughput peer_training sampling memory sampler_quality gpu
+BENCHMARKS := startup attention_cost training_throughput scaling data_scale peer_training sampling memory sampler_quality gpu
 # What accelerate would otherwise assume, with a warning for each.
 ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 

@@ -32,7 +32,8 @@ from dia_diffusion.process import available_cores
 from measuring import RESULTS, alternate, row, save_result, spread
 
 FEW, RESOLUTION, BATCH = 1000, 32, 128
-_DISTINCT, _IMAGES_A_GROUP = 10_000, 10_000
+# Files as the Hub has them: `datasets` reads one at a time, and needs as much memory as it has bytes.
+_DISTINCT, _IMAGES_A_FILE = 10_000, 50_000
 _MIB = 2**20
 
 
@@ -48,10 +49,11 @@ def write_images(folder: Path, count: int) -> None:
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     features = {"info": {"features": {"image": {"_type": "Image"}}}}
     schema = pa.schema({"image": kind}, metadata={"huggingface": json.dumps(features)})
-    with pq.ParquetWriter(folder / "train.parquet", schema, use_dictionary=False) as writer:
-        for first in range(0, count, _IMAGES_A_GROUP):
-            group = [cells[number % len(cells)] for number in range(first, min(first + _IMAGES_A_GROUP, count))]
-            writer.write_table(pa.table({"image": pa.array(group, kind)}, schema=schema))
+    files = -(-count // _IMAGES_A_FILE)
+    for number in range(files):
+        rows = range(number * _IMAGES_A_FILE, min((number + 1) * _IMAGES_A_FILE, count))
+        table = pa.table({"image": pa.array([cells[row % len(cells)] for row in rows], kind)}, schema=schema)
+        pq.write_table(table, folder / f"train-{number:05d}-of-{files:05d}.parquet", use_dictionary=False)
 
 
 def load(dataset: str, cache: Path, workers: int) -> PixelDataset:

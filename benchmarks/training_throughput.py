@@ -107,7 +107,8 @@ def this_trainer(
     model = DIAUNet2DModel(**unet, dia_attention=attention)
     training = TrainingState(OptimisationOptions(**options), accelerator, model, 10_000)
     objective = OBJECTIVES["ddpm"]()
-    plan, steps, device = BatchPlan(batch_size), range(1, 10_001), accelerator.device
+    plan = BatchPlan(batch_size, 1, accelerator.num_processes, accelerator.process_index)
+    steps, device = range(1, 10_001), accelerator.device
     loader = iter(make_loader(DataOptions(), data, plan, 0, steps, device))
 
     def timed() -> Iterator[dict]:

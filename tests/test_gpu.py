@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.sampling import make_scheduler, sample_images
 from dia_diffusion.sampling.numbered import image_generators
+from dia_diffusion.training import loop
 from training_runs import fresh_state, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU was found (torch.cuda.is_available())")
@@ -190,6 +191,30 @@ def test_training_in_every_precision(precision, tmp_path):
     # It goes on, with the scale that it had.
     fresh_state()
     run(tmp_path / "run", max_train_steps=15, resume_from_checkpoint="latest", **options)
+
+
+OBJECTIVES = [{}, {"objective": "edm", "mixed_precision": "bf16"}, {"objective": "flow"}]
+
+
+@pytest.mark.parametrize("options", OBJECTIVES, ids=str)
+def test_nothing_waits_for_the_gpu_between_lines_of_the_log(options, tmp_path, monkeypatch):
+    """With fp16 the scaler waits at each step, to find out whether gradients overflowed."""
+    step, accumulate_gradients = 0, loop.accumulate_gradients
+
+    def watched(*arguments):
+        nonlocal step
+        step += 1
+        # The first steps bring tables and the state of the optimizer to the GPU.
+        torch.cuda.set_sync_debug_mode("error" if step > 2 and step % 6 else "default")
+        return accumulate_gradients(*arguments)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", watched)
+    fresh_state()
+    try:
+        run(tmp_path / "run", max_train_steps=12, logging_steps=6, validation_steps=6, checkpointing_steps=6, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step == 12
 
 
 def test_model_cpu_offload():
