@@ -25,12 +25,12 @@ SIZE = "32x32"
 _STEPS, _WARM_UP = 4, 2
 
 
-def train(size: str) -> float:
+def train() -> float:
     """Images a second of all processes together, in one of them."""
     state = PartialState()
     if state.device.type == "cpu":
         torch.set_num_threads(max(available_cores() // state.num_processes, 1))
-    unet, batch_size, _ = SIZES[size]
+    unet, batch_size, _ = SIZES[SIZE]
     data = prepare_pixels(make_images(), RESOLUTION)
     loop = this_trainer(data, unet, batch_size, "no" if state.device.type == "cpu" else "bf16", "lstm", [])
     for _ in range(_WARM_UP):
@@ -49,25 +49,25 @@ def _now(state: PartialState) -> float:
     return time.perf_counter()
 
 
-def in_processes(count: int, size: str = SIZE) -> float:
+def in_processes(count: int) -> float:
     """Images a second with so many processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    command = [*launcher, __file__, "--side", size]
+    command = [*launcher, __file__, "--side"]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
-def measure(counts: list[int], rounds: int, size: str = SIZE) -> list[dict]:
+def measure(counts: list[int], rounds: int) -> list[dict]:
     """The rows of these numbers of processes."""
     speeds: dict[int, list[float]] = {count: [] for count in counts}
 
     def run(count: int) -> None:
-        speeds[count].append(in_processes(count, size))
+        speeds[count].append(in_processes(count))
 
     alternate({str(count): functools.partial(run, count) for count in counts}, rounds, warm_up=0)
     return [
         row(
-            f"training, {size}, processes: {count}",
+            f"training, {SIZE}, processes: {count}",
             statistics.median(speeds[count]),
             "images/s",
             f"speed of {counts[0]}",
@@ -79,7 +79,7 @@ def measure(counts: list[int], rounds: int, size: str = SIZE) -> list[dict]:
 
 def main() -> int:
     if sys.argv[1:2] == ["--side"]:
-        speed = train(sys.argv[2])
+        speed = train()
         if PartialState().is_main_process:
             print(json.dumps(speed), flush=True)
         return 0
