@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import multiprocess
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -183,7 +182,7 @@ def _decode(raw: Dataset, settings: dict[str, Any], name: str, place: Path | Non
             with_indices=True,
             remove_columns=raw.column_names,
             features=_FEATURES,
-            fn_kwargs=settings,
+            fn_kwargs=settings | {"started_by": os.getpid()},
             new_fingerprint=name,
             cache_file_name=str(place) if place else None,
             desc="Preparing images",
@@ -224,7 +223,7 @@ def _count_channels(raw: Dataset, image_column: str) -> int:
 
 
 @lru_cache(maxsize=1)
-def _serve(pid: int) -> None:
+def _serve(started_by: int) -> None:
     """For a process of several that decode: Ctrl-C is left to the one that started it, with which it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
@@ -239,9 +238,10 @@ def _decode_batch(
     channels: int,
     bits: int,
     on_bad_image: str,
+    started_by: int,
 ) -> dict[str, list]:
-    if multiprocess.parent_process() is not None:
-        _serve(os.getpid())
+    if os.getpid() != started_by:
+        _serve(started_by)
     out: dict[str, list] = {name: [] for name in _FEATURES}
     for position, (index, encoded) in enumerate(zip(indices, batch[image_column], strict=True)):
         try:
