@@ -28,6 +28,7 @@ def unscale_latents(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
 
 
 def _shift_and_scale(latents: Tensor, config: Mapping[str, Any]) -> tuple[Tensor | float, Tensor | float]:
+    # `None` is no scaling, and no shift.
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:

@@ -3,6 +3,8 @@
 import hashlib
 import inspect
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ def load_vae(name_or_path: str) -> VAE:
             in its subfolder `vae`.
 
     Raises:
-        UsageError: if there is none, or one of another class, or its weights are incomplete or not finite.
+        UsageError: if there is none, or one of another class, or its weights are incomplete or not finite, or what
+            its configuration scales latents by has no inverse.
     """
     try:
         location = _find_vae(name_or_path)
@@ -52,6 +55,7 @@ def load_vae(name_or_path: str) -> VAE:
         raise UsageError(f"the VAE '{name_or_path}' lacks weights, for example {sorted(info['missing_keys'])[0]}.")
     if not all(tensor.isfinite().all() for tensor in vae.state_dict().values()):
         raise UsageError(f"the VAE '{name_or_path}' has weights that are not finite numbers.")
+    _check_scale(name_or_path, vae.config)
     if Path(name_or_path).exists():
         # Not the place where it lies on this machine, which would be saved with it.
         vae.register_to_config(_name_or_path=Path(name_or_path).resolve().name)
@@ -91,6 +95,20 @@ def encode_posterior(vae: VAE, images: Tensor) -> Tensor:
     if isinstance(vae, AutoencoderTiny):
         return torch.stack([encoded.latents, torch.zeros_like(encoded.latents)], dim=1)
     return torch.stack([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
+
+
+def _check_scale(name_or_path: str, config: Mapping[str, Any]) -> None:
+    """Refuses what latents cannot be scaled by and back."""
+    factor, mean, std = config.scaling_factor, config.get("latents_mean"), config.get("latents_std")
+    if factor is not None and not (math.isfinite(factor) and factor > 0):
+        raise UsageError(f"scaling_factor {factor} of the VAE '{name_or_path}' must be a number above 0.")
+    if (mean is None) != (std is None):
+        raise UsageError(f"the VAE '{name_or_path}' has only one of latents_mean and latents_std.")
+    if std is not None and not (len(mean) == len(std) == config.latent_channels and min(std) > 0):
+        raise UsageError(
+            f"latents_mean and latents_std of the VAE '{name_or_path}' must have a figure for each of its "
+            f"{config.latent_channels} channels, and deviations above 0."
+        )
 
 
 def _find_vae(name_or_path: str) -> dict[str, str]:

@@ -77,6 +77,17 @@ class LatentSpace:
             f"{times}, which takes {size_in_bytes / 1e6:,.1f} MB of the cache."
         )
 
+    def describe_scale(self, deviation: float) -> str:
+        """What a run says of the standard deviation of its latents, which diffusion models expect to be about 1."""
+        said = f"Standard deviation of the latents, scaled: {deviation:.3g}"
+        if 0.5 <= deviation <= 2:
+            return f"{said}."
+        factor = (self.vae.config.scaling_factor or 1.0) / deviation
+        return (
+            f"{said}. The noise is made for about 1: scaling_factor {factor:.4g} in the VAE's config.json would bring "
+            "them there."
+        )
+
     def encode(self, data: PixelDataset, flips: bool) -> LatentDataset:
         """The latents of images, and where asked for those of the flipped images too. All processes share the work."""
         arguments = {"cache_dir": self.options.cache_dir, "state": PartialState()}

@@ -89,6 +89,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     if space is not None:
         accelerator.print(space.describe(len(data)))
         data, held_out = space.encode_all(data, held_out)
+        accelerator.print(space.describe_scale(measure_std(data, most=1000)))
     objective = objective.fitted(partial(measure_std, data))
     config = replace(config, model=config.model.as_built(unet), objective=config.objective.as_built(objective))
     accelerator.print(f"Objective: {objective.describe()}.")

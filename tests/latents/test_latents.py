@@ -214,6 +214,10 @@ def test_what_is_no_vae_is_refused_in_words(tmp_path):
         (save(tmp_path / "less", random_vae(), lambda w: w.pop("encoder.conv_in.bias")), "lacks weights, for example"),
         (save(tmp_path / "nan", random_vae(), lambda w: w["quant_conv.bias"].fill_(torch.nan)), "not finite"),
         (str(broken), "cannot load a VAE from"),
+        (save(tmp_path / "zero", random_vae(scaling_factor=0.0)), r"scaling_factor 0.0 .* must be a number above 0"),
+        (save(tmp_path / "mean", random_vae(latents_mean=[0.0, 1.0])), "only one of latents_mean and latents_std"),
+        (save(tmp_path / "std", random_vae(latents_mean=[0.0] * 2, latents_std=[1.0, 0.0])), "deviations above 0"),
+        (save(tmp_path / "few", random_vae(latents_mean=[0.0], latents_std=[1.0])), "each of its 2 channels"),
         (str(nameless), "is a model of no class"),
     ):
         with pytest.raises(UsageError, match=words):

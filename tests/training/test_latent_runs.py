@@ -1,6 +1,7 @@
 """Runs in the latent space of a VAE: what they see, what they leave, and that they go on exactly."""
 
 import gc
+import re
 import shutil
 from importlib import import_module
 from types import SimpleNamespace
@@ -82,6 +83,17 @@ def test_a_run_leaves_a_pipeline_with_its_vae_and_scores_of_pixels(vae, finished
     assert "works on latents of 2x4x4" in card
     # Nothing says where the VAE lay on this machine.
     assert vae not in (folder / "vae" / "config.json").read_text() + card
+
+
+def test_a_scale_that_the_noise_is_not_made_for_is_said_with_the_right_one(tmp_path, capsys):
+    def printed(name, factor):
+        random_vae(scaling_factor=factor).save_pretrained(tmp_path / name)
+        run(tmp_path / "runs" / name, **options(str(tmp_path / name), max_train_steps=1))
+        return capsys.readouterr().out
+
+    (factor,) = re.findall(r"The noise is made for about 1: scaling_factor (\S+) in", printed("wrong", 0.05))
+    (deviation,) = re.findall(r"deviation of the latents, scaled: (\S+)\.\n", printed("right", float(factor)))
+    assert float(deviation) == pytest.approx(1, 0.01)
 
 
 def test_the_vae_is_not_held_while_the_unet_trains(vae, tmp_path, monkeypatch):
