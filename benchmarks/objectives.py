@@ -108,9 +108,14 @@ def trained_pipelines(study: Path) -> Iterator[tuple[str, DIAUNetPipeline]]:
 
 
 def measure(
-    pipelines: Iterator[tuple[str, DIAUNetPipeline]], train: PixelDataset, num_images: int, evaluations: Sequence[int]
-) -> Curves:
-    """The distances of the images of each pipeline with each of its samplers."""
+    pipelines: Iterator[tuple[str, DIAUNetPipeline]],
+    train: PixelDataset,
+    held_out: PixelDataset,
+    num_images: int,
+    evaluations: Sequence[int],
+) -> tuple[Curves, float]:
+    """The distances of the images of each pipeline with each of its samplers, and that of the held-out images."""
+    floor = 0.0
     curves: Curves = {}
     extractor = get_extractor(DATA)
     for seed, (name, pipeline) in enumerate(pipelines):
@@ -121,9 +126,10 @@ def measure(
                 pipeline.scheduler = make_scheduler(sampler, config)
                 steps = (number + 1) // pipeline.scheduler.order
                 images = PipelineImages(pipeline, num_images, steps - (pipeline.scheduler.order == 1), seed)
-                scores = evaluate(images, train, extractor.to(pipeline.device), ("fid",), batch_size=BATCH)
+                scores = evaluate(images, train, extractor.to(pipeline.device), ("fid",), held_out, BATCH)
                 point.append(scores["fid"])
-    return curves
+                floor = scores["floor"]["fid"]
+    return curves, floor
 
 
 def draw(curves: Curves, evaluations: Sequence[int], floor: float, path: Path) -> None:
@@ -160,8 +166,7 @@ def main() -> int:
     train, held_out = (prepare_pixels(split, 8, 1) for split in load_images(DATA))
     pipelines = best_pipelines(train) if options.study is None else trained_pipelines(options.study)
     try:
-        curves = measure(pipelines, train, options.num_images, options.evaluations)
-        floor = evaluate(held_out, train, get_extractor(DATA), ("fid",))["fid"]
+        curves, floor = measure(pipelines, train, held_out, options.num_images, options.evaluations)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

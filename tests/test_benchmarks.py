@@ -224,3 +224,17 @@ def test_latents_cost_less_than_pixels_and_encoding_is_measured(benchmark):
     assert rows["the same, disk"] * 2**20 > 1797 * 4 * 4 * 4
     step, step_in_latents = (rows[case] for case in rows if case.startswith("training step"))
     assert step > 10 * step_in_latents
+
+
+def test_the_objectives_are_drawn_with_all_their_samplers(benchmark, tmp_path, monkeypatch):
+    objectives = benchmark("objectives")
+    result, picture = tmp_path / "result.json", tmp_path / "picture.png"
+    options = ["--num_images", "4", "--evaluations", "3", "--output", str(result), "--picture", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["objectives.py", *options])
+    assert objectives.main() == 0
+    figures = json.loads(result.read_text())
+    assert {name: list(samplers) for name, samplers in figures["curves"].items()} == objectives.SAMPLERS
+    assert figures["floor"] > 0
+    assert picture.exists()
+    monkeypatch.setattr(sys, "argv", ["objectives.py", str(tmp_path), *options])
+    assert objectives.main() == 2
