@@ -81,7 +81,7 @@ FAMILIES = {
     NoiseKind.EDM: Family(
         ("sigma_min", "sigma_max", "sigma_data", "prediction_type", "num_train_timesteps"),
         _EDM,
-        default="dpm_sde",
+        default="dpm",
         noising="euler",
     ),
     NoiseKind.FLOW: Family(("num_train_timesteps",), _FLOW, default="euler", noising="euler"),
