@@ -75,7 +75,7 @@ def _train(arguments: Sequence[str] | None) -> None:
             print(format_scores(figures))
         folder = config.output.folder
         print(f"Made in {folder}: the pipeline, its card (README.md), pictures and scores in one page (report.html).")
-        print(f"Next: dia sample {folder}, dia evaluate {folder}, dia analyze {folder}; each has --help.")
+        print(f"Next: dia sample {folder}, dia app {folder}, dia evaluate {folder}; each has --help.")
 
 
 def make_parser() -> argparse.ArgumentParser:
