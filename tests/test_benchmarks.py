@@ -238,3 +238,13 @@ def test_the_objectives_are_drawn_with_all_their_samplers(benchmark, tmp_path, m
     assert picture.exists()
     monkeypatch.setattr(sys, "argv", ["objectives.py", str(tmp_path), *options])
     assert objectives.main() == 2
+
+
+def test_synthetic_images_are_prepared_as_a_run_prepares_them(benchmark, tmp_path):
+    scale = benchmark("data_scale")
+    scale.write_images(tmp_path / "images", 30)
+    figures = scale.start_run(str(tmp_path / "images"), tmp_path / "cache", 1)
+    assert figures["images"] == 30
+    assert figures["seconds"] > 0
+    data = scale.load(str(tmp_path / "images"), tmp_path / "cache", 1)
+    assert (data.channels, data.resolution) == (3, scale.RESOLUTION)

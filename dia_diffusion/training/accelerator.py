@@ -11,7 +11,6 @@ from accelerate.utils import (
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
-    parse_flag_from_env,
 )
 
 from ..distributed import PATIENCE, check_launcher, check_processes
@@ -34,12 +33,6 @@ def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerato
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
     if not available[options.logger]():
         raise UsageError(f"--logger {options.logger} needs the package of that name: pip install {options.logger}.")
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise UsageError(
-                f"accelerate is configured for {name}, which divides the model between processes; here each has all of "
-                "it. Run `accelerate config` again, or name another file with `accelerate launch --config_file`."
-            )
     folder = options.folder
     try:
         accelerator = Accelerator(
