@@ -81,7 +81,7 @@ FAMILIES = {
     NoiseKind.EDM: Family(
         ("sigma_min", "sigma_max", "sigma_data", "prediction_type", "num_train_timesteps"),
         _EDM,
-        default="dpm",
+        default="dpm_sde",
         noising="euler",
     ),
     NoiseKind.FLOW: Family(("num_train_timesteps",), _FLOW, default="euler", noising="euler"),
