@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 from ..errors import UsageError
 from ..process import available_cores
+from ..progress import progress_bar
 from .description import Study, StudyRun, load_study
 from .engine import Engine, Task, run_tasks
 from .local import LocalEngine, visible_gpus
@@ -87,7 +87,7 @@ def _finish_study(study: Study, runs: list[StudyRun], folder: Path, engine: Engi
     measure = partial(time_step, baseline=firsts[study.baseline], rounds=study.timing_rounds)
     untimed = [run for name, run in firsts.items() if name != study.baseline and read_timing(run) is None]
     if study.timing_rounds and not failures:
-        with tqdm(total=len(untimed), desc="Timing", unit="variant") as bar:
+        with progress_bar(total=len(untimed), desc="Timing", unit="variant") as bar:
             failures = run_tasks(engine, [Task(measure, run) for run in untimed], bar.update, slots=1)
 
     # 3. report

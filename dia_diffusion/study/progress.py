@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from tqdm.auto import tqdm
-
+from ..progress import progress_bar
 from ..training import METRICS_LOG, read_metrics
 from .description import StudyRun
 from .single_run import RESULT
@@ -15,7 +14,7 @@ class Progress:
     def __init__(self, runs: Sequence[StudyRun]):
         self._runs = runs
         total = sum(run.config.optimisation.max_train_steps for run in runs)
-        self._bar = tqdm(total=total, initial=self._steps(), desc="Study", unit="step", dynamic_ncols=True)
+        self._bar = progress_bar(total=total, initial=self._steps(), desc="Study", unit="step")
 
     def __enter__(self) -> "Progress":
         return self
