@@ -56,7 +56,7 @@ def test_draws_have_the_distributions_they_should():
         (Flow(logit_mean=-0.4, logit_std=2.0), torch.logit, -0.4, 2.0),
         (Flow(weighting_scheme="none"), torch.special.ndtri, 0.0, 1.0),
     ],
-    ids=str,
+    ids=["edm", "edm, moved", "flow", "flow, moved", "flow, uniform"],
 )
 def test_levels_are_distributed_as_in_the_papers(objective, to_normal, mean, std):
     levels = draw_step(0, 0, (50000, 1, 1, 1), objective, "cpu").levels
