@@ -1,6 +1,6 @@
 """Variants of an image classifier over seeds, as a YAML file lists them: `image_classification.py` for each.
 
-    python examples/compare_classifiers.py studies/cifar10_classification.yaml --jobs 2
+    python examples/compare_classifiers.py studies/classification/cifar10.yaml --jobs 2
 
 `seeds`, `common` options, a `baseline` and `variants`, with the options of `image_classification.py`. What was
 stopped goes on with the runs that have no result yet. The table (`study.md`) and the figures of all runs (`study.json`)

@@ -12,7 +12,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from dia_diffusion import attach
 from dia_diffusion.data import load_dataset_splits
+from training_runs import ROOT
 
+STUDIES = ROOT / "studies" / "classification"
 VARIANTS = {"plain": {"attention": "none"}, "shared": {"attention": "dia_paper"}}
 COMMON = {"depth": 8, "epochs": 1, "batch_size": 256, "augment": False}
 
@@ -51,6 +53,19 @@ def test_variants_are_paired_by_seed_and_finished_runs_are_kept(example, study, 
     with pytest.raises(SystemExit):
         main(study(variants=VARIANTS, common=COMMON | {"depth": 14}))
     assert "was trained with other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "studies" / "classification").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_options_of_the_studies_that_come_with_the_project_are_known(example, path, capsys):
+    """A depth that there is not is noticed after all options, and before any work."""
+    compare, classification = example("compare_classifiers"), example("image_classification")
+    study = compare.load(path)
+    for variant in study["variants"]:
+        words = compare.command_line(study, variant, study["seeds"][0], path)
+        assert classification.main([*words, "--dataset_name", "digits", "--depth", "9"]) == 2
+        assert "--depth must be 6n + 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
