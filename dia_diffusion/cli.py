@@ -228,6 +228,18 @@ def _add_sampling_options(parser: argparse.ArgumentParser, num_images: int) -> N
         help="classifier-free guidance (default: 1, none)",
     )
     parser.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
+    parser.add_argument(
+        "--compile",
+        dest="compile_mode",
+        action="store_const",
+        const="default",
+        help="compile the UNet with torch.compile, which takes a minute and pays for many images",
+    )
+    parser.add_argument(
+        "--compile_mode",
+        choices=("default", "reduce-overhead"),
+        help="compile it in this mode: reduce-overhead replays CUDA graphs on a GPU",
+    )
 
 
 def _sample(options: argparse.Namespace) -> None:

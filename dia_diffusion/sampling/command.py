@@ -29,7 +29,8 @@ def sample(options: argparse.Namespace) -> None:
     folder = options.output_dir.expanduser().resolve()
     grid = folder.with_name(f"{folder.name}.png")
     earlier = _find_earlier(folder, grid, options.overwrite)
-    pipeline = load_pipeline(options.model, options.scheduler, find_device(options.device, make_state()))
+    device = find_device(options.device, make_state())
+    pipeline = load_pipeline(options.model, options.scheduler, device, options.compile_mode)
     check_sampling(pipeline, options.steps)
     class_label = None if options.class_label is None else find_class(pipeline, options.class_label)
     print(_what_is_used(options, pipeline, class_label), flush=True)
@@ -89,5 +90,6 @@ def _what_is_used(options: argparse.Namespace, pipeline: DiffusionPipeline, clas
     twice = f" ({evaluations} evaluations of the model)" if evaluations > options.steps else ""
     return (
         f"{options.num_images:,} images{kind} from '{options.model}': {options.steps} steps of "
-        f"{type(pipeline.scheduler).__name__}{twice}, seed {options.seed}. Device: {pipeline.device}."
+        f"{type(pipeline.scheduler).__name__}{twice}, seed {options.seed}. Device: {pipeline.device}"
+        + (f", compiled ({options.compile_mode})." if options.compile_mode else ".")
     )

@@ -15,7 +15,10 @@ from .schedulers import make_scheduler
 
 
 def load_pipeline(
-    name_or_path: str, scheduler: str | None = None, device: torch.device | str | None = None
+    name_or_path: str,
+    scheduler: str | None = None,
+    device: torch.device | str | None = None,
+    compile_mode: str | None = None,
 ) -> DiffusionPipeline:
     """Loads a saved pipeline, with DIA or any other of diffusers, from a folder or from the Hub.
 
@@ -26,6 +29,7 @@ def load_pipeline(
         name_or_path (`str`): Folder or Hub id.
         scheduler (`str`, *optional*): Short name of another scheduler than its own.
         device (`torch.device` or `str`, *optional*): Where it runs, by default the CPU.
+        compile_mode (`str`, *optional*): Mode in which `torch.compile` compiles its UNet; by default it does not.
 
     Raises:
         UsageError: if there is no such pipeline, scheduler or device.
@@ -49,6 +53,8 @@ def load_pipeline(
     if scheduler is not None:
         pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     _check_unet(name_or_path, pipeline)
+    if compile_mode is not None:
+        pipeline.unet.compile(mode=compile_mode)
     try:
         return pipeline.to(device or "cpu")
     except (RuntimeError, AssertionError) as error:

@@ -59,6 +59,8 @@ def score(options: argparse.Namespace) -> None:
 
     if options.save_images is not None and _is_images(options.what):
         raise UsageError("save_images belongs to a pipeline; these images lie in a folder already.")
+    if options.compile_mode is not None and (_is_images(options.what) or options.what.endswith(ARCHIVE)):
+        raise UsageError("compile belongs to a pipeline; these images are made already.")
 
     state = make_state()
     device = find_device(options.device, state)
@@ -71,7 +73,7 @@ def score(options: argparse.Namespace) -> None:
             check_one_size(images)
             pixels = prepare_at_own_size(images)
     else:
-        pipeline = load_pipeline(options.what, options.scheduler, device)
+        pipeline = load_pipeline(options.what, options.scheduler, device, options.compile_mode)
         check_sampling(pipeline, options.steps)
     resolution, channels = (pixels.resolution, pixels.channels) if pixels is not None else _shape(pipeline)
     held_out = None

@@ -222,6 +222,9 @@ class OptimisationOptions(_Options):
         None, "Precision of the forward pass; by default that of `accelerate launch`, or no."
     )
     compile: bool = _option(False, "Compile the model with torch.compile.")
+    compile_mode: Literal["default", "reduce-overhead"] = _option(
+        "default", "How --compile does it: reduce-overhead replays CUDA graphs on a GPU."
+    )
     enable_xformers_memory_efficient_attention: bool = _option(False, "Use xformers for self-attention.")
     use_ema: bool = _option(False, "Keep an exponential moving average of the weights, and save it as the model.")
     ema_inv_gamma: Annotated[float, Range(above=0)] = _option(
@@ -231,6 +234,8 @@ class OptimisationOptions(_Options):
     ema_max_decay: Share = _option(0.9999, "See --ema_inv_gamma.")
 
     def __post_init__(self) -> None:
+        if self.compile_mode != "default" and not self.compile:
+            raise UsageError(f"compile_mode {self.compile_mode} says how to compile: add --compile.")
         for name, otherwise in (("mixed_precision", "no"), ("gradient_accumulation_steps", 1)):
             if getattr(self, name) is None:
                 setattr(self, name, os.environ.get(f"ACCELERATE_{name.upper()}", otherwise))

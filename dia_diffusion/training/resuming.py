@@ -21,6 +21,7 @@ MAY_CHANGE = frozenset(
     "learning_rate lr_warmup_steps mixed_precision max_grad_norm "
     "num_epochs max_train_steps train_batch_size gradient_accumulation_steps eval_batch_size ddpm_num_inference_steps "
     "cache_dir preprocessing_num_workers dataloader_num_workers enable_xformers_memory_efficient_attention compile "
+    "compile_mode "
     "init_from output_dir "
     "overwrite_output_dir save_images_epochs save_model_epochs checkpointing_steps checkpoints_total_limit "
     "resume_from_checkpoint logging_steps validation_steps eval_steps eval_num_images score_features "

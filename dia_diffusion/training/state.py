@@ -49,7 +49,7 @@ class TrainingState:
         # Convolutions are faster in this format, on CPUs and on GPUs.
         unet.to(memory_format=torch.channels_last)
         if options.compile:
-            unet.compile()
+            unet.compile(mode=options.compile_mode)
         optimizer = torch.optim.AdamW(
             [parameter for parameter in unet.parameters() if parameter.requires_grad],
             lr=options.learning_rate,

@@ -1,8 +1,10 @@
 """What `dia sample` and scoring refuse before they begin, and models that give no images."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from PIL import Image
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main
@@ -46,3 +48,20 @@ def test_a_model_that_gives_nothing_finite_gives_no_images(tmp_path, capsys, pip
     assert not list((tmp_path / "out").glob("*.png"))
     assert main(["evaluate", model, "--steps", "2", "--num_images", "2"]) == 2
     assert f"the model '{model}' gives values that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_images(tmp_path, capsys):
+    model = save(tmp_path / "model", DIAUNetPipeline)
+    pixels = {}
+    for name, flags in (("plain", []), ("compiled", ["--compile_mode", "reduce-overhead"])):
+        folder = tmp_path / name
+        # The last batch is smaller.
+        arguments = ["--num_images", "3", "--batch_size", "2", "--steps", "2", "--output_dir", str(folder)]
+        assert main(["sample", model, *arguments, *flags]) == 0
+        assert ("compiled (reduce-overhead)" in capsys.readouterr().out) == (name == "compiled")
+        pixels[name] = np.stack([np.asarray(Image.open(path), dtype=float) for path in sorted(folder.iterdir())])
+    assert pixels["plain"].std() > 10
+    assert np.abs(pixels["plain"] - pixels["compiled"]).max() <= 1
+    assert main(["evaluate", str(tmp_path / "plain"), "--compile"]) == 2
+    assert "compile belongs to a pipeline" in capsys.readouterr().err

@@ -249,3 +249,8 @@ def test_the_home_of_the_user_is_found_in_every_path(monkeypatch):
 def test_the_present_folder_has_a_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert parse_arguments(["--output_dir", "."]).output.folder.name == tmp_path.name
+
+
+def test_a_way_to_compile_without_compiling_is_refused():
+    with pytest.raises(UsageError, match="compile_mode reduce-overhead says how to compile: add --compile"):
+        TrainingConfig.from_flat(compile_mode="reduce-overhead")
