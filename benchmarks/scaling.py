@@ -7,6 +7,7 @@ Each process takes batches of one size, so that twice as many would be twice as 
 
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from accelerate import PartialState
 
 from attention_cost import SIZES
 from dia_diffusion.data import prepare_pixels
+from dia_diffusion.distributed import make_state
 from dia_diffusion.process import available_cores
 from measuring import alternate, read_arguments, row, save_result, spread
 from training_throughput import RESOLUTION, make_images, this_trainer
@@ -27,7 +29,7 @@ _STEPS, _WARM_UP = 4, 2
 
 def train() -> float:
     """Images a second of all processes together, in one of them."""
-    state = PartialState()
+    state = make_state()
     if state.device.type == "cpu":
         torch.set_num_threads(max(available_cores() // state.num_processes, 1))
     unet, batch_size, _ = SIZES[SIZE]
@@ -53,8 +55,15 @@ def in_processes(count: int) -> float:
     """Images a second with so many processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     command = [*launcher, __file__, "--side"]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    # Without a GPU accelerate takes processes for one group only if it is told to use the CPU.
+    environment = os.environ | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "True"})
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ).stdout
+    found, speed = json.loads(output.splitlines()[-1])
+    if found != count:
+        raise RuntimeError(f"{count} processes were started, and accelerate sees {found}.")
+    return speed
 
 
 def measure(counts: list[int], rounds: int) -> list[dict]:
@@ -79,9 +88,9 @@ def measure(counts: list[int], rounds: int) -> list[dict]:
 
 def main() -> int:
     if sys.argv[1:2] == ["--side"]:
-        speed = train()
-        if PartialState().is_main_process:
-            print(json.dumps(speed), flush=True)
+        speed, state = train(), make_state()
+        if state.is_main_process:
+            print(json.dumps([state.num_processes, speed]), flush=True)
         return 0
     options = read_arguments(__doc__, "scaling", rounds=3)
     counts = list(range(1, torch.cuda.device_count() + 1)) or [1, 2]
