@@ -13,7 +13,13 @@ _LINE = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt} in {elapsed}, {remain
 
 def is_watched() -> bool:
     """Whether what is written over itself is seen as it should be: in a terminal, and in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    """Whether a notebook's kernel runs this: that `ipykernel` was imported, by a library or a test, does not say so."""
+    kernels = sys.modules.get("ipykernel.kernelapp")
+    return kernels is not None and kernels.IPKernelApp.initialized()
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> text_tqdm:

@@ -3,6 +3,10 @@
 import io
 import sys
 
+import nbclient
+import nbformat
+import pytest
+
 from dia_diffusion import progress
 from environments import run_python
 
@@ -35,6 +39,18 @@ def test_what_is_quick_leaves_no_line_and_a_terminal_has_a_bar(monkeypatch):
         with progress.progress_bar(range(3), desc="Sampling") as bar:
             assert list(bar) == [0, 1, 2]
         assert ("\rSampling: 100%" in file.getvalue()) is expected
+
+
+def test_a_notebook_has_a_bar_and_an_imported_kernel_is_none(monkeypatch):
+    kernel = pytest.importorskip("ipykernel.kernelapp").IPKernelApp
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert not progress.is_watched()
+    notebook = nbformat.v4.new_notebook()
+    code = "from dia_diffusion import progress; print(progress.is_watched())"
+    notebook.cells.append(nbformat.v4.new_code_cell(code))
+    nbclient.NotebookClient(notebook).execute()
+    assert notebook.cells[0].outputs[0].text.strip() == "True"
+    assert not kernel.initialized()
 
 
 def test_warnings_for_the_developers_of_others_are_left_out_unless_asked_for():
