@@ -225,7 +225,14 @@ def _add_sampling_options(parser: argparse.ArgumentParser, num_images: int) -> N
         "--guidance_scale",
         type=number_type(float, Range()),
         default=1.0,
-        help="classifier-free guidance (default: 1, none)",
+        help="strength of guidance, by a guide or classifier-free (default: 1, none)",
+    )
+    parser.add_argument(
+        "--guide",
+        type=os.path.expanduser,
+        metavar="MODEL",
+        help="folder or Hub id of a worse model of the same images (smaller, or trained for a shorter time), for "
+        "autoguidance",
     )
     parser.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
     parser.add_argument(

@@ -20,6 +20,7 @@ from dia_diffusion.divergence import NotFiniteImagesError
 from dia_diffusion.errors import UsageError
 from dia_diffusion.pipelines.noise import NoiseKind, find_misfit, noise_kind
 from dia_diffusion.pipelines.self_contained import SelfContained
+from dia_diffusion.pipelines.timesteps import set_timesteps
 from dia_diffusion.scaling import unscale_latents
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -43,10 +44,13 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.AutoencoderTiny`], *optional*):
             Decodes what the UNet makes, where that is latents. `vae.enable_slicing()` and `vae.enable_tiling()` bound
             the memory that it takes.
+        guide ([`~diffusers.UNet2DModel`], *optional*):
+            A worse model of the same images (smaller, or trained for a shorter time), of the same kind of noise and
+            prediction: `guidance_scale` then is that of autoguidance, which needs no classes.
     """
 
-    model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]  # noqa: RUF012
+    model_cpu_offload_seq = "unet->guide->vae"
+    _optional_components = ["vae", "guide"]  # noqa: RUF012
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -55,9 +59,10 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
+        guide: UNet2DModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide=guide)
         self._trained_on = None if scheduler is None or find_misfit(scheduler) else noise_kind(scheduler.config)
         if id2label is not None:
             # JSON, in which it is saved, has no numbers for keys.
@@ -72,9 +77,9 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "DIAUNetPipeline":
         """As [`~diffusers.DiffusionPipeline.from_pipe`], which by itself takes over no UNet with DIA."""
-        if isinstance(getattr(pipeline, "unet", None), UNet2DModel):
-            kwargs = {"unet": pipeline.unet} | kwargs
-        return super().from_pipe(pipeline, **kwargs)
+        unets = {name: getattr(pipeline, name, None) for name in ("unet", "guide")}
+        unets = {name: unet for name, unet in unets.items() if isinstance(unet, UNet2DModel)}
+        return super().from_pipe(pipeline, **unets | kwargs)
 
     @property
     def null_class(self) -> int | None:
@@ -109,8 +114,10 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             class_labels (`int`, sequence of `int` or `Tensor` of shape `(batch_size,)`, *optional*):
                 The class of each image, or one for all. By default no class.
             guidance_scale (`float`, *optional*, defaults to 1.0):
-                Classifier-free guidance (arXiv 2207.12598): `none + guidance_scale * (class - none)`. 1 is no
-                guidance. Needs a UNet that was trained with label dropout.
+                How far a prediction goes on beyond that of something worse, `worse + guidance_scale * (unet - worse)`.
+                1 is no guidance. Worse is the `guide`, told the same classes, where there is one (autoguidance, Karras
+                et al. 2024, arXiv 2406.02507), and else the UNet without a class (classifier-free guidance, Ho and
+                Salimans 2022, arXiv 2207.12598), which needs a UNet that was trained with label dropout.
             eta (`float`, *optional*, defaults to 0.0): η of DDIM (arXiv 2010.02502); other schedulers ignore it.
             latents (`Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
                 Standard normal noise to start from, instead of drawing it.
@@ -136,12 +143,10 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         if self.vae is not None:
             self._check_latents()
         labels = self._prepare_labels(class_labels, batch_size)
-        guide = guidance_scale != 1.0
-        if guide and (class_labels is None or self.null_class is None):
-            raise UsageError(f"guidance_scale {guidance_scale} needs class_labels and a class-conditional UNet.")
+        self._check_guidance(guidance_scale, class_labels)
 
         # 1. timesteps and initial noise
-        self._set_timesteps(num_inference_steps)
+        set_timesteps(self.scheduler, num_inference_steps, self._execution_device)
         latents = self._prepare_latents(latents, batch_size, generator)
         step_arguments = self._step_arguments(generator, eta)
 
@@ -153,13 +158,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             # A flow does not scale.
             scale = getattr(self.scheduler, "scale_model_input", None)
             model_input = latents if scale is None else scale(latents, timestep)
-            if guide:
-                # Both predictions of the guidance in one batch.
-                both = torch.cat([labels, torch.full_like(labels, self.null_class)])
-                with_class, without = self.unet(torch.cat([model_input] * 2), timestep, both).sample.chunk(2)
-                prediction = without + guidance_scale * (with_class - without)
-            else:
-                prediction = self.unet(model_input, timestep, labels).sample
+            prediction = self._predict(model_input, timestep, labels, guidance_scale)
             finite &= prediction.isfinite().all()
             latents = self._step(prediction, timestep, latents, step_arguments)
 
@@ -176,6 +175,18 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _predict(self, model_input: Tensor, timestep: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
+        if guidance_scale == 1.0:
+            return self.unet(model_input, timestep, labels).sample
+        if self.guide is not None:
+            prediction = self.unet(model_input, timestep, labels).sample
+            worse = self.guide(model_input, timestep, labels).sample
+        else:
+            # Both predictions in one batch.
+            both = torch.cat([labels, torch.full_like(labels, self.null_class)])
+            prediction, worse = self.unet(torch.cat([model_input] * 2), timestep, both).sample.chunk(2)
+        return worse + guidance_scale * (prediction - worse)
+
     def _check_inputs(
         self,
         output_type: str,
@@ -189,6 +200,18 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             raise UsageError(f"callback_on_step_end can be given only 'latents', not {list(tensor_inputs)}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise UsageError(f"{len(generator)} generators were given for a batch of {batch_size} images.")
+
+    def _check_guidance(self, guidance_scale: float, class_labels: int | Sequence[int] | Tensor | None) -> None:
+        if guidance_scale == 1.0:
+            return
+        if self.guide is None and (class_labels is None or self.null_class is None):
+            raise UsageError(
+                f"guidance_scale {guidance_scale} needs class_labels and a class-conditional UNet, or a guide."
+            )
+        for name in ("in_channels", "out_channels", "num_class_embeds") if self.guide is not None else ():
+            own, of_guide = self.unet.config.get(name), self.guide.config.get(name)
+            if own != of_guide:
+                raise UsageError(f"the guide has {name} {of_guide}, and the UNet {own}: it does not fit.")
 
     def _check_scheduler(self) -> None:
         """Refuses schedulers that would run, or nearly, but not denoise with what such a UNet predicts."""
@@ -212,38 +235,6 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                     f"{kind} keeps samples within the range of pixels ({name}), which latents leave. Use for example "
                     f"{kind}.from_config(pipe.scheduler.config, {name}=False)."
                 )
-
-    def _set_timesteps(self, num_inference_steps: int) -> None:
-        scheduler, config = self.scheduler, self.scheduler.config
-        name, timesteps = type(scheduler).__name__, config.get("num_train_timesteps")
-        most = timesteps if "beta_schedule" in config else num_inference_steps
-        if not 1 <= num_inference_steps <= most:
-            raise UsageError(
-                f"num_inference_steps {num_inference_steps} does not fit {name}: give at least 1, and at most as many "
-                f"as the model has timesteps ({timesteps})."
-            )
-        try:
-            scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        except (ValueError, IndexError) as error:
-            raise UsageError(f"num_inference_steps {num_inference_steps} does not fit {name}: {error}") from error
-        if config.get("timestep_spacing") == "trailing":
-            self._check_trailing(name, timesteps / num_inference_steps)
-
-    def _check_trailing(self, name: str, stride: float) -> None:
-        """Refuses numbers of steps with which diffusers would not step from each timestep to the next."""
-        if self.scheduler.timesteps.min() < 0:
-            reason = "rounding makes it go on below the last timestep"
-        elif name in ("DDIMScheduler", "PNDMScheduler") and int(stride) < 0.95 * stride:
-            # They go down by the same whole number each time.
-            reason = f"it goes down by {int(stride)} timesteps where the next one is {stride:.2f} below"
-        else:
-            return
-        timesteps = self.scheduler.config.num_train_timesteps
-        near = next(steps for steps in range(int(timesteps / stride), 0, -1) if timesteps % steps == 0)
-        raise UsageError(
-            f"num_inference_steps {round(timesteps / stride)} does not fit {name}: {reason}. Take a number that "
-            f"divides {timesteps}, such as {near}, or another scheduler."
-        )
 
     def _prepare_labels(self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int) -> Tensor | None:
         if self.unet.class_embedding is None:

@@ -11,8 +11,9 @@ from PIL import Image
 from ..data import image_grid
 from ..distributed import find_device, make_state
 from ..errors import UsageError
+from .guides import check_guide
 from .loading import load_pipeline
-from .numbered import check_sampling, find_class, sample_images
+from .numbered import check_sampling, describe_guidance, find_class, sample_images
 
 # What this command writes, and an earlier version wrote.
 _SAMPLES = re.compile(r"\d{5,}\.png|grid\.png")
@@ -29,8 +30,9 @@ def sample(options: argparse.Namespace) -> None:
     folder = options.output_dir.expanduser().resolve()
     grid = folder.with_name(f"{folder.name}.png")
     earlier = _find_earlier(folder, grid, options.overwrite)
+    check_guide(options.guide, options.guidance_scale)
     device = find_device(options.device, make_state())
-    pipeline = load_pipeline(options.model, options.scheduler, device, options.compile_mode)
+    pipeline = load_pipeline(options.model, options.scheduler, device, options.compile_mode, options.guide)
     check_sampling(pipeline, options.steps)
     class_label = None if options.class_label is None else find_class(pipeline, options.class_label)
     print(_what_is_used(options, pipeline, class_label), flush=True)
@@ -88,8 +90,9 @@ def _what_is_used(options: argparse.Namespace, pipeline: DiffusionPipeline, clas
     # Schedulers of second order evaluate the model twice in each step but the last.
     evaluations = getattr(pipeline.scheduler, "order", 1) * (options.steps - 1) + 1
     twice = f" ({evaluations} evaluations of the model)" if evaluations > options.steps else ""
+    guidance = describe_guidance(pipeline, options.guidance_scale)
     return (
         f"{options.num_images:,} images{kind} from '{options.model}': {options.steps} steps of "
-        f"{type(pipeline.scheduler).__name__}{twice}, seed {options.seed}. Device: {pipeline.device}"
+        f"{type(pipeline.scheduler).__name__}{twice}{guidance}, seed {options.seed}. Device: {pipeline.device}"
         + (f", compiled ({options.compile_mode})." if options.compile_mode else ".")
     )

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import UsageError
 from ..pipelines import DIAUNetPipeline
 from ..suggestions import folders_beside, nearest
+from .guides import set_guide
 from .schedulers import make_scheduler
 
 
@@ -19,6 +20,7 @@ def load_pipeline(
     scheduler: str | None = None,
     device: torch.device | str | None = None,
     compile_mode: str | None = None,
+    guide: str | None = None,
 ) -> DiffusionPipeline:
     """Loads a saved pipeline, with DIA or any other of diffusers, from a folder or from the Hub.
 
@@ -30,9 +32,10 @@ def load_pipeline(
         scheduler (`str`, *optional*): Short name of another scheduler than its own.
         device (`torch.device` or `str`, *optional*): Where it runs, by default the CPU.
         compile_mode (`str`, *optional*): Mode in which `torch.compile` compiles its UNet; by default it does not.
+        guide (`str`, *optional*): Folder or Hub id of a pipeline whose UNet becomes the guide of this one.
 
     Raises:
-        UsageError: if there is no such pipeline, scheduler or device.
+        UsageError: if there is no such pipeline, scheduler or device, or if the guide does not fit.
     """
     try:
         index = DiffusionPipeline.load_config(name_or_path)
@@ -44,17 +47,20 @@ def load_pipeline(
         reason = _why_not_loaded(name_or_path, error)
         hint = "" if Path(name_or_path).exists() else nearest(name_or_path, folders_beside(name_or_path))
         raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}.{hint}") from error
-    if isinstance(getattr(pipeline, "unet", None), nn.Module):
+    if guide is not None:
+        set_guide(pipeline, load_pipeline(guide), guide)
+    unets = [unet for name in ("unet", "guide") if isinstance(unet := getattr(pipeline, name, None), nn.Module)]
+    for unet in unets:
         # Convolutions are faster in this format, and hand it on to their output.
-        pipeline.unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)
     if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
         # One image at a time: the memory of a decoder does not grow with the batch, and it takes no longer.
         pipeline.vae.enable_slicing()
     if scheduler is not None:
         pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     _check_unet(name_or_path, pipeline)
-    if compile_mode is not None:
-        pipeline.unet.compile(mode=compile_mode)
+    for unet in unets if compile_mode is not None else ():
+        unet.compile(mode=compile_mode)
     try:
         return pipeline.to(device or "cpu")
     except (RuntimeError, AssertionError) as error:

@@ -42,7 +42,7 @@ def sample_batch(
         steps, seed (`int`): Denoising steps, the seed.
         class_label (`int`, *optional*):
             The class of all images. By default a class-conditional pipeline takes its classes in turn.
-        guidance_scale (`float`, *optional*, defaults to 1.0): Strength of classifier-free guidance.
+        guidance_scale (`float`, *optional*, defaults to 1.0): Strength of guidance, by a guide or classifier-free.
 
     Returns:
         `Tensor`: uint8 of shape `(B, C, H, W)` on the CPU.
@@ -53,8 +53,10 @@ def sample_batch(
     """
     check_sampling(pipeline, steps)
     classes = getattr(pipeline, "null_class", None)
-    if classes is None and (class_label is not None or guidance_scale != 1.0):
-        raise UsageError("class_label and guidance_scale need a class-conditional pipeline, which this is not.")
+    if classes is None and class_label is not None:
+        raise UsageError("class_label needs a class-conditional pipeline, which this is not.")
+    if guidance_scale != 1.0 and classes is None and getattr(pipeline, "guide", None) is None:
+        raise UsageError("guidance_scale needs a class-conditional pipeline, or one with a guide, which this is not.")
     arguments = {} if guidance_scale == 1.0 else {"guidance_scale": guidance_scale}
     if class_label is not None:
         arguments["class_labels"] = class_label
@@ -111,6 +113,14 @@ def _finite_predictions(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 def _name(pipeline: DiffusionPipeline) -> str:
     return pipeline.name_or_path or type(pipeline).__name__
+
+
+def describe_guidance(pipeline: DiffusionPipeline, guidance_scale: float) -> str:
+    """How images are guided, in words that go on after others; empty without guidance."""
+    if guidance_scale == 1.0:
+        return ""
+    how = "classifier-free" if getattr(pipeline, "guide", None) is None else "by its guide"
+    return f", guidance {guidance_scale:g} ({how})"
 
 
 def find_class(pipeline: DiffusionPipeline, name: str) -> int:

@@ -22,7 +22,7 @@ from ..data import (
 from ..distributed import find_device, make_state, say
 from ..errors import UsageError
 from ..files import replace_text
-from ..sampling import check_sampling, load_pipeline, sample_batch
+from ..sampling import check_guide, check_sampling, describe_guidance, load_pipeline, sample_batch
 from .archives import SAMPLES, STATISTICS, ArchiveImages, array_names
 from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
 from .features import FEATURES, FeatureExtractor, get_extractor
@@ -61,6 +61,9 @@ def score(options: argparse.Namespace) -> None:
         raise UsageError("save_images belongs to a pipeline; these images lie in a folder already.")
     if options.compile_mode is not None and (_is_images(options.what) or options.what.endswith(ARCHIVE)):
         raise UsageError("compile belongs to a pipeline; these images are made already.")
+    if options.guide is not None and (_is_images(options.what) or options.what.endswith(ARCHIVE)):
+        raise UsageError("a guide belongs to a pipeline; these images are made already.")
+    check_guide(options.guide, options.guidance_scale)
 
     state = make_state()
     device = find_device(options.device, state)
@@ -73,7 +76,7 @@ def score(options: argparse.Namespace) -> None:
             check_one_size(images)
             pixels = prepare_at_own_size(images)
     else:
-        pipeline = load_pipeline(options.what, options.scheduler, device, options.compile_mode)
+        pipeline = load_pipeline(options.what, options.scheduler, device, options.compile_mode, options.guide)
         check_sampling(pipeline, options.steps)
     resolution, channels = (pixels.resolution, pixels.channels) if pixels is not None else _shape(pipeline)
     held_out = None
@@ -99,7 +102,7 @@ def score(options: argparse.Namespace) -> None:
             generated = PipelineImages(
                 pipeline, options.num_images, options.steps, options.seed, options.guidance_scale, options.save_images
             )
-    for line in _what_is_used(options, pixels, reference, held_out, name, device):
+    for line in _what_is_used(options, generated, pixels, reference, held_out, name, device):
         say(line)
     scores = evaluate(generated, reference, extractor, metrics, held_out, options.batch_size, state)
     if scores is not None:
@@ -110,16 +113,22 @@ def score(options: argparse.Namespace) -> None:
 
 def _what_is_used(
     options: argparse.Namespace,
-    pixels: PixelDataset | None,
-    reference: PixelDataset | Reference,
+    generated: FolderImages | PipelineImages,
+    pixels: PixelDataset | ArchiveImages | None,
+    reference: PixelDataset | ArchiveImages | Reference,
     held_out: PixelDataset | None,
     features: str,
     device: object,
 ) -> list[str]:
     """What scoring says at its start."""
-    generated = f"{options.num_images:,} of '{options.what}', in {options.steps} steps, seed {options.seed}."
+    if isinstance(generated, PipelineImages):
+        guidance = describe_guidance(generated.pipeline, options.guidance_scale)
+        how = f"{options.steps} steps of {type(generated.pipeline.scheduler).__name__}{guidance}"
+        images = f"{len(generated):,} of '{options.what}', in {how}, seed {options.seed}."
+    else:
+        images = _describe(pixels, options.what)
     return [
-        f"Generated images: {generated if pixels is None else _describe(pixels, options.what)}",
+        f"Generated images: {images}",
         f"Reference: {_describe(reference, options.dataset)}",
         f"Held-out images: {'none.' if held_out is None else describe_images(held_out, options.dataset)}",
         f"Features: {features}. Device: {device}.",
@@ -146,7 +155,7 @@ def _is_images(what: str) -> bool:
 
 def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """Resolution (the shorter side) and number of channels of the images of a pipeline."""
-    if {name for name, part in pipeline.components.items() if part is not None} == {"unet", "scheduler"}:
+    if {name for name, part in pipeline.components.items() if part is not None} - {"guide"} == {"unet", "scheduler"}:
         size = pipeline.unet.config.sample_size
         return size if isinstance(size, int) else min(size), pipeline.unet.config.in_channels
     # With a decoder behind the UNet, only an image tells.

@@ -32,7 +32,7 @@ class PipelineImages:
     Args:
         pipeline (`DiffusionPipeline`): A DIAUNetPipeline, or any unconditional pipeline of diffusers.
         num_images, steps, seed (`int`): How many images, denoising steps, and the seed.
-        guidance_scale (`float`, *optional*, defaults to 1.0): Strength of classifier-free guidance.
+        guidance_scale (`float`, *optional*, defaults to 1.0): Strength of guidance, by a guide or classifier-free.
         folder (`Path`, *optional*):
             Where to write each image as a PNG file. Images that are there already are read instead of generated.
 
@@ -74,7 +74,11 @@ class PipelineImages:
             "scheduler_config": json.loads(json.dumps(config, default=str)),
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
-        }
+        } | ({"guidance": "guide"} if self.guidance_scale != 1.0 and self._has_guide else {})
+
+    @property
+    def _has_guide(self) -> bool:
+        return getattr(self.pipeline, "guide", None) is not None
 
     @property
     def origin(self) -> dict[str, Any]:
