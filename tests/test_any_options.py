@@ -57,6 +57,8 @@ FITTING = {
     "prediction_type": ["sample", "v_prediction"],
     "score_features": ["pixels"],
     "channels": [1, 3],
+    # Which stands for the model itself.
+    "guide": ["lstm"],
 }
 
 
@@ -146,9 +148,9 @@ def test_training_runs_or_says_why_not(images, options, in_file):
 
 
 COMMANDS = {
-    "sample": "num_images steps scheduler seed batch_size guidance_scale device class_label",
-    "evaluate": "num_images steps scheduler seed batch_size guidance_scale device metrics features dataset output "
-    "report save_images image_column",
+    "sample": "num_images steps scheduler seed batch_size guidance_scale guide device class_label",
+    "evaluate": "num_images steps scheduler seed batch_size guidance_scale guide device metrics features dataset "
+    "output report save_images image_column",
     "analyze": "num_images num_timesteps batch_size device dataset",
 }
 
@@ -166,6 +168,8 @@ def test_dia_runs_or_says_why_not(model, images, drawn):
             "evaluate": {"steps": 2, "num_images": 4, "features": "pixels"},
         }
         base |= {"analyze": {"num_images": 2, "num_timesteps": 2}}
+        if options.get("guide") == "lstm":
+            options["guide"] = str(model)
         options = base[command] | ({"dataset": images} if command != "sample" else {}) | options
         status, errors = status_and_errors(main, [command, str(model), *as_flags(options)])
         event(f"{command}: status {status}")

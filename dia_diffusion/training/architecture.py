@@ -159,10 +159,15 @@ def _check_fit(
             f"the UNet has {config.num_class_embeds} class embeddings, but the data needs {embeddings} (one for "
             "each class and one for 'no class', with --class_conditional)."
         )
-    if config.time_embedding_type != "positional" and num_timesteps is None:
+    if config.time_embedding_type == "fourier":
         raise UsageError(
-            f"time_embedding_type '{config.time_embedding_type}' takes whole or positive timesteps only, and this "
-            "objective has others: use a UNet with positional."
+            "time_embedding_type 'fourier' takes the logarithm of timesteps, of which one is 0 and others, with some "
+            "objectives, are below: use a UNet with positional."
+        )
+    if config.time_embedding_type == "learned" and num_timesteps is None:
+        raise UsageError(
+            "time_embedding_type 'learned' takes whole timesteps only, and this objective has others: use a UNet with "
+            "positional."
         )
     if config.time_embedding_type == "learned" and config.num_train_timesteps < num_timesteps:
         raise UsageError(
