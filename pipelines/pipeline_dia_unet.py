@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dia_diffusion.divergence import NotFiniteImagesError
 from dia_diffusion.errors import UsageError
+from dia_diffusion.latents.scaling import unscale_latents
 from dia_diffusion.pipelines.noise import NoiseKind, find_misfit, noise_kind
 from dia_diffusion.pipelines.self_contained import SelfContained
 from dia_diffusion.pipelines.timesteps import set_timesteps
-from dia_diffusion.scaling import unscale_latents
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

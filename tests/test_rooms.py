@@ -16,7 +16,7 @@ ROOMS = (
     "cli app study training analysis scoring sampling pipelines latents data models attention process bottom".split()
 )
 # A room may be entered at these modules too: what a saved pipeline brings along holds the text of its own modules.
-SIDE_DOORS = {"attention", "models"}
+SIDE_DOORS = {"attention", "latents", "models"}
 # This package, and the trackers that a user may name and installs.
 NOT_DECLARED = {"dia_diffusion", "trackio", "wandb"}
 FOLDERS = {"dia_diffusion": ROOT / "dia_diffusion", "dia_diffusion.pipelines": ROOT / "pipelines"}

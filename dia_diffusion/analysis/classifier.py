@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..data import PixelDataset
 from ..errors import UsageError
 from ..models import attach
-from ..progress import progress_bar
+from ..process import progress_bar
 from .maps import Block, spread_rows
 
 

@@ -7,11 +7,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..data import describe_images, load_dataset_splits, prepare_pixels
-from ..distributed import find_device, make_state
 from ..errors import UsageError
-from ..latents import downsampling_factor, encode_posterior
+from ..latents import downsampling_factor, encode_posterior, scale_latents
+from ..process import find_device, make_state
 from ..sampling import load_pipeline, make_noising_scheduler
-from ..scaling import scale_latents
 from .classifier import collect_classifier_maps, load_classifier, place_branches, read_processor
 from .maps import collect_maps
 from .report import format_analysis, report

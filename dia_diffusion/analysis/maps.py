@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import PixelDataset, to_unit_range
 from ..models import DIAUNet2DModel
-from ..progress import progress_bar
+from ..process import progress_bar
 from ..randomness import step_seed
 from ..sampling import noise_images, spread_timesteps
 

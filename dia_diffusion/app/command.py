@@ -4,8 +4,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..distributed import find_device, make_state
 from ..errors import UsageError
+from ..process import find_device, make_state
 from ..sampling import load_pipeline
 from .making import Maker
 

@@ -17,8 +17,8 @@ from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
 from PIL import Image
 
-from ..distributed import say
 from ..errors import UsageError
+from ..process import say
 from .columns import find_image_column
 from .contents import hash_files
 from .metadata import METADATA, read_metadata

@@ -11,8 +11,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from ..distributed import say
 from ..errors import UsageError
+from ..process import say
 
 METADATA = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
 _READERS = {".jsonl": pyarrow.json.read_json, ".csv": pyarrow.csv.read_csv, ".parquet": pyarrow.parquet.read_table}

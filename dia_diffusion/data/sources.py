@@ -5,8 +5,8 @@ from pathlib import Path
 import datasets
 from datasets import Dataset
 
-from ..distributed import say
 from ..errors import UsageError
+from ..process import say
 from ..suggestions import folders_beside, nearest
 from .columns import find_image_column, find_label_column
 from .embedded import EMBEDDED

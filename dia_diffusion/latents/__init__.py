@@ -7,5 +7,6 @@ __getattr__, __all__ = open_door(
     autoencoder="VAE downsampling_factor encode_posterior load_vae vae_digest",
     encoding="encode_images",
     rows="LatentDataset",
+    scaling="scale_latents unscale_latents",
     shape="LatentShape find_latent_shape",
 )

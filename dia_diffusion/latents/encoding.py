@@ -19,10 +19,9 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 
 from ..data import PixelDataset, to_unit_range
-from ..distributed import say
 from ..errors import UsageError
 from ..files import flush, remove_temporaries, replace_file
-from ..progress import progress_bar
+from ..process import progress_bar, say
 from .autoencoder import VAE, encode_posterior, vae_digest
 
 # Part of the cache key: raise it whenever the same image would give other latents.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import PixelDataset
 from ..randomness import step_seed
-from ..scaling import scale_latents
+from .scaling import scale_latents
 from .shape import LatentShape
 
 # Of the streams of random numbers of a step; those of batches are numbered from 1.

@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..data import image_grid
-from ..distributed import find_device, make_state
 from ..errors import UsageError
+from ..process import find_device, make_state
 from .guides import check_guide
 from .loading import load_pipeline
 from .numbered import check_sampling, describe_guidance, find_class, sample_images

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..divergence import NotFiniteImagesError
 from ..errors import UsageError
 from ..pipelines import DIAUNetPipeline
-from ..progress import progress_bar
+from ..process import progress_bar
 from ..suggestions import nearest
 
 

@@ -19,9 +19,9 @@ from ..data import (
     prepare_at_own_size,
     prepare_pixels,
 )
-from ..distributed import find_device, make_state, say
 from ..errors import UsageError
 from ..files import replace_text
+from ..process import find_device, make_state, say
 from ..sampling import check_guide, check_sampling, describe_guidance, load_pipeline, sample_batch
 from .archives import SAMPLES, STATISTICS, ArchiveImages, array_names
 from .evaluation import DEFAULT_METRICS, check_metrics, evaluate

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..progress import progress_bar
+from ..process import progress_bar
 from .features import FeatureExtractor
 
 

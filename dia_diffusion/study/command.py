@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
-from ..process import available_cores
-from ..progress import progress_bar
+from ..process import available_cores, progress_bar
 from .description import Study, StudyRun, load_study
 from .engine import Engine, Task, run_tasks
 from .local import LocalEngine, visible_gpus

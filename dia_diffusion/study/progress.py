@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..progress import progress_bar
+from ..process import progress_bar
 from ..training import METRICS_LOG, read_metrics
 from .description import StudyRun
 from .single_run import RESULT

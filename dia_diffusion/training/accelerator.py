@@ -13,8 +13,8 @@ from accelerate.utils import (
     is_wandb_available,
 )
 
-from ..distributed import PATIENCE, check_launcher, check_processes
 from ..errors import UsageError
+from ..process import PATIENCE, check_launcher, check_processes
 from .options import OutputOptions
 
 _SECONDS_BETWEEN_MEETINGS = 2.0

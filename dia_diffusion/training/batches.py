@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data import EndlessShuffle, PixelDataset, describe_images, load_dataset_splits, prepare_pixels
-from ..distributed import say
 from ..latents import LatentDataset
+from ..process import say
 from ..randomness import step_seed
 from .draws import draw_step
 from .objectives import Objective

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..divergence import NotFiniteError
 from ..files import replace_text
-from ..progress import progress_bar
+from ..process import progress_bar
 
 METRICS_LOG = "metrics.jsonl"
 

@@ -16,9 +16,16 @@ from autoencoders import PatchVAE, random_tiny, random_vae
 from dia_diffusion.data import load_dataset_splits, prepare_pixels, to_unit_range
 from dia_diffusion.data.decoding import to_pixels
 from dia_diffusion.errors import UsageError
-from dia_diffusion.latents import LatentDataset, encode_images, find_latent_shape, load_vae, vae_digest
+from dia_diffusion.latents import (
+    LatentDataset,
+    encode_images,
+    find_latent_shape,
+    load_vae,
+    scale_latents,
+    unscale_latents,
+    vae_digest,
+)
 from dia_diffusion.latents import encoding as encoding_module
-from dia_diffusion.scaling import scale_latents, unscale_latents
 from forks import start
 
 

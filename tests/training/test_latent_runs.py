@@ -17,8 +17,7 @@ from autoencoders import random_vae
 from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.data.decoding import to_pixels
 from dia_diffusion.errors import UsageError
-from dia_diffusion.latents import load_vae, vae_digest
-from dia_diffusion.scaling import unscale_latents
+from dia_diffusion.latents import load_vae, unscale_latents, vae_digest
 from dia_diffusion.training import (
     BatchPlan,
     load_data,

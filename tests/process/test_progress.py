@@ -7,7 +7,7 @@ import nbclient
 import nbformat
 import pytest
 
-from dia_diffusion import progress
+from dia_diffusion.process import progress
 from environments import run_python
 
 
@@ -46,7 +46,7 @@ def test_a_notebook_has_a_bar_and_an_imported_kernel_is_none(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert not progress.is_watched()
     notebook = nbformat.v4.new_notebook()
-    code = "from dia_diffusion import progress; print(progress.is_watched())"
+    code = "from dia_diffusion.process import progress; print(progress.is_watched())"
     notebook.cells.append(nbformat.v4.new_code_cell(code))
     nbclient.NotebookClient(notebook).execute()
     assert notebook.cells[0].outputs[0].text.strip() == "True"

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from .errors import UsageError
+from ..errors import UsageError
 
 # The other processes wait while the main one prepares images, samples or scores.
 PATIENCE = timedelta(hours=6)
