@@ -10,8 +10,10 @@ import time
 
 import pytest
 
+from dia_diffusion.cli import train_main
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training.checkpoint import find_latest
+from forks import start_together
 from training_runs import ROOT, configure, fresh_state, launch, losses, run, wait_for_lines, weights
 
 
@@ -58,6 +60,19 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     process = launch(configure(tmp_path / "apart"), 2)
     assert process.returncode != 0
     assert "2 processes were launched, but accelerate sees 1" in process.stderr
+
+
+@pytest.mark.parametrize("objective", ["edm", "flow"])
+def test_two_processes_give_the_losses_of_one_with_other_objectives(tmp_path, objective):
+    _, one = run(tmp_path / "one", train_batch_size=8, objective=objective)
+    config = configure(tmp_path / "two", train_batch_size=4, objective=objective)
+    processes = start_together(2, train_main, ["--config", str(config)])
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    for (step, *figures), (expected_step, *expected) in zip(losses(tmp_path / "two"), one, strict=True):
+        assert step == expected_step
+        assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

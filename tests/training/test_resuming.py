@@ -11,12 +11,14 @@ import torch
 from accelerate import Accelerator
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
+from dia_diffusion.cli import train_main
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training import TrainingState, build_unet, parse_arguments
 from dia_diffusion.training.checkpoint import find_latest, load_checkpoint
 from dia_diffusion.training.objectives import DDPM
 from dia_diffusion.training.resuming import check_same_experiment
-from training_runs import ROOT, assert_same_weights, configure, fresh_state, losses, run, weights
+from forks import start
+from training_runs import assert_same_weights, configure, fresh_state, losses, run, weights
 
 
 @pytest.fixture(autouse=True)
@@ -96,10 +98,12 @@ def test_checkpoints_of_an_abandoned_branch_are_set_aside(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_twenty_moments_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
+@pytest.mark.parametrize("objective", ["ddpm", "edm", "flow"])
+def test_a_run_killed_at_seven_moments_ends_bit_for_bit_as_if_it_had_not_been(tmp_path, objective):
     """SIGKILL at random moments, every second time while a checkpoint is being written."""
     options = {
-        "max_train_steps": 64,
+        "objective": objective,
+        "max_train_steps": 22,
         "checkpointing_steps": 2,
         "checkpoints_total_limit": 3,
         "class_conditional": True,
@@ -110,29 +114,30 @@ def test_a_run_killed_at_twenty_moments_ends_bit_for_bit_as_if_it_had_not_been(t
         "block_out_channels": [64, 128],
     }
     run(tmp_path / "undisturbed", **options)
-    config = configure(tmp_path / "killed", **options, resume_from_checkpoint="latest")
-    command = [sys.executable, str(ROOT / "train_unet.py"), "--config", str(config)]
+    arguments = ["--config", str(configure(tmp_path / "killed", **options, resume_from_checkpoint="latest"))]
     checkpoints = tmp_path / "killed" / "checkpoints"
-    moment = random.Random(0)
+    moment = random.Random(objective)
     killed_in_a_write = 0
-    for attempt in range(20):
+    for attempt in range(7):
         before = set(checkpoints.glob("step-*"))
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(train_main, arguments)
         deadline = time.monotonic() + 120
         # One more checkpoint than before, so that the run gets to its end at last.
-        while process.poll() is None and not set(checkpoints.glob("step-*")) - before:
+        while process.is_alive() and not set(checkpoints.glob("step-*")) - before:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         if attempt % 2:
-            while process.poll() is None and not list(checkpoints.glob(".writing-*")):
+            while process.is_alive() and not list(checkpoints.glob(".writing-*")):
                 pass
         time.sleep(moment.uniform(0, 0.02 if attempt % 2 else 0.3))
         process.kill()
-        process.wait()
+        process.join()
         killed_in_a_write += bool(list(checkpoints.glob(".writing-*")))
-    assert killed_in_a_write >= 3
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    assert_same_weights(weights(tmp_path / "killed", 64), weights(tmp_path / "undisturbed", 64))
+    assert killed_in_a_write >= 1
+    process = start(train_main, arguments)
+    process.join()
+    assert process.exitcode == 0
+    assert_same_weights(weights(tmp_path / "killed", 22), weights(tmp_path / "undisturbed", 22))
     assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
 
 
