@@ -84,5 +84,5 @@ FAMILIES = {
         default="dpm_sde",
         noising="euler",
     ),
-    NoiseKind.FLOW: Family(("num_train_timesteps",), _FLOW, default="euler", noising="euler"),
+    NoiseKind.FLOW: Family(("num_train_timesteps",), _FLOW, default="dpm_sde", noising="euler"),
 }

@@ -110,7 +110,7 @@ def test_prediction_types_and_precisions_train_and_resume(tmp_path, kind, precis
             "EDMDPMSolverMultistepScheduler",
             {"sigma_data": 0.6},
         ),
-        ({"objective": "flow", "weighting_scheme": "none"}, "FlowMatchEulerDiscreteScheduler", {"shift": 1.0}),
+        ({"objective": "flow", "weighting_scheme": "none"}, "DPMSolverMultistepScheduler", {"use_flow_sigmas": True}),
     ],
     ids=str,
 )
