@@ -1,4 +1,4 @@
-"""The pipeline, and many images from it. `test_schedulers.py` holds it against those of diffusers."""
+"""The pipeline, and many images from it. `sampling/test_peers.py` holds it against those of diffusers."""
 
 import json
 import pickle

@@ -1,47 +1,39 @@
-"""Every scheduler of diffusers in the pipeline, against a distribution that is known exactly, and against its peers."""
+"""Every scheduler of diffusers in the pipeline, against a distribution that is known exactly."""
 
 import json
 import subprocess
 import sys
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers import (
-    ConfigMixin,
-    DDIMPipeline,
     DDIMScheduler,
-    DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    KarrasVePipeline,
-    KarrasVeScheduler,
-    ModelMixin,
-    PNDMPipeline,
-    PNDMScheduler,
     SchedulerMixin,
-    ScoreSdeVePipeline,
-    ScoreSdeVeScheduler,
-    UNet2DModel,
     schedulers,
 )
-from diffusers.configuration_utils import register_to_config
-from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
+from dia_diffusion import DIAUNet2DModel
 from dia_diffusion.errors import UsageError
 from dia_diffusion.pipelines import NoiseKind
 from dia_diffusion.sampling import make_scheduler
 from dia_diffusion.sampling.families import FAMILIES
+from gaussian_unets import (
+    MEAN,
+    STD,
+    GaussianUNet,
+    ShrinkingUNet,
+    assert_is_the_distribution,
+    draw,
+)
+from tiny_unets import PLAIN
 
-MEAN, STD = 0.3, 0.4
-# By schedules of betas; those for EDM and for flows have tests of their own at the end.
+# By schedules of betas; those for EDM and for flows are in `test_other_noise.py`.
 SCHEDULERS = FAMILIES[NoiseKind.BETAS].samplers
 # Those that diffusers has for the prediction of noise and velocity only.
 WITHOUT_SAMPLE = {"pndm", "euler_ancestral", "kdpm2", "kdpm2_ancestral"}
@@ -57,93 +49,6 @@ OTHERS = {
     "TCDScheduler": "for distilled models",
     "UnCLIPScheduler": "one noise schedule only",
 }
-
-
-class GaussianUNet(ModelMixin, ConfigMixin):
-    """The exact prediction for images whose pixels are independent, of mean `MEAN` and standard deviation `STD`.
-
-    With x_t = a x_0 + b n, all Gaussian: E[n | x_t] = b (x_t - a mean) / (a² std² + b²), and likewise for x_0 and
-    v = a n - b x_0.
-    """
-
-    @register_to_config
-    def __init__(self, kind="epsilon", sample_size=32, in_channels=1, num_class_embeds=None):
-        super().__init__()
-        self.class_embedding = None
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        signal = DDPMScheduler().alphas_cumprod
-        self.sigmas = ((1 - signal) / signal).sqrt().double()
-
-    def noise_level(self, timestep):
-        """b / a at a timestep; between two of them interpolated as the schedulers do."""
-        timestep = torch.as_tensor(timestep).double().clamp(0, 999)
-        low = timestep.floor().long()
-        return torch.lerp(self.sigmas[low], self.sigmas[(low + 1).clamp(max=999)], timestep - low)
-
-    def forward(self, sample, timestep, class_labels=None):
-        a = (1 + self.noise_level(timestep) ** 2).rsqrt().reshape(-1, 1, 1, 1)
-        b = (1 - a**2).sqrt()
-        deviation = (sample.double() - a * MEAN) / (a**2 * STD**2 + b**2)
-        noise, image = b * deviation, MEAN + a * STD**2 * deviation
-        outputs = {"epsilon": noise, "sample": image, "v_prediction": a * noise - b * image}
-        return UNet2DOutput(sample=outputs[self.config.kind].to(sample.dtype))
-
-
-class ShrinkingUNet(GaussianUNet):
-    """Tiny images, and a prediction that a scheduler of any schedule can do something with."""
-
-    factor = 0.1
-
-    def __init__(self):
-        super().__init__(sample_size=4)
-
-    def forward(self, sample, timestep, class_labels=None):
-        return UNet2DOutput(sample=self.factor * sample)
-
-
-class EDMGaussianUNet(GaussianUNet):
-    """The same as seen through EDM's preconditioning (arXiv 2206.00364, table 1), with `c_noise = log(sigma) / 4`."""
-
-    data = 0.5
-
-    def forward(self, sample, timestep, class_labels=None):
-        data = self.data
-        sigma = (4 * timestep.double()).exp()
-        noisy = sample.double() * (sigma**2 + data**2).sqrt()
-        image = MEAN + STD**2 * (noisy - MEAN) / (STD**2 + sigma**2)
-        skip, out = data**2 / (sigma**2 + data**2), sigma * data / (sigma**2 + data**2).sqrt()
-        return UNet2DOutput(sample=((image - skip * noisy) / out).to(sample.dtype))
-
-
-class FlowGaussianUNet(GaussianUNet):
-    """The velocity `n - x_0` at `x_t = (1 - t) x_0 + t n`, whose time is a thousandth of the timestep."""
-
-    def forward(self, sample, timestep, class_labels=None):
-        time = timestep.double() / 1000
-        deviation = (sample.double() - (1 - time) * MEAN) / ((1 - time) ** 2 * STD**2 + time**2)
-        noise, image = time * deviation, MEAN + (1 - time) * STD**2 * deviation
-        return UNet2DOutput(sample=(noise - image).to(sample.dtype))
-
-
-def name_of(value):
-    return type(value).__name__ if isinstance(value, SchedulerMixin) else getattr(value, "__name__", str(value))
-
-
-def generators(count):
-    return [torch.Generator().manual_seed(number) for number in range(count)]
-
-
-def draw(unet, scheduler, steps=100, **arguments):
-    pipe = DIAUNetPipeline(unet, scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    arguments = {"batch_size": 4, "generator": generators(4), "output_type": "latent"} | arguments
-    return pipe(num_inference_steps=steps, **arguments).images
-
-
-def assert_is_the_distribution(images):
-    # 4096 pixels: the standard error of both is about 0.006; what is left is the error of 100 steps of first order.
-    assert images.mean().item() == pytest.approx(MEAN, abs=0.03)
-    assert images.std().item() == pytest.approx(STD, abs=0.045)
 
 
 @pytest.mark.parametrize(
@@ -388,170 +293,9 @@ def test_more_steps_than_a_scheduler_has():
         draw(GaussianUNet(), DDPMScheduler(), steps=1001)
 
 
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
-}
-
-
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_model_in_half_precision(name):
-    unet = DIAUNet2DModel(**TINY).to(dtype=torch.bfloat16)
+    unet = DIAUNet2DModel(**PLAIN).to(dtype=torch.bfloat16)
     images = draw(unet, make_scheduler(name, DDPMScheduler().config), steps=4)
-    assert images.dtype == torch.bfloat16
-    assert images.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "peer", "options"),
-    [
-        (DDPMScheduler(), DDPMPipeline, {}),
-        (DDPMScheduler(prediction_type="v_prediction", variance_type="fixed_large"), DDPMPipeline, {}),
-        (DDIMScheduler(), DDIMPipeline, {}),
-        (DDIMScheduler(), DDIMPipeline, {"eta": 0.7}),
-        (
-            DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True),
-            DDIMPipeline,
-            {},
-        ),
-        (PNDMScheduler(), PNDMPipeline, {}),
-        (PNDMScheduler(skip_prk_steps=True, prediction_type="v_prediction"), PNDMPipeline, {}),
-    ],
-    ids=name_of,
-)
-def test_images_equal_those_of_diffusers_bit_for_bit(scheduler, peer, options):
-    unet = UNet2DModel(**TINY).eval()
-    ours = DIAUNetPipeline(DIAUNet2DModel.from_unet(unet, dia_attention="none"), scheduler)
-    arguments = {"batch_size": 2, "num_inference_steps": 7, "output_type": "np"} | options
-    expected = peer(unet, scheduler)(generator=torch.Generator().manual_seed(0), **arguments).images
-    assert np.array_equal(ours(generator=torch.Generator().manual_seed(0), **arguments).images, expected)
-
-
-@pytest.mark.parametrize(
-    ("peer", "scheduler", "time"),
-    [
-        (DDPMPipeline, DDPMScheduler(), "positional"),
-        (ScoreSdeVePipeline, ScoreSdeVeScheduler(), "fourier"),
-        (KarrasVePipeline, KarrasVeScheduler(), "fourier"),
-    ],
-    ids=name_of,
-)
-def test_the_pipelines_of_diffusers_run_the_model(peer, scheduler, time):
-    """Also those whose timesteps are noise levels, and that this project's pipeline has no loop for."""
-    unet = UNet2DModel(**TINY, time_embedding_type=time).eval()
-    model = DIAUNet2DModel.from_unet(unet)
-    first, second = (
-        peer(network, scheduler)(
-            batch_size=2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np"
-        ).images
-        for network in (unet, model)
-    )
-    assert np.isfinite(first).all()
-    assert np.array_equal(first, second)
-
-
-@pytest.mark.parametrize("scheduler", [DDIMScheduler(), EulerDiscreteScheduler(), EDMEulerScheduler()], ids=name_of)
-def test_latents_are_the_noise_that_would_be_drawn(scheduler):
-    """They are scaled to the scheduler's first noise level here, as in diffusers' other pipelines."""
-    unet = DIAUNet2DModel(**TINY).eval()
-    noise = torch.cat([torch.randn(1, 3, 8, 8, generator=generator) for generator in generators(4)])
-    assert torch.equal(draw(unet, scheduler, steps=3, latents=noise), draw(unet, scheduler, steps=3))
-
-
-# For each other kind of noise: a UNet that knows the answer, and the configuration that such a model is saved with.
-OTHER_KINDS = {
-    NoiseKind.EDM: (EDMGaussianUNet, EDMEulerScheduler()),
-    NoiseKind.FLOW: (FlowGaussianUNet, FlowMatchEulerDiscreteScheduler()),
-}
-NAMED = [(kind, name) for kind in OTHER_KINDS for name in FAMILIES[kind].samplers]
-
-
-@pytest.mark.parametrize(("kind", "name"), NAMED, ids=str)
-def test_every_scheduler_of_edm_and_of_flows_lands_on_the_distribution(kind, name):
-    unet, saved = OTHER_KINDS[kind]
-    # More pixels than above, and more exact: mean and variance, and no covariance of neighbours or of images.
-    images = draw(unet(sample_size=64), make_scheduler(name, saved.config))
-    assert images.mean().item() == pytest.approx(MEAN, abs=0.015)
-    assert images.std().item() == pytest.approx(STD, abs=0.02)
-    deviation = (images - images.mean()) / images.std()
-    assert (deviation[..., 1:] * deviation[..., :-1]).mean().abs() < 0.03
-    assert (deviation[0] * deviation[1]).mean().abs() < 0.05
-
-
-@pytest.mark.parametrize("data", [0.2, 0.5, 1.5])
-@pytest.mark.parametrize("name", FAMILIES[NoiseKind.EDM].samplers)
-def test_sigma_data_goes_from_the_saved_scheduler_to_every_other(name, data):
-    unet = EDMGaussianUNet()
-    unet.data = data
-    scheduler = make_scheduler(name, EDMDPMSolverMultistepScheduler(sigma_data=data, solver_order=3).config)
-    assert_is_the_distribution(draw(unet, scheduler))
-    assert scheduler.config.sigma_data == data
-    assert scheduler.config.get("solver_order", 2) == 2
-
-
-@pytest.mark.parametrize("name", FAMILIES[NoiseKind.FLOW].samplers)
-def test_a_shift_goes_from_the_saved_scheduler_to_every_other(name):
-    """The times of all samplers are shifted alike, and the distribution is still that of the data."""
-    saved = make_scheduler("dpm", FlowMatchHeunDiscreteScheduler(shift=3.0).config).config
-    scheduler = make_scheduler(name, json.loads(json.dumps(dict(saved))))
-    assert_is_the_distribution(draw(FlowGaussianUNet(), scheduler))
-    middle = scheduler.sigmas[len(scheduler.sigmas) // 2].item()
-    assert middle == pytest.approx(0.75, abs=0.02)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7])
-@pytest.mark.parametrize(("kind", "name"), NAMED, ids=str)
-def test_a_pipeline_can_be_called_again_and_with_any_number_of_steps(kind, name, steps):
-    """Their place among the steps, and Heun's first half, must not be left over from the call before."""
-    unet, saved = OTHER_KINDS[kind]
-    pipe = DIAUNetPipeline(unet(sample_size=8), make_scheduler(name, saved.config))
-    pipe.set_progress_bar_config(disable=True)
-    evaluated = []
-
-    def stop(pipeline, index, timestep, tensors):
-        evaluated.append(timestep)
-        pipeline._interrupt = len(evaluated) == stop_at
-        return tensors
-
-    def images(**arguments):
-        return pipe(4, steps, generators(4), output_type="latent", callback_on_step_end=stop, **arguments).images
-
-    stop_at = 2
-    images()
-    stop_at, evaluated = 0, []
-    first = images()
-    assert first.isfinite().all()
-    # All but the last of Heun's steps are two.
-    assert len(evaluated) == (2 * steps - 1 if name == "heun" else steps) == len(pipe.scheduler.timesteps)
-    assert torch.equal(images(), first)
-
-
-@pytest.mark.parametrize("kind", NoiseKind)
-@pytest.mark.parametrize("other", NoiseKind)
-def test_a_scheduler_of_another_kind_is_refused_in_a_pipeline(kind, other):
-    """Fresh, or made from the configuration of the one before: it would give noise, or something near to images."""
-    saved = {NoiseKind.BETAS: DDPMScheduler()} | {key: value for key, (_, value) in OTHER_KINDS.items()}
-    pipe = DIAUNetPipeline(ShrinkingUNet(), saved[kind])
-    for class_name, options in FAMILIES[other].samplers.values():
-        for scheduler in (
-            getattr(diffusers, class_name)(**options),
-            getattr(diffusers, class_name).from_config(json.loads(saved[kind].to_json_string()), **options),
-        ):
-            pipe.scheduler = scheduler
-            if other is kind:
-                assert pipe(num_inference_steps=2, output_type="latent").images.isfinite().all()
-                continue
-            with pytest.raises(UsageError, match=rf"{class_name} does not fit .*{kind.value}\.from_config"):
-                pipe(num_inference_steps=2)
-
-
-@pytest.mark.parametrize(("kind", "name"), NAMED, ids=str)
-def test_models_of_edm_and_of_flows_in_half_precision(kind, name):
-    unet = DIAUNet2DModel(**TINY).to(dtype=torch.bfloat16)
-    images = draw(unet, make_scheduler(name, OTHER_KINDS[kind][1].config), steps=4)
     assert images.dtype == torch.bfloat16
     assert images.isfinite().all()

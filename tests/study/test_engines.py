@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-from test_study import write_study
 
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
@@ -17,6 +16,7 @@ from dia_diffusion.study.description import load_study
 from dia_diffusion.study.engine import Task, run_tasks
 from dia_diffusion.study.local import LocalEngine
 from dia_diffusion.study.single_run import complete, read_result
+from small_studies import write_study
 from training_runs import fresh_state
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -20,49 +19,16 @@ from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
 from dia_diffusion.study import compare, run_study
-from dia_diffusion.study.description import load_study
 from dia_diffusion.study.report import format_table, save_figure, summarise
 from dia_diffusion.study.single_run import complete, count_spikes, read_result, read_timing, time_step
-from dia_diffusion.training import Objective, build_unet
+from dia_diffusion.training import Objective
+from small_studies import VARIANTS, runs_of, write_study
 from training_runs import fresh_state
-
-STUDIES = Path(__file__).parents[2] / "studies"
-
-COMMON = {
-    "dataset_name": "digits",
-    "resolution": 8,
-    "block_out_channels": [32, 32],
-    "layers_per_block": 1,
-    "dia_hidden_size": 8,
-    "train_batch_size": 8,
-    "max_train_steps": 24,
-    "lr_warmup_steps": 2,
-    "learning_rate": 1e-3,
-    "logging_steps": 2,
-    "checkpointing_steps": 2,
-    "validation_steps": 100,
-    "eval_batch_size": 1,
-    "ddpm_num_inference_steps": 2,
-    "use_ema": True,
-}
-VARIANTS = {"plain": {"dia_attention": "none"}, "dia": None}
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     fresh_state()
-
-
-def write_study(path, variants=VARIANTS, common=None, **options):
-    options = {"baseline": "plain", "seeds": [0, 1], "num_images": 0, "loss_draws": 2, "timing_rounds": 0} | options
-    options |= {"variants": variants, "common": COMMON | (common or {})}
-    path.write_text(yaml.safe_dump(options, sort_keys=False))
-    return path
-
-
-def runs_of(path, folder):
-    study = load_study(path)
-    return study, study.runs(folder)
 
 
 @pytest.fixture(scope="module")
@@ -184,22 +150,6 @@ def test_statistics_agree_with_formulas_and_with_scipy():
     assert (itself["difference"], itself["difference_interval"], itself["p_value"]) == (0, None, None)
 
 
-def test_unet_arguments_of_common_and_of_a_variant_are_merged(tmp_path):
-    """A variant says what it has otherwise, whichever way the arguments are written."""
-    variants = {
-        "plain": {},
-        "text": {"unet_arguments": "{norm_num_groups: 8}"},
-        "flat": {"norm_eps": 0.1, "act_fn": "relu"},
-        "both": {"unet_arguments": {"norm_eps": 0.1}, "act_fn": "relu"},
-    }
-    common = {"unet_arguments": {"norm_num_groups": 16, "norm_eps": 1e-3}, "act_fn": "gelu"}
-    path = write_study(tmp_path / "study.yaml", variants, common, seeds=[0])
-    arguments = {run.variant: run.config.model.unet_arguments for run in runs_of(path, tmp_path)[1]}
-    assert arguments["plain"] == {"norm_num_groups": 16, "norm_eps": 1e-3, "act_fn": "gelu"}
-    assert arguments["text"] == {"norm_num_groups": 8, "norm_eps": 1e-3, "act_fn": "gelu"}
-    assert arguments["flat"] == arguments["both"] == {"norm_num_groups": 16, "norm_eps": 0.1, "act_fn": "relu"}
-
-
 @pytest.mark.parametrize(
     ("options", "differing"),
     [
@@ -289,35 +239,6 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd):
     assert len(json.loads((tmp_path / "out" / "study.json").read_text())["runs"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"baseline": "plane"}, "the baseline 'plane' must be one of"),
-        ({"seeds": [1, 1]}, "seeds must be a list of different numbers"),
-        ({"variants": {"plain": {"dia_atention": "none"}}}, "variant 'plain': 'dia_atention' is neither"),
-        ({"variants": {"plain": {"seed": 3}}}, "'seed' cannot be set for the runs of a study: list 'seeds'"),
-        ({"variants": {"plain": {}, "../up": {}}}, r"variant '../up': its name may have"),
-        ({"variants": {"plain": {}, "long": {"max_train_steps": 9}}}, "a study compares at equal steps"),
-        (
-            {"variants": {"plain": {"max_train_steps": 24}}, "common": {"max_train_steps": None}},
-            "in 'common', and in no",
-        ),
-        ({"variants": {"plain": {}, "other": 5}}, "'other' must list options, each with its value, but is 5"),
-        ({"seeds": 3}, "seeds must be a list of numbers from 0"),
-        ({"seeds": [-1]}, "each of the seeds must be at least 0, but is -1"),
-        ({"seeds": ["one"]}, "each of the seeds must be a whole number, but is 'one'"),
-        ({"num_images": "many"}, "num_images must be a whole number, but is 'many'"),
-        ({"num_images": True}, "num_images must be a whole number, but is 'True'"),
-        ({"loss_draws": 0}, "loss_draws must be at least 1, but is 0"),
-        ({"sedes": [1]}, "must have the keys baseline, seeds, variants"),
-    ],
-)
-def test_mistakes_are_named(tmp_path, changes, words):
-    path = write_study(tmp_path / "study.yaml", **changes)
-    with pytest.raises(UsageError, match=words):
-        load_study(path)
-
-
 def test_two_processes_do_not_work_on_one_study(tmp_path):
     path, folder = write_study(tmp_path / "study.yaml"), tmp_path / "out"
     folder.mkdir()
@@ -326,23 +247,8 @@ def test_two_processes_do_not_work_on_one_study(tmp_path):
     assert [entry.name for entry in folder.iterdir()] == [".lock"]
 
 
-def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
-    path = write_study(tmp_path / "study.yaml")
-    path.write_text(path.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3"))
-    assert yaml.safe_load(path.read_text())["common"]["learning_rate"] == "1e-3"
-    assert {run.config.optimisation.learning_rate for run in runs_of(path, tmp_path)[1]} == {1e-3}
-
-
 def test_runs_of_another_description_are_not_mixed_in(undisturbed, tmp_path):
     _, folder, _ = undisturbed
     path = write_study(tmp_path / "study.yaml", common={"learning_rate": 2e-3})
     with pytest.raises(UsageError, match=r"trained with other options: learning_rate is 0.002, was 0.001"):
         run_study(path, folder)
-
-
-@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_studies_that_come_with_the_project_can_be_built(path):
-    study = load_study(path)
-    for variant in study.variants:
-        config = study.config(variant, study.seeds[0], Path("study"))
-        build_unet(config.model, config.data.resolution, channels=1, num_classes=None)
