@@ -14,20 +14,23 @@ from dia_diffusion.training.held_out import _shuffling_stride
 from dia_diffusion.training.objectives import DDPM, EDM, Flow
 
 
+class Zero(nn.Module):
+    """Predicts zero, and keeps what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.samples, self.timesteps = [], []
+
+    def forward(self, sample, timestep, class_labels=None):
+        self.samples.append(sample)
+        self.timesteps.append(timestep)
+        return UNet2DOutput(sample=torch.zeros_like(sample))
+
+
 def test_held_out_loss_is_the_same_each_time_and_for_each_batch_size():
     data = prepare_pixels(load_digits_dataset()["test"], 8)
     objective = DDPM()
-
-    class Zero(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def forward(self, sample, timestep, class_labels=None):
-            steps.append(timestep)
-            return UNet2DOutput(sample=torch.zeros_like(sample))
-
-    steps = []
     unet = Zero().train()
     loss = held_out_loss(unet, objective, data, batch_size=360)
     assert unet.training
@@ -35,33 +38,22 @@ def test_held_out_loss_is_the_same_each_time_and_for_each_batch_size():
     assert held_out_loss(unet, objective, data, batch_size=100) == pytest.approx(loss, rel=1e-6)
     assert abs(loss - 1) < 0.02
     # Each part of the schedule is seen equally often.
-    histogram = torch.histc(steps[0].float(), bins=5, min=0, max=1000)
+    histogram = torch.histc(unet.timesteps[0].float(), bins=5, min=0, max=1000)
     assert histogram.min() >= 70
 
 
 def test_held_out_loss_with_several_draws_spreads_the_timesteps_of_each_image():
     data = prepare_pixels(load_digits_dataset()["test"], 8)
     images = to_unit_range(data.fetch(range(0, 360, 36))["images"])
-    seen = []
-
-    class Recording(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def forward(self, sample, timestep, class_labels=None):
-            seen.append((sample, timestep))
-            return UNet2DOutput(sample=torch.zeros_like(sample))
-
-    objective = DDPM()
-    loss = held_out_loss(Recording(), objective, data, batch_size=4, limit=10, draws=4)
-    timesteps = torch.cat([timestep for _, timestep in seen]).view(4, 10)
+    objective, unet = DDPM(), Zero()
+    loss = held_out_loss(unet, objective, data, batch_size=4, limit=10, draws=4)
+    timesteps = torch.cat(unet.timesteps).view(4, 10)
     assert sorted(timesteps.flatten().tolist()) == [12 + 25 * n for n in range(40)]
     # The four of an image lie evenly too, each in a quarter of the schedule of its own.
     assert all(sorted(column.tolist()) == [0, 1, 2, 3] for column in (timesteps // 250).T)
     # The noise that was added, computed back from what the model was shown, is what the loss compares with.
     signal = objective.scheduler.alphas_cumprod[timesteps].view(4, 10, 1, 1, 1)
-    noisy = torch.cat([sample for sample, _ in seen]).view(4, 10, 1, 8, 8)
+    noisy = torch.cat(unet.samples).view(4, 10, 1, 8, 8)
     noise = (noisy - signal.sqrt() * images) / (1 - signal).sqrt()
     assert loss == pytest.approx(noise.square().mean().item(), rel=1e-4)
     assert not torch.allclose(noise[0], noise[1], atol=0.1)
@@ -71,23 +63,13 @@ def test_held_out_loss_with_several_draws_spreads_the_timesteps_of_each_image():
 def test_continuous_levels_are_spread_evenly_over_those_of_training(objective):
     """Of 400 held-out levels, 40 lie in each tenth of the levels that training draws."""
     data = prepare_pixels(load_digits_dataset()["test"], 8)
-    timesteps = []
-
-    class Recording(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def forward(self, sample, timestep, class_labels=None):
-            timesteps.append(timestep)
-            return UNet2DOutput(sample=torch.zeros_like(sample))
-
-    held_out_loss(Recording(), objective, data, batch_size=100, limit=200, draws=2)
+    unet = Zero()
+    held_out_loss(unet, objective, data, batch_size=100, limit=200, draws=2)
     drawn = objective.draw_levels(200_000, torch.Generator().manual_seed(0), "cpu")
     images = torch.zeros(len(drawn), 1, 1, 1)
     drawn = objective.lesson(images, images, drawn).timesteps
     tenths = drawn.quantile(torch.linspace(0, 1, 11)[1:-1])
-    counts = torch.bucketize(torch.cat(timesteps), tenths).bincount(minlength=10)
+    counts = torch.bucketize(torch.cat(unet.timesteps), tenths).bincount(minlength=10)
     assert ((counts - 40).abs() <= 1).all(), counts
 
 
@@ -98,20 +80,10 @@ def class_sorted(count):
 
 
 def record_held_out_loss(data, **options):
-    """The images that the model was shown, by the noise that was taken off again, and the timesteps."""
-    seen = []
-
-    class Recording(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def forward(self, sample, timestep, class_labels=None):
-            seen.append(timestep)
-            return UNet2DOutput(sample=torch.zeros_like(sample))
-
-    held_out_loss(Recording(), DDPM(), data, batch_size=64, **options)
-    return torch.cat(seen)
+    """The timesteps that the model was shown."""
+    unet = Zero()
+    held_out_loss(unet, DDPM(), data, batch_size=64, **options)
+    return torch.cat(unet.timesteps)
 
 
 def test_held_out_loss_is_spread_over_the_images(monkeypatch):
