@@ -59,7 +59,8 @@ def model(tmp_path_factory):
 def somewhere(model, tmp_path, monkeypatch):
     """A folder with a model where the documentation has one, and with what its commands name."""
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "digits").symlink_to(model)
+    for name in ("digits", "guide"):
+        (tmp_path / "runs" / name).symlink_to(model)
     (tmp_path / "studies").symlink_to(ROOT / "studies")
     monkeypatch.chdir(tmp_path)
     return tmp_path
