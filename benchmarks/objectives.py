@@ -3,7 +3,8 @@
     python benchmarks/objectives.py              the best network there can be, in closed form: what the samplers lose
     python benchmarks/objectives.py STUDY        networks that were trained: what is gained by each objective
 
-STUDY is the folder that `dia study studies/objectives.yaml` leaves. The distance is that of `dia evaluate`, in the
+STUDY is the folder that `dia study studies/objectives.yaml` leaves; a variant there is named after its objective, and
+what follows a hyphen. The distance is that of `dia evaluate`, in the
 features of the digits, to the training images. All samplers are compared at equal evaluations of the model: Heun's
 method takes half as many steps.
 
@@ -30,6 +31,7 @@ from dia_diffusion.errors import UsageError
 from dia_diffusion.process import tune_process
 from dia_diffusion.sampling import load_pipeline, make_scheduler
 from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
+from dia_diffusion.study import compare
 from dia_diffusion.training import OBJECTIVES
 from measuring import RESULTS, row, save_result
 
@@ -100,11 +102,11 @@ def best_pipelines(images: PixelDataset) -> Iterator[tuple[str, DIAUNetPipeline]
 
 
 def trained_pipelines(study: Path) -> Iterator[tuple[str, DIAUNetPipeline]]:
-    for name in OBJECTIVES:
-        for folder in sorted(study.glob(f"{name}/seed-*")):
+    for variant in sorted(path for path in study.iterdir() if path.is_dir()):
+        for folder in sorted(variant.glob("seed-*")):
             # Of a run that is not finished there is none.
             if (folder / "result.json").exists():
-                yield name, load_pipeline(str(folder), device="cuda" if torch.cuda.is_available() else "cpu")
+                yield variant.name, load_pipeline(str(folder), device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measure(
@@ -120,7 +122,7 @@ def measure(
     extractor = get_extractor(DATA)
     for seed, (name, pipeline) in enumerate(pipelines):
         config = pipeline.scheduler.config
-        for sampler in SAMPLERS[name]:
+        for sampler in SAMPLERS[name.partition("-")[0]]:
             points = curves.setdefault(name, {}).setdefault(sampler, [[] for _ in evaluations])
             for number, point in zip(evaluations, points, strict=True):
                 pipeline.scheduler = make_scheduler(sampler, config)
@@ -130,6 +132,23 @@ def measure(
                 point.append(scores["fid"])
                 floor = scores["floor"]["fid"]
     return curves, floor
+
+
+def compare_best(curves: Curves, evaluations: Sequence[int]) -> Iterator[str]:
+    """A line for each variant and number of evaluations: its best sampler, against the best of the first variant."""
+    for place, number in enumerate(evaluations):
+        best = {
+            name: min(samplers, key=lambda s: statistics.mean(samplers[s][place])) for name, samplers in curves.items()
+        }
+        points = {name: dict(enumerate(curves[name][sampler][place])) for name, sampler in best.items()}
+        first = next(iter(curves))
+        for name, values in points.items():
+            figures = compare(values, points[first] if name != first else {})
+            line = f"{number} evaluations: {name}, {best[name]}: {figures['mean']:.3f}"
+            if figures["difference_interval"]:
+                low, high = figures["difference_interval"]
+                line += f", {figures['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p {figures['p_value']:.3f}"
+            yield line
 
 
 def draw(curves: Curves, evaluations: Sequence[int], floor: float, path: Path) -> None:
@@ -180,6 +199,8 @@ def main() -> int:
         for number, point in zip(options.evaluations, points, strict=True)
     ]
     more = {"num_images": options.num_images, "evaluations": list(options.evaluations)}
+    print("The best sampler of each, and its difference to that of the first, paired by seed:")
+    print(*compare_best(curves, options.evaluations), sep="\n")
     save_result(options.output, rows, curves=curves, floor=floor, **more)
     draw(curves, options.evaluations, floor, options.picture)
     return 0
