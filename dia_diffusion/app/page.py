@@ -111,6 +111,7 @@ def _controls(maker: Maker) -> list[gr.components.Component]:
     """What a request is made of, in the order of `_read`."""
     pipeline = maker.pipeline
     classes, names = pipeline.null_class, pipeline.class_names
+    guided = classes is not None or pipeline.guide is not None
     labels = [(_ALL_CLASSES, -1), *((names[n] if names else str(n), n) for n in range(classes or 0))]
     return [
         gr.Dropdown(labels, value=-1, label="Class", visible=classes is not None),
@@ -121,7 +122,7 @@ def _controls(maker: Maker) -> list[gr.components.Component]:
             label="Sampler",
             info=f"Its own: {type(pipeline.scheduler).__name__}",
         ),
-        gr.Slider(1, 10, value=1, step=0.5, label="Guidance", info="1: none", visible=classes is not None),
+        gr.Slider(1, 10, value=1, step=0.25, label="Guidance", info="1: none", visible=guided),
         gr.Slider(1, _MOST_IMAGES, value=10, step=1, label="Number"),
     ]
 

@@ -58,6 +58,14 @@ def test_the_images_are_those_of_dia_sample(pipeline, settings):
     assert not torch.equal(pictures[-1], pictures[0])
 
 
+def test_a_guide_is_followed(pipeline):
+    pipeline.guide = DIAUNet2DModel.from_config(pipeline.unet.config).eval()
+    request = Request((0, 1), steps=3, guidance_scale=2.0)
+    made = last_images(Maker(pipeline).make(request))
+    assert torch.equal(made, sample_batch(pipeline, (0, 1), 3, guidance_scale=2.0))
+    assert not torch.equal(made, sample_batch(pipeline, (0, 1), 3))
+
+
 def test_another_sampler_is_for_one_request(pipeline):
     maker = Maker(pipeline)
     own = last_images(maker.make(Request((0,), steps=3)))
