@@ -70,6 +70,17 @@ def make_model(options: argparse.Namespace, resolution: int, channels: int, clas
     return model.to(memory_format=torch.channels_last)
 
 
+def make_optimizer(
+    options: argparse.Namespace, model: nn.Module, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    settings = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    if options.model == "vit":
+        optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **settings)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
 def train(options: argparse.Namespace) -> dict:
     """Trains and tests; writes and returns the result."""
     set_seed(options.seed)
@@ -83,18 +94,12 @@ def train(options: argparse.Namespace) -> dict:
     std, mean = torch.std_mean(train_set.pixels.float(), (0, 2, 3), keepdim=True)
 
     model = make_model(options, options.resolution, train_set.pixels.shape[1], train_set.classes)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    of_attention = sum(value.numel() for name, value in model.named_parameters() if name.startswith("dia."))
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    of_attention = sum(count for name, count in parameters.items() if name.startswith("dia."))
     size, number = options.batch_size * accelerator.num_processes, len(train_set.labels)
     # The last, smaller batch of an epoch is left out.
     used = number // size * size or number
-    if options.model == "vit":
-        optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_decay=options.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(
-            model.parameters(), options.learning_rate, momentum=0.9, weight_decay=options.weight_decay
-        )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs * -(-used // size))
+    optimizer, schedule = make_optimizer(options, model, options.epochs * -(-used // size))
     model, optimizer = accelerator.prepare(model, optimizer)
     metrics = {"loss": MeanMetric(), "accuracy": Accuracy(task="multiclass", num_classes=train_set.classes)}
 
@@ -131,21 +136,27 @@ def train(options: argparse.Namespace) -> dict:
     result = {
         "accuracy": held["accuracy"],
         "loss": held["loss"],
-        "parameters": parameters,
+        "parameters": sum(parameters.values()),
         "attention_parameters": of_attention,
         "seconds": round(time.perf_counter() - start, 1),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "history": history,
     }
     if accelerator.is_main_process:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        model = accelerator.unwrap_model(model).eval()
-        if of_attention:
-            result["correlation"] = correlate_maps(model, test_set, mean, std)
-        save_classifier(model, options.output_dir, options.resolution, mean, std)
-        save_curves(history, options.output_dir / "curves.png")
-        replace_text(options.output_dir / "result.json", json.dumps(result, indent=2))
+        leave(options, result, accelerator.unwrap_model(model).eval(), test_set, mean, std)
     return result
+
+
+def leave(
+    options: argparse.Namespace, result: dict, model: nn.Module, test_set: Images, mean: Tensor, std: Tensor
+) -> None:
+    """The model, a picture of its curves and the result, completed by what the maps of its attention have in common."""
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    if result["attention_parameters"]:
+        result["correlation"] = correlate_maps(model, test_set, mean, std)
+    save_classifier(model, options.output_dir, options.resolution, mean, std)
+    save_curves(result["history"], options.output_dir / "curves.png")
+    replace_text(options.output_dir / "result.json", json.dumps(result, indent=2))
 
 
 def save_curves(history: list[dict[str, float]], path: Path) -> None:
