@@ -1,5 +1,5 @@
-"""The command lines: `dia train`, which is also what `train_unet.py` calls, `dia sample`, `dia evaluate`, `dia analyze`
-and `dia study`."""
+"""The command lines: `dia train`, which is also what `train_unet.py` calls, `dia sample`, `dia evaluate`, `dia analyze`,
+`dia app` and `dia study`."""
 
 import argparse
 import os
@@ -14,6 +14,8 @@ from .errors import UsageError
 from .process import Interrupted, end_with_launcher, quiet_dependencies, start_missing_processes, tune_process
 from .ranges import COUNT, NATURAL, Range, number_type
 from .suggestions import SuggestingParser
+
+Commands = argparse._SubParsersAction
 
 # Imports of torch and diffusers stand inside the functions: `dia --help` should not wait for them.
 
@@ -85,7 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
 
     commands.add_parser("train", help="train a model, as train_unet.py does; dia train --help lists its options")
+    for add in (_add_sample, _add_evaluate, _add_analyze, _add_app, _add_study):
+        add(commands)
+    return parser
 
+
+def _add_sample(commands: Commands) -> None:
     sample = commands.add_parser(
         "sample", aliases=["generate"], help="generate images", description="Generate images as PNG files."
     )
@@ -98,6 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--overwrite", action="store_true", help="replace the images of an earlier call there")
 
+
+def _add_evaluate(commands: Commands) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         aliases=["eval"],
@@ -134,6 +143,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_sampling_options(evaluate, num_images=10000)
 
+
+def _add_analyze(commands: Commands) -> None:
     analyze = commands.add_parser(
         "analyze",
         help="look at the attention maps of a model",
@@ -164,6 +175,8 @@ def make_parser() -> argparse.ArgumentParser:
     analyze.add_argument("--output_dir", type=_path, default=Path("analysis"), help="where to (default: analysis)")
     analyze.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
 
+
+def _add_app(commands: Commands) -> None:
     app = commands.add_parser(
         "app", help="try a model in a browser", description="A page to try a model (pip install 'dia-diffusion[app]')."
     )
@@ -171,6 +184,8 @@ def make_parser() -> argparse.ArgumentParser:
     app.add_argument("model", type=os.path.expanduser, help="folder or Hub id of a pipeline")
     app.add_argument("--device", help="for example cpu or cuda; by default a GPU where there is one")
 
+
+def _add_study(commands: Commands) -> None:
     study = commands.add_parser(
         "study", help="compare variants over seeds", description="Train and score variants of a model over seeds."
     )
@@ -192,7 +207,6 @@ def make_parser() -> argparse.ArgumentParser:
         type=number_type(float, Range(least=0, most=1)),
         help="with --ray: the share of a GPU that a run takes (default: 1 if the cluster has GPUs)",
     )
-    return parser
 
 
 def _path(text: str) -> Path:
