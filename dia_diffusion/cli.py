@@ -1,5 +1,5 @@
-"""The command lines: `dia train`, which is also what `train_unet.py` calls, `dia sample`, `dia evaluate`, `dia analyze`,
-`dia app` and `dia study`."""
+"""The command lines: `dia train`, which is also what `train_unet.py` calls, `dia sample`, `dia evaluate`,
+`dia analyze`, `dia app` and `dia study`."""
 
 import argparse
 import os
