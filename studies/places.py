@@ -1,28 +1,37 @@
-"""Where shared attention acts: the residual branch, the long skip connections, both, or before the second convolution.
+"""Where shared attention acts: the residual branch, the long skip connections, both, before the second convolution, or
+behind the depthwise convolutions of another UNet.
 
-    python studies/places.py studies/cifar10.yaml --variant skips --seed 0 --steps 1500
+    python studies/places.py studies/cifar10.yaml --variants plain branches skips --seeds 0 1 --steps 1000
+    python studies/places.py studies/cifar10.yaml --variants depthwise depthwise-dia --seeds 0 1 --steps 1000
 
-Trains one UNet as the plain variant of that study is trained, with the gates of one LSTM that starts from zero at the
-named place, and adds its held-out loss to `runs/places.json`. An experiment: none of these places but the first is in
-the package.
+Trains one UNet after the other as the plain variant of that study is trained, with the gates of one LSTM that starts
+from zero at the named place, adds each held-out loss to `runs/places.json`, and prints all that is there. What is there
+is not done again. The UNets of depthwise convolutions have no attention, that of DiCo or SE in each block, or DIA. An
+experiment: none of these places but the first is in the package.
 """
 
 import argparse
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from depthwise_unet import DepthwiseUNet
 from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from tqdm import tqdm
 
 from dia_diffusion import attach
+from dia_diffusion.data import PixelDataset
 from dia_diffusion.files import replace_text
+from dia_diffusion.study import compare
 from dia_diffusion.study.description import load_study
 from dia_diffusion.training import (
+    TrainingConfig,
     TrainingState,
     build_unet,
     draw_step,
@@ -85,20 +94,42 @@ def places(unet: UNet2DModel, variant: str) -> list[str]:
     ]
 
 
-VARIANTS = ("plain", "branches", "skips", "skips-after-down", "both", "before-conv2")
+# The arguments of `attach` for each variant of the UNet of depthwise convolutions.
+DEPTHWISE = {
+    "depthwise": None,
+    "depthwise-dico": None,
+    "depthwise-se": {"attention": "se", "sharing": "block"},
+    "depthwise-dia": {"time_conditioned": False, "hidden_size": 32},
+}
+VARIANTS = ("plain", "branches", "skips", "skips-after-down", "both", "before-conv2", *DEPTHWISE)
+
+
+def make(variant: str, config: TrainingConfig, data: PixelDataset) -> tuple[nn.Module, int]:
+    """The network of a variant, and how many of its parameters are the attention's."""
+    torch.manual_seed(config.optimisation.seed)
+    if variant in DEPTHWISE:
+        classes = data.num_classes and data.num_classes + 1
+        unet = DepthwiseUNet(data.channels, classes)
+        own = unet.add_own_attention() if variant == "depthwise-dico" else []
+        arguments, branches = DEPTHWISE[variant], unet.places()
+    else:
+        unet = build_unet(config.model, data.resolution, data.channels, data.num_classes).to_unet()
+        arguments = None if variant == "plain" else {"time_conditioned": False, "hidden_size": 32}
+        own, branches = [], places(unet, variant) if arguments else []
+    if arguments is not None:
+        own = [attach(unet, branches=branches, **arguments)]
+    return unet, sum(parameter.numel() for layer in own for parameter in layer.parameters())
 
 
 def train(study: str, variant: str, seed: int, steps: int) -> dict:
     described = load_study(study)
     config = described.config(described.baseline, seed, Path("runs"))
     config = replace(config, optimisation=replace(config.optimisation, max_train_steps=steps))
-    optimisation, accelerator = config.optimisation, Accelerator()
+    optimisation = config.optimisation
     data, held_out = load_pixels(config.data)
-    torch.manual_seed(seed)
-    unet = build_unet(config.model, data.resolution, data.channels, data.num_classes).to_unet()
-    plain = sum(parameter.numel() for parameter in unet.parameters())
-    if variant != "plain":
-        attach(unet, time_conditioned=False, hidden_size=32, branches=places(unet, variant))
+    unet, of_attention = make(variant, config, data)
+    AcceleratorState._reset_state()
+    accelerator = Accelerator()
     training = TrainingState(optimisation, accelerator, unet, steps)
     objective, size = config.objective.make(), optimisation.train_batch_size
     shape = (size, data.channels, data.resolution, data.resolution)
@@ -116,30 +147,53 @@ def train(study: str, variant: str, seed: int, steps: int) -> dict:
         training.update(step)
     with training.averaged() as averaged:
         loss = held_out_loss(averaged, objective, held_out, 250, len(held_out), described.loss_draws)
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
     return {
         "variant": variant,
         "seed": seed,
         "steps": steps,
-        "parameters": parameters,
-        "attention_parameters": parameters - plain,
+        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "attention_parameters": of_attention,
         "held_out_loss": loss,
     }
+
+
+def table(results: list[dict]) -> str:
+    """Held-out losses, and their differences to the variant without attention, paired by seed."""
+    rows = ["| variant | of attention | held-out loss | difference | p | runs |", "| --- " + "| ---: " * 5 + "|"]
+    for variant in dict.fromkeys(result["variant"] for result in results):
+        mine = [result for result in results if result["variant"] == variant]
+        baseline = "depthwise" if variant in DEPTHWISE else "plain"
+        losses = {result["seed"]: result["held_out_loss"] for result in mine}
+        without = {r["seed"]: r["held_out_loss"] for r in results if r["variant"] == baseline != variant}
+        figures = compare(losses, without)
+        cells = [variant, f"{mine[0]['attention_parameters']:,}", f"{figures['mean']:.5f}", "", "", str(len(mine))]
+        if figures["difference"] is not None:
+            mean = statistics.mean(without[seed] for seed in losses if seed in without)
+            cells[3] = f"{figures['difference'] / mean:+.2%}"
+        if figures["difference_interval"]:
+            cells[3] += " [{:+.2%}, {:+.2%}]".format(*(bound / mean for bound in figures["difference_interval"]))
+            cells[4] = f"{figures['p_value']:.3f}"
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study")
-    parser.add_argument("--variant", choices=VARIANTS, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=VARIANTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("runs/places.json"))
     options = parser.parse_args()
-    result = train(options.study, options.variant, options.seed, options.steps)
     results = json.loads(options.output.read_text()) if options.output.exists() else []
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(options.output, json.dumps([*results, result], indent=1))
-    print(result)
+    for seed in options.seeds:
+        for variant in options.variants:
+            wanted = {"variant": variant, "seed": seed, "steps": options.steps}
+            if not any(wanted.items() <= result.items() for result in results):
+                results.append(train(options.study, variant, seed, options.steps))
+                replace_text(options.output, json.dumps(results, indent=1))
+    print(table([result for result in results if result["steps"] == options.steps]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""The experiment with places of the gates: what is attached there, and that it changes nothing at first."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+from dia_diffusion.study.description import load_study
+from dia_diffusion.training import load_pixels
+from small_studies import write_study
+from training_runs import ROOT, fresh_state
+
+
+@pytest.fixture
+def places(monkeypatch):
+    fresh_state()
+    monkeypatch.syspath_prepend(ROOT / "studies")
+    return importlib.import_module("places")
+
+
+@pytest.fixture
+def study(tmp_path):
+    common = {"block_out_channels": [16, 32], "class_conditional": True, "norm_num_groups": 8, "dia_attention": "none"}
+    return write_study(tmp_path / "study.yaml", {"plain": {}}, common)
+
+
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_gates_at_each_place_change_nothing_at_first_and_something_later(places, study, tmp_path):
+    described = load_study(study)
+    config = described.config("plain", 0, tmp_path)
+    data, _ = load_pixels(config.data)
+    sample, labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 10])
+    outputs, sizes = {}, {}
+    for variant in places.VARIANTS:
+        unet, of_attention = places.make(variant, config, data)
+        with torch.no_grad():
+            outputs[variant] = unet(sample, torch.tensor([5, 700]), labels).sample
+        sizes[variant] = count(unet) - of_attention
+        assert (of_attention > 0) == (variant not in ("plain", "depthwise"))
+        if not variant.startswith("depthwise") and variant != "plain":
+            for name, parameter in unet.named_parameters():
+                if name.startswith("dia."):
+                    torch.nn.init.normal_(parameter, std=0.5)
+            with torch.no_grad():
+                assert not torch.allclose(unet(sample, torch.tensor([5, 700]), labels).sample, outputs[variant])
+    for variant, output in outputs.items():
+        like = "depthwise" if variant.startswith("depthwise") else "plain"
+        torch.testing.assert_close(output, outputs[like])
+        assert sizes[variant] == sizes[like]
+
+
+def test_runs_are_added_to_those_that_are_there(places, study, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "places.json"
+    for variants in (["plain", "skips"], ["skips", "depthwise", "depthwise-dia"]):
+        options = ["--variants", *variants, "--seeds", "0", "1", "--steps", "2", "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", ["places.py", str(study), *options])
+        places.main()
+    results = json.loads(output.read_text())
+    assert len(results) == 8
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[-4:] == ["plain", "skips", "depthwise", "depthwise-dia"]
