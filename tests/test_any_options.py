@@ -21,6 +21,7 @@ from PIL import Image
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main, train_main
 from dia_diffusion.training import OPTION_NAMES
+from tiny_unets import GREY
 from training_runs import TINY, fresh_state
 
 EXAMPLES = int(os.environ.get("DIA_EXAMPLES", "8"))
@@ -105,18 +106,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    unet = DIAUNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        dia_hidden_size=8,
-        num_class_embeds=3,
-    )
+    unet = DIAUNet2DModel(**GREY, dia_hidden_size=8, num_class_embeds=3)
     DIAUNetPipeline(unet, DDPMScheduler()).save_pretrained(folder)
     return folder
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main, train_main
+from tiny_unets import GREY
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,17 +21,7 @@ def model(tmp_path_factory):
     from diffusers import DDIMScheduler
 
     folder = tmp_path_factory.mktemp("model")
-    unet = DIAUNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 32),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        num_class_embeds=11,
-    )
+    unet = DIAUNet2DModel(**GREY | {"block_out_channels": (32, 32), "norm_num_groups": 8}, num_class_embeds=11)
     # Makes the class matter as it does in a trained model.
     for block in [module for module in unet.modules() if hasattr(module, "time_emb_proj")]:
         torch.nn.init.normal_(block.time_emb_proj.weight)

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main, make_parser
 from dia_diffusion.training import parse_arguments
+from tiny_unets import GREY
 from training_runs import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,18 +39,7 @@ COMMANDS = list(documented_commands())
 def model(tmp_path_factory):
     """A tiny model as that of the demo: of ten classes, 8x8 in grey."""
     folder = tmp_path_factory.mktemp("model")
-    unet = DIAUNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        norm_num_groups=4,
-        layers_per_block=1,
-        num_class_embeds=11,
-        dia_init="paper",
-    )
+    unet = DIAUNet2DModel(**GREY, num_class_embeds=11, dia_init="paper")
     names = {number: str(number) for number in range(10)}
     DIAUNetPipeline(unet, DDPMScheduler(), names).save_pretrained(folder)
     return folder

@@ -20,6 +20,17 @@ TINY = {
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     "dia_hidden_size": 8,
 }
+# As small as they get, for grey digits of 8x8 pixels.
+GREY = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownBlock2D",) * 2,
+    "up_block_types": ("UpBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
 PLAIN = {name: value for name, value in TINY.items() if not name.startswith("dia_")}
 
 

@@ -12,6 +12,7 @@ from browser import open_browser
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.app import Maker
 from dia_diffusion.sampling import make_scheduler, sample_batch
+from tiny_unets import GREY
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed (pip install 'dia-diffusion[app]')")
 
@@ -20,19 +21,7 @@ def make_pipeline():
     from diffusers import DDPMScheduler
 
     torch.manual_seed(1)
-    unet = DIAUNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        norm_num_groups=4,
-        layers_per_block=1,
-        num_class_embeds=3,
-        dia_init="paper",
-        dia_hidden_size=8,
-    )
+    unet = DIAUNet2DModel(**GREY, num_class_embeds=3, dia_init="paper", dia_hidden_size=8)
     scheduler = make_scheduler("ddim", DDPMScheduler().config)
     return DIAUNetPipeline(unet, scheduler, {0: "cat", 1: "dog"})
 

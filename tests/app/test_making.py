@@ -15,23 +15,13 @@ from dia_diffusion.app.making import vary_noise
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
 from dia_diffusion.sampling import image_generators, make_scheduler, sample_batch
-
-SMALL = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 8),
-    "down_block_types": ("DownBlock2D",) * 2,
-    "up_block_types": ("UpBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-}
+from tiny_unets import GREY
 
 
 @pytest.fixture
 def pipeline():
     torch.manual_seed(1)
-    unet = DIAUNet2DModel(**SMALL, num_class_embeds=4, dia_init="paper", dia_hidden_size=8)
+    unet = DIAUNet2DModel(**GREY, num_class_embeds=4, dia_init="paper", dia_hidden_size=8)
     return DIAUNetPipeline(unet, make_scheduler("dpm_sde", DDPMScheduler().config))
 
 
@@ -115,7 +105,7 @@ def test_a_variant_is_near_its_image_and_the_first_is_the_image(pipeline):
 
 
 def test_the_noise_of_variants_is_standard_normal_and_correlated_with_the_first(pipeline):
-    large = DIAUNetPipeline(UNet2DModel(**SMALL | {"sample_size": 128}), DDPMScheduler())
+    large = DIAUNetPipeline(UNet2DModel(**GREY | {"sample_size": 128}), DDPMScheduler())
     noise = vary_noise(large, Request((7,) * 3, variation=1), image_generators(0, (7,) * 3, "cpu")).flatten(1)
     assert noise.std(dim=1).tolist() == pytest.approx([1.0] * 3, abs=0.02)
     correlation = torch.corrcoef(noise)
@@ -156,7 +146,7 @@ def test_who_stops_listening_stops_the_work(pipeline):
 
 def test_pipelines_of_diffusers_are_shown_or_refused():
     torch.manual_seed(0)
-    plain = DDPMPipeline(UNet2DModel(**SMALL), DDIMScheduler())
+    plain = DDPMPipeline(UNet2DModel(**GREY), DDIMScheduler())
     maker = Maker(plain)
     assert not maker.has_attention
     moments = list(maker.make(Request((0, 1), steps=2)))
@@ -171,7 +161,7 @@ def test_pipelines_of_diffusers_are_shown_or_refused():
             raise AssertionError
 
     with pytest.raises(UsageError, match="not an unconditional pipeline"):
-        Maker(Other(UNet2DModel(**SMALL), DDIMScheduler()))
+        Maker(Other(UNet2DModel(**GREY), DDIMScheduler()))
 
 
 def test_a_new_request_stops_one_that_nobody_listens_to(pipeline):
@@ -193,9 +183,9 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
 def test_other_kinds_of_pipelines_are_shown_as_they_are_sampled(kind):
     torch.manual_seed(1)
     if kind == "flow":
-        pipeline = DIAUNetPipeline(DIAUNet2DModel(**SMALL, dia_init="paper"), FlowMatchEulerDiscreteScheduler())
+        pipeline = DIAUNetPipeline(DIAUNet2DModel(**GREY, dia_init="paper"), FlowMatchEulerDiscreteScheduler())
     else:
-        unet = DIAUNet2DModel(**SMALL | {"in_channels": 2, "out_channels": 2}, dia_init="paper")
+        unet = DIAUNet2DModel(**GREY | {"in_channels": 2, "out_channels": 2}, dia_init="paper")
         scheduler = DDIMScheduler(clip_sample=False)
         pipeline = DIAUNetPipeline(unet, scheduler, vae=random_vae())
     moments = list(Maker(pipeline).make(Request((0, 5), steps=3)))

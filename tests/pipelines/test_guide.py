@@ -15,21 +15,12 @@ from dia_diffusion.errors import UsageError
 from dia_diffusion.sampling import load_pipeline, sample_batch
 from dia_diffusion.scoring import PipelineImages
 from environments import run_python
-
-TINY = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
-}
+from tiny_unets import GREY
 
 
 def unet(seed=0, width=16, **arguments):
     torch.manual_seed(seed)
-    made = DIAUNet2DModel(**TINY | {"block_out_channels": (width, 2 * width), "dia_hidden_size": 8} | arguments).eval()
+    made = DIAUNet2DModel(**GREY | {"block_out_channels": (width, 2 * width), "dia_hidden_size": 8} | arguments).eval()
     for decoder in made.dia.decoders.values():
         torch.nn.init.normal_(decoder.weight)
     return made

@@ -17,6 +17,7 @@ from dia_diffusion.scoring.evaluation import METRICS
 from dia_diffusion.scoring.frechet import FrechetDistanceTo, Moments
 from dia_diffusion.scoring.metrics import inception_score, kernel_distance, precision_recall
 from dia_diffusion.scoring.reference import read_published
+from tiny_unets import GREY
 
 FIGURES = {
     "fid": ["fid", "fid_low", "fid_high", "fid_infinity"],
@@ -78,16 +79,7 @@ def floor(scores_of, test):
 @pytest.fixture
 def pipeline():
     torch.manual_seed(0)
-    unet = DIAUNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 32),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=8,
-    ).eval()
+    unet = DIAUNet2DModel(**GREY | {"block_out_channels": (32, 32), "norm_num_groups": 8}).eval()
     return DIAUNetPipeline(unet, DDIMScheduler())
 
 
