@@ -40,13 +40,14 @@ from dia_diffusion.files import replace_text
 from images_in_memory import Images
 from trained_classifier import correlate_maps, save_classifier
 
-# Arguments of `attach`: SE in each block; the paper's DIA, one cell a stage from state zero; the same with the state
-# carried from stage to stage; one for the whole network, with gates that start at 1.
+# Arguments of `attach`: SE in each block; the paper's DIA, one cell a stage from state zero; one cell for the whole
+# network, whose state is carried from stage to stage, with the paper's gates; the same with gates that start at 1. (A
+# stage comes once, so that cells of its own have no state to carry.)
 ATTENTIONS = {
     "none": None,
     "se": {"attention": "se", "sharing": "block", "init": "paper"},
     "dia_paper": {"sharing": "level", "bridge": "reset", "init": "paper"},
-    "dia_carry": {"sharing": "level", "bridge": "carry", "init": "paper"},
+    "dia_carry": {"init": "paper"},
     "dia_network": {},
 }
 

@@ -65,9 +65,10 @@ class SharedAttention(nn.Module):
             `network`: one module of width `hidden_size`, and for each channel width C one pair of linear adapters,
             C to `hidden_size` and back. `level`: one module for each channel width. `block`: one for each block.
         bridge (`str`, *optional*, defaults to `"carry"`):
-            How the LSTM's state enters another level. `carry` lets it go on. `reset` starts again as at the first
-            block. `skip` joins it with the one that the level in `joins` left behind: a learned convex combination for
-            each channel.
+            How the LSTM's state enters another level. `carry` lets it go on; with `sharing="level"` that of each width,
+            where this width comes again, so that in a network whose widths come once it is `reset`. `reset` starts
+            again as at the first block. `skip` joins it with the one that the level in `joins` left behind: a learned
+            convex combination for each channel.
         hidden_size (`int`, *optional*, defaults to 64): Width of the module with `sharing="network"`.
         reduction (`int`, *optional*, defaults to 4): Reduction ratio of bottlenecks.
         init (`str`, *optional*, defaults to `"identity"`):

@@ -122,6 +122,21 @@ def test_variants_of_a_seed_start_from_the_same_weights_and_see_the_same_images(
     assert shared["attention_parameters"] == shared["parameters"] - plain["parameters"] > 0
 
 
+def test_no_two_attentions_are_the_same_model(example):
+    """Of the same weights each makes something else, but the one whose gates start at 1."""
+    module, outputs = example("image_classification"), {}
+    resnet, images = example("cifar_resnet"), torch.randn(2, 3, 16, 16)
+    for name, arguments in module.ATTENTIONS.items():
+        torch.manual_seed(0)
+        model = resnet.ResNet(resnet.BasicBlock, 14, channels=3, classes=10).eval()
+        if arguments is not None:
+            attach(model, **arguments)
+        with torch.no_grad():
+            outputs[name] = model(images)
+    same = {tuple(sorted((a, b))) for a in outputs for b in outputs if a != b and torch.equal(outputs[a], outputs[b])}
+    assert same == {("dia_network", "none")}
+
+
 def test_parameters_of_the_attention(classify):
     """Of ResNet-14, two blocks each of 16, 32 and 64 channels."""
     se = classify("--depth", "14", "--attention", "se")["attention_parameters"]
