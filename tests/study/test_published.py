@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,12 @@ def test_a_table_is_that_of_its_raw_figures(name, columns, rows):
             elif column == "runs":
                 assert number(cell) == len(mine)
     assert compared >= 2
+
+
+def test_the_tool_prints_tables_in_this_form(monkeypatch, capsys):
+    figures, variants = str(DOCS / "study" / "digits_slope.json"), ["plain", "se-block-slope-16"]
+    monkeypatch.setattr(sys, "argv", ["published_table.py", figures, "--variants", *variants])
+    runpy.run_path(str(DOCS.parent / "tools" / "published_table.py"), run_name="__main__")
+    header, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == variants
+    test_a_table_is_that_of_its_raw_figures("digits_slope", header, rows)
