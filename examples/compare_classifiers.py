@@ -15,11 +15,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import image_classification
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text
+from dia_diffusion.process import end_with_parent
 from dia_diffusion.study import compare
 from dia_diffusion.training import read_yaml
 
@@ -111,6 +113,21 @@ def score_cells(figures: dict, form: str) -> list[str]:
     return [mean, difference, "" if figures["p_value"] is None else f"{figures['p_value']:.3f}"]
 
 
+def do(study: dict, root: Path, total: int, waiting: list[tuple[list[str], Path]], jobs: int) -> list[str]:
+    """Does the runs that have no result yet; returns what is to be said of those that failed."""
+    failures = []
+    with (
+        # Workers that outlived this process would go on with what another one does.
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool,
+        tqdm(total=total, initial=total - len(waiting), unit="run") as bar,
+    ):
+        for ended in as_completed([pool.submit(train, *run) for run in waiting]):
+            failures += [ended.result()] if ended.result() else []
+            summarise(study, root)
+            bar.update()
+    return failures
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
@@ -128,15 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
         waiting = [run for run in runs if not is_done(*run)]
     except UsageError as error:
         parser.error(str(error))
-    failures = []
-    with (
-        ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool,
-        tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar,
-    ):
-        for ended in as_completed([pool.submit(train, *run) for run in waiting]):
-            failures += [ended.result()] if ended.result() else []
-            summarise(study, root)
-            bar.update()
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(root / ".lock", timeout=0):
+            failures = do(study, root, len(runs), waiting, options.jobs)
+    except Timeout:
+        parser.error(f"another process is at work in '{root}': wait for it, or stop it.")
     summarise(study, root)
     print((root / "study.md").read_text(), *failures, sep="\n")
     return 1 if failures else 0

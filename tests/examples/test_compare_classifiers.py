@@ -2,11 +2,16 @@
 
 import json
 import statistics
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -53,6 +58,30 @@ def test_variants_are_paired_by_seed_and_finished_runs_are_kept(example, study, 
     with pytest.raises(SystemExit):
         main(study(variants=VARIANTS, common=COMMON | {"depth": 14}))
     assert "was trained with other options" in capsys.readouterr().err
+
+
+def test_a_second_process_is_refused(example, study, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    with FileLock(tmp_path / "runs" / ".lock"), pytest.raises(SystemExit):
+        example("compare_classifiers").main(study())
+    assert "another process is at work in" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no death signal")
+def test_a_kill_ends_its_workers_too(study, tmp_path):
+    options = study(common=COMMON | {"epochs": 10_000}, variants=VARIANTS, seeds=[0])
+    script = str(ROOT / "examples" / "compare_classifiers.py")
+    process = subprocess.Popen([sys.executable, script, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline, log = time.monotonic() + 120, tmp_path / "runs" / "plain" / "seed-0" / "log.txt"
+    while not log.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
 
 
 @pytest.mark.parametrize(
