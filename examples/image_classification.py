@@ -66,6 +66,9 @@ def make_model(options: argparse.Namespace, resolution: int, channels: int, clas
     else:
         block = {"resnet": BasicBlock, "resnet_bottleneck": Bottleneck}[options.model]
         model = ResNet(block, options.depth or 20, channels, classes)
+        for name, layer in model.named_modules():
+            if name.endswith(f".bn{block.layers}"):
+                nn.init.constant_(layer.weight, options.branch_scale)
     if ATTENTIONS[options.attention] is not None:
         attach(model, **ATTENTIONS[options.attention])
     return model.to(memory_format=torch.channels_last)
@@ -182,6 +185,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--depth", type=int, help="6n + 2; 9n + 2 with bottlenecks; layers of the vit; of a stage of the regnet"
     )
     parser.add_argument("--attention", choices=ATTENTIONS, default="dia_paper")
+    parser.add_argument(
+        "--branch_scale",
+        type=float,
+        default=1.0,
+        help="first weight of the last norm of each branch of a ResNet: below 1 a control for gates that start there",
+    )
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, help="0.1 for ResNets (SGD), 1e-3 for the vit (AdamW)")

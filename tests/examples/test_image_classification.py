@@ -1,4 +1,5 @@
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -120,6 +121,22 @@ def test_variants_of_a_seed_start_from_the_same_weights_and_see_the_same_images(
     assert plain["history"] == shared["history"] != other["history"]
     assert plain["attention_parameters"] == 0
     assert shared["attention_parameters"] == shared["parameters"] - plain["parameters"] > 0
+
+
+@pytest.mark.parametrize(("model", "depth"), [("resnet", 8), ("resnet_bottleneck", 11)])
+def test_a_branch_scale_is_a_constant_gate_at_first(example, model, depth):
+    """With branches at 0.5, and gates of 0.5 behind branches as they are, a fresh ResNet answers the same."""
+    module, images, answers = example("image_classification"), torch.randn(2, 3, 16, 16), []
+    for attention, scale in (("se", 1.0), ("none", 0.5)):
+        torch.manual_seed(0)
+        options = Namespace(model=model, depth=depth, attention=attention, branch_scale=scale)
+        network = module.make_model(options, 16, 3, 10).eval()
+        for name, parameter in network.named_parameters():
+            if name.startswith("dia."):
+                nn.init.zeros_(parameter)  # sigmoid(0)
+        with torch.no_grad():
+            answers.append(network(images))
+    torch.testing.assert_close(*answers)
 
 
 def test_no_two_attentions_are_the_same_model(example):
