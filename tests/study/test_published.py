@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 
 DOCS = Path(__file__).parents[2] / "docs"
-# The command above a table, or that belongs to it, and where its raw figures lie.
-COMMAND = re.compile(r"^    .*?(?:dia study|compare_classifiers\.py|places\.py) (studies/\S+\.yaml)(.*)$")
+# The command above a table: of the study, or of the table.
+STUDY = re.compile(r"^    .*?(?:dia study|compare_classifiers\.py|(places)\.py) studies/(\S+)\.yaml")
+TABLE = re.compile(r"^    python tools/published_table\.py docs/study/(\S+)\.json")
 SCORES = {
     "held-out loss": "held_out_loss",
     "Fréchet distance": "fid",
@@ -25,10 +26,11 @@ def published():
     """Each table: the file of its raw figures, its columns and its rows."""
     waiting, lines = [], iter((DOCS / "study.md").read_text().splitlines())
     for line in lines:
-        if command := COMMAND.match(line):
-            name = "places" if "places.py" in line else command[1].removeprefix("studies/").replace("/", "_")
-            waiting.append(name.removesuffix(".yaml"))
-        elif line.startswith("| variant |"):
+        study, table = STUDY.match(line), TABLE.match(line)
+        name = table[1] if table else study and (study[1] or study[2].replace("/", "_"))
+        if name and name not in waiting[-1:]:
+            waiting.append(name)
+        if line.startswith("| variant |"):
             columns = [cell.strip() for cell in line.strip("|").split("|")]
             next(lines)
             rows = []
