@@ -51,6 +51,8 @@ ATTENTIONS = {
     "dia_network": {},
 }
 
+RESNETS = {"resnet": BasicBlock, "resnet_bottleneck": Bottleneck}
+
 
 def make_model(options: argparse.Namespace, resolution: int, channels: int, classes: int) -> nn.Module:
     if options.model == "vit":
@@ -64,7 +66,7 @@ def make_model(options: argparse.Namespace, resolution: int, channels: int, clas
         config = RegNetConfig(num_channels=channels, num_labels=classes, **sizes, **layers)
         model = RegNetForImageClassification(config)
     else:
-        block = {"resnet": BasicBlock, "resnet_bottleneck": Bottleneck}[options.model]
+        block = RESNETS[options.model]
         model = ResNet(block, options.depth or 20, channels, classes)
         for name, layer in model.named_modules():
             if name.endswith(f".bn{block.layers}"):
@@ -87,6 +89,10 @@ def make_optimizer(
 
 def train(options: argparse.Namespace) -> dict:
     """Trains and tests; writes and returns the result."""
+    if options.branch_scale != 1 and options.model not in RESNETS:
+        raise UsageError(
+            f"--branch_scale {options.branch_scale} is for {' and '.join(RESNETS)}, not for {options.model}."
+        )
     set_seed(options.seed)
     accelerator = Accelerator()
     device, share = accelerator.device, slice(accelerator.process_index, None, accelerator.num_processes)

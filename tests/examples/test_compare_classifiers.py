@@ -93,7 +93,7 @@ def test_the_options_of_the_studies_that_come_with_the_project_are_known(example
     study = compare.load(path)
     for variant in study["variants"]:
         words = compare.command_line(study, variant, study["seeds"][0], path)
-        assert classification.main([*words, "--dataset_name", "digits", "--depth", "9"]) == 2
+        assert classification.main([*words, "--dataset_name", "digits", "--model", "resnet", "--depth", "9"]) == 2
         assert "--depth must be 6n + 2" in capsys.readouterr().err
 
 
@@ -142,7 +142,7 @@ def test_maps_are_correlated_over_all_images_and_within_classes(example, tmp_pat
     classification = example("image_classification")
     arguments = ["--attention", "se", "--depth", "14", "--epochs", "2", "--output_dir", str(tmp_path)]
     assert classification.main(arguments) == 0
-    options = classification.argparse.Namespace(model="resnet", depth=14, attention="se")
+    options = classification.argparse.Namespace(model="resnet", depth=14, attention="se", branch_scale=1.0)
     model = classification.make_model(options, 8, 1, 10).eval()
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     train, test = (

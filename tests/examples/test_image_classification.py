@@ -139,6 +139,11 @@ def test_a_branch_scale_is_a_constant_gate_at_first(example, model, depth):
     torch.testing.assert_close(*answers)
 
 
+def test_a_branch_scale_is_for_resnets(example, capsys):
+    assert example("image_classification").main(["--model", "vit", "--branch_scale", "0.5"]) == 2
+    assert "--branch_scale 0.5 is for resnet and resnet_bottleneck, not for vit" in capsys.readouterr().err
+
+
 def test_no_two_attentions_are_the_same_model(example):
     """Of the same weights each makes something else, but the one whose gates start at 1."""
     module, outputs = example("image_classification"), {}
