@@ -34,7 +34,7 @@ summary { cursor: pointer }
 @media (max-width: 40rem) {
   table { font-size: .85rem }
   td, th { padding: .25rem .4rem }
-  td:first-child, th { white-space: normal }
+  td:first-child, th { white-space: normal; overflow-wrap: normal }
 }
 """
 # A click on a head sorts by its column: by the first number in each cell, or by text where there are none.

@@ -80,3 +80,12 @@ def test_a_phone_shows_it_without_scrolling_sideways_and_without_a_network(opene
     assert (
         opened.evaluate("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
     )
+
+
+def test_a_phone_breaks_names_between_their_words_alone(opened, tmp_path):
+    columns = ["variant", *(f"held-out loss of seed {number}" for number in range(9))]
+    rows = [columns, ["---"] * 10, ["lstm-zero-state-scale-shift", *["+0.000275 [+0.000001, +0.000549]"] * 9]]
+    write_page(tmp_path / "page.html", "Wide", [markdown("\n".join("| " + " | ".join(row) + " |" for row in rows))])
+    opened.goto((tmp_path / "page.html").as_uri())
+    lines = "td => { const r = document.createRange(); r.selectNodeContents(td); return r.getClientRects().length }"
+    assert 1 < opened.locator("td").first.evaluate(lines) <= 5
