@@ -5,14 +5,13 @@ behind the depthwise convolutions of another UNet.
     python studies/places.py studies/cifar10.yaml --variants depthwise depthwise-dia --seeds 0 1 --steps 1000
 
 Trains one UNet after the other as the plain variant of that study is trained, with the gates of one LSTM that starts
-from zero at the named place, adds each held-out loss to `runs/places.json`, and prints all that is there. What is there
-is not done again. The UNets of depthwise convolutions have no attention, that of DiCo or SE in each block, or DIA. An
-experiment: none of these places but the first is in the package.
+from zero at the named place, and adds each held-out loss to `runs/places.json`, of which `tools/published_table.py`
+makes a table. What is there is not done again. The UNets of depthwise convolutions have no attention, that of DiCo or
+SE in each block, or DIA. An experiment: none of these places but the first is in the package.
 """
 
 import argparse
 import json
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from tqdm import tqdm
 from dia_diffusion import attach
 from dia_diffusion.data import PixelDataset
 from dia_diffusion.files import replace_text
-from dia_diffusion.study import compare
 from dia_diffusion.study.description import load_study
 from dia_diffusion.training import (
     TrainingConfig,
@@ -157,26 +155,6 @@ def train(study: str, variant: str, seed: int, steps: int) -> dict:
     }
 
 
-def table(results: list[dict]) -> str:
-    """Held-out losses, and their differences to the variant without attention, paired by seed."""
-    rows = ["| variant | of attention | held-out loss | difference | p | runs |", "| --- " + "| ---: " * 5 + "|"]
-    for variant in dict.fromkeys(result["variant"] for result in results):
-        mine = [result for result in results if result["variant"] == variant]
-        baseline = "depthwise" if variant in DEPTHWISE else "plain"
-        losses = {result["seed"]: result["held_out_loss"] for result in mine}
-        without = {r["seed"]: r["held_out_loss"] for r in results if r["variant"] == baseline != variant}
-        figures = compare(losses, without)
-        cells = [variant, f"{mine[0]['attention_parameters']:,}", f"{figures['mean']:.5f}", "", "", str(len(mine))]
-        if figures["difference"] is not None:
-            mean = statistics.mean(without[seed] for seed in losses if seed in without)
-            cells[3] = f"{figures['difference'] / mean:+.2%}"
-        if figures["difference_interval"]:
-            cells[3] += " [{:+.2%}, {:+.2%}]".format(*(bound / mean for bound in figures["difference_interval"]))
-            cells[4] = f"{figures['p_value']:.3f}"
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study")
@@ -193,7 +171,7 @@ def main() -> None:
             if not any(wanted.items() <= result.items() for result in results):
                 results.append(train(options.study, variant, seed, options.steps))
                 replace_text(options.output, json.dumps(results, indent=1))
-    print(table([result for result in results if result["steps"] == options.steps]))
+    print(f"{len(results)} runs: python tools/published_table.py {options.output}")
 
 
 if __name__ == "__main__":
