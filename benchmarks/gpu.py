@@ -1,26 +1,35 @@
 """The other benchmarks on a GPU, at the size of the CIFAR-10 DDPM with bfloat16: one table.
 
-Training step and forward pass, plain, compiled, and compiled with CUDA graphs, with the share of the chip's matrix rate
-that the step reaches; then training, sampling and memory, and a profile of the step. Without a GPU it says so and ends.
+Training step and forward pass of all models of `attention_cost.py`, and of the UNet without attention and with DIA
+compiled, and compiled with CUDA graphs, with the share of the chip's matrix rate that the step reaches; then training,
+sampling and memory, and a profile of the step. Each part is written when it is measured. Without a GPU it says so and
+ends.
 
     python benchmarks/gpu.py [--rounds N] [--output RESULT.json]
 """
 
 import statistics
 import sys
+from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
 
 import memory
 import sampling
 import training_throughput
-from attention_cost import DIA, PLAIN, SIZES, make_models, make_passes
-from measuring import alternate, count_flops, read_arguments, row, save_result, spread
+from attention_cost import DIA, NONE, SIDES, SIZES, make_models, make_passes
+from measuring import alternate, count_flops, read_arguments, row, save_result, spread, write_result
 
 SIZE, BATCH = "CIFAR-10", 128
-# How the models are called: arguments of torch.compile, none for not at all.
-CALLS = {"eager": None, "compiled": {"mode": "default"}, "CUDA graphs": {"mode": "reduce-overhead"}}
+# How the models are called: which of them, and arguments of torch.compile, none for not at all. Compiling one takes
+# about a minute, so only the two that are to be compared are.
+CALLS = {
+    "eager": (tuple(SIDES), None),
+    "compiled": ((NONE, DIA), {"mode": "default"}),
+    "CUDA graphs": ((NONE, DIA), {"mode": "reduce-overhead"}),
+}
 # Dense bfloat16 matrix rate in FLOP/s: NVIDIA's data sheets of the H100, the H200 and the A100. The first name that the
 # name of the device holds counts.
 PEAK_RATES = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -31,28 +40,28 @@ def peak_rate(device_name: str) -> float | None:
     return next((rate for name, rate in PEAK_RATES.items() if name in device_name), None)
 
 
-def measure_passes(rounds: int, device: str, peak: float | None, size: str = SIZE, batch: int = BATCH) -> list[dict]:
-    """The rows of step and forward pass for each way to call the models."""
-    rows = []
-    for call, arguments in CALLS.items():
-        # The compiler gives up on code that it has compiled many times, for other models too.
-        torch.compiler.reset()
-        models = make_models(SIZES[size][0], device)
-        runs, flops = {}, {}
-        for side, model in models.items():
-            flops[side] = count_flops(make_passes(model, model, batch, dtype=torch.bfloat16)["step"])
-            called = model if arguments is None else torch.compile(model, **arguments)
-            runs[side] = make_passes(model, called, batch, dtype=torch.bfloat16)
-        for kind in ("step", "forward"):
-            times = alternate({side: run[kind] for side, run in runs.items()}, rounds, warm_up=4)
-            for side, seconds in times.items():
-                median, case = statistics.median(seconds), f"{kind}, {size}, batch {batch}, {call}, {side}"
-                ratio = None if side == PLAIN else spread(seconds, times[PLAIN])
-                rows.append(row(case, 1e3 * median, "ms", f"time of {PLAIN}", ratio))
-                if kind == "step":
-                    rate = flops[side] / median
-                    share = "peak unknown" if peak is None else f"{rate / peak:.1%} of the peak"
-                    rows.append(row(f"{case}, rate", rate / 1e12, f"TFLOP/s ({share})"))
+def measure_passes(
+    call: str, rounds: int, device: str, peak: float | None, size: str = SIZE, batch: int = BATCH
+) -> list[dict]:
+    """The rows of step and forward pass for a way to call the models, one of `CALLS`."""
+    # The compiler gives up on code that it has compiled many times, for other models too.
+    torch.compiler.reset()
+    sides, arguments = CALLS[call]
+    runs, flops, rows = {}, {}, []
+    for side, model in make_models(SIZES[size][0], device, sides).items():
+        flops[side] = count_flops(make_passes(model, model, batch, dtype=torch.bfloat16)["step"])
+        called = model if arguments is None else torch.compile(model, **arguments)
+        runs[side] = make_passes(model, called, batch, dtype=torch.bfloat16)
+    for kind in ("step", "forward"):
+        times = alternate({side: run[kind] for side, run in runs.items()}, rounds, warm_up=4)
+        for side, seconds in times.items():
+            median, case = statistics.median(seconds), f"{kind}, {size}, batch {batch}, {call}, {side}"
+            ratio = None if side == NONE else spread(seconds, times[NONE])
+            rows.append(row(case, 1e3 * median, "ms", f"time of {NONE}", ratio))
+            if kind == "step":
+                rate = flops[side] / median
+                share = "peak unknown" if peak is None else f"{rate / peak:.1%} of the peak"
+                rows.append(row(f"{case}, rate", rate / 1e12, f"TFLOP/s ({share})"))
     return rows
 
 
@@ -73,12 +82,19 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here: nothing measured.")
         return 0
-    rows = measure_passes(options.rounds, "cuda", peak_rate(torch.cuda.get_device_name()))
-    rows += training_throughput.measure(SIZE, options.rounds, BATCH, "bf16")
-    for peer in sampling.PEERS:
-        rows += sampling.measure(SIZE, peer, options.rounds, BATCH, "bf16")
-    rows += memory.measure(SIZE, "cuda", BATCH, torch.bfloat16)
+    peak = peak_rate(torch.cuda.get_device_name())
+    parts = [
+        partial(measure_passes, "eager", options.rounds, "cuda", peak),
+        partial(training_throughput.measure, SIZE, options.rounds, BATCH, "bf16"),
+        *(partial(sampling.measure, SIZE, peer, options.rounds, BATCH, "bf16") for peer in sampling.PEERS),
+        partial(memory.measure, SIZE, "cuda", BATCH, torch.bfloat16),
+        *(partial(measure_passes, call, options.rounds, "cuda", peak) for call in ("compiled", "CUDA graphs")),
+    ]
+    rows: list[dict] = []
     table = profile_step("cuda")
+    for part in tqdm(parts, desc="Parts"):
+        rows += part()
+        write_result(options.output, rows, profile=table.splitlines())
     save_result(options.output, rows, profile=table.splitlines())
     print(table)
     return 0

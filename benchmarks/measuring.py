@@ -119,17 +119,22 @@ def describe_machine() -> str:
     return f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
 
 
-def save_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
-    """Prints a result and writes it as JSON."""
+def write_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
+    """Writes a result as JSON."""
     result = {
         "machine": describe_machine(),
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "diffusers")},
         "rows": list(rows),
     } | more
-    print("\n".join(format_row(line) for line in rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def save_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
+    """Prints a result and writes it."""
+    print("\n".join(format_row(line) for line in rows))
+    write_result(path, rows, **more)
 
 
 def format_row(line: Mapping[str, Any]) -> str:

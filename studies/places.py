@@ -128,14 +128,16 @@ def train(study: str, variant: str, seed: int, steps: int) -> dict:
     unet, of_attention = make(variant, config, data)
     AcceleratorState._reset_state()
     accelerator = Accelerator()
+    device = accelerator.device
     training = TrainingState(optimisation, accelerator, unet, steps)
     objective, size = config.objective.make(), optimisation.train_batch_size
     shape = (size, data.channels, data.resolution, data.resolution)
     order = torch.Generator().manual_seed(seed)
     rows = torch.cat([torch.randperm(len(data), generator=order) for _ in range(-(-steps * size // len(data)))])
     for step in tqdm(range(1, steps + 1), desc=f"{variant}, seed {seed}", unit="step"):
-        batch = data.fetch(rows[(step - 1) * size : step * size].tolist())
-        draws = draw_step(seed, step, shape, objective, "cpu")
+        fetched = data.fetch(rows[(step - 1) * size : step * size].tolist())
+        batch = {name: values.to(device) for name, values in fetched.items()}
+        draws = draw_step(seed, step, shape, objective, device)
         images = batch["images"].float() / 127.5 - 1
         images = torch.where(draws.flips[:, None, None, None], images.flip(3), images)
         images = images.contiguous(memory_format=torch.channels_last)
