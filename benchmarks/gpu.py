@@ -2,8 +2,8 @@
 
 Training step and forward pass of all models of `attention_cost.py`, and of the UNet without attention and with DIA
 compiled, and compiled with CUDA graphs, with the share of the chip's matrix rate that the step reaches; then training,
-sampling and memory, and a profile of the step. Each part is written when it is measured. Without a GPU it says so and
-ends.
+sampling and memory, and a profile of the step: where its kernels take less time than it does, the GPU waits for the
+host. Each part is written when it is measured. Without a GPU it says so and ends.
 
     python benchmarks/gpu.py [--rounds N] [--output RESULT.json]
 """
@@ -13,6 +13,7 @@ import sys
 from functools import partial
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
@@ -65,16 +66,34 @@ def measure_passes(
     return rows
 
 
-def profile_step(device: str, size: str = SIZE, batch: int = BATCH) -> str:
-    """Where the time of a step with DIA goes, by operation."""
-    (model,) = make_models(SIZES[size][0], device, (DIA,)).values()
+def profile_step(side: str, device: str, size: str = SIZE, batch: int = BATCH) -> tuple[float, str]:
+    """Milliseconds that the device is at work in a step, and a table of where they go, by operation.
+
+    Where the step takes longer than that, the device waits for the host to give it work.
+    """
+    (model,) = make_models(SIZES[size][0], device, (side,)).values()
     step = make_passes(model, model, batch, dtype=torch.bfloat16)["step"]
     step()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with profile(activities=activities) as profiler:
         step()
-    sort_by = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=sort_by, row_limit=12, max_name_column_width=60)
+    events = profiler.key_averages()
+    if device == "cuda":
+        of_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        key = "self_device_time_total"
+    else:
+        of_device, key = events, "self_cpu_time_total"
+    # Microseconds.
+    busy = sum(getattr(event, key) for event in of_device) / 1e3
+    return busy, events.table(sort_by=key, row_limit=12, max_name_column_width=60)
+
+
+def measure_kernels(device: str, size: str = SIZE, batch: int = BATCH) -> tuple[list[dict], str]:
+    """The rows of what the device is at work in a step without attention and with DIA, and the table of the latter."""
+    (without, _), (busy, table) = (profile_step(side, device, size, batch) for side in (NONE, DIA))
+    case = f"step, {size}, batch {batch}, eager, kernels alone"
+    ratio = spread([busy], [without])
+    return [row(f"{case}, {NONE}", without, "ms"), row(f"{case}, {DIA}", busy, "ms", f"time of {NONE}", ratio)], table
 
 
 def main() -> int:
@@ -90,8 +109,7 @@ def main() -> int:
         partial(memory.measure, SIZE, "cuda", BATCH, torch.bfloat16),
         *(partial(measure_passes, call, options.rounds, "cuda", peak) for call in ("compiled", "CUDA graphs")),
     ]
-    rows: list[dict] = []
-    table = profile_step("cuda")
+    rows, table = measure_kernels("cuda")
     for part in tqdm(parts, desc="Parts"):
         rows += part()
         write_result(options.output, rows, profile=table.splitlines())

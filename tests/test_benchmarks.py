@@ -98,10 +98,18 @@ def test_models_that_are_compared_start_from_the_same_weights(benchmark):
 
 def test_flops_of_a_step_are_three_times_those_of_a_forward_pass(benchmark):
     gpu = benchmark("gpu")
-    (model,) = gpu.make_models(gpu.SIZES["digits"][0], "cpu", (gpu.PLAIN,)).values()
+    (model,) = gpu.make_models(gpu.SIZES["digits"][0], "cpu", (gpu.NONE,)).values()
     passes = gpu.make_passes(model, model, batch=2)
     # The backward pass has two products for each of the forward pass, and none for the gradient of the images.
     assert 2.7 < gpu.count_flops(passes["step"]) / gpu.count_flops(passes["forward"]) < 3.0
+
+
+def test_kernels_are_a_part_of_the_step(benchmark):
+    gpu = benchmark("gpu")
+    rows, table = gpu.measure_kernels("cpu", "digits", 2)
+    assert [row["case"].split(", ")[-1] for row in rows] == [gpu.NONE, gpu.DIA]
+    assert rows[1]["ratio"]["median"] == pytest.approx(rows[1]["value"] / rows[0]["value"], rel=0.01)
+    assert "aten::" in table
 
 
 def test_the_rate_of_a_gpu_is_found_by_its_name_or_unknown(benchmark):
