@@ -60,7 +60,9 @@ def main() -> None:
     print("| --- " + "| ---: " * (len(columns) + 2) + "|")
     for variant in variants:
         mine = [run for run in runs if run["variant"] == variant]
-        row = [variant, f"{mine[0]['attention_parameters']:,}"]
+        # A run that diverged has no figures.
+        of_attention = [run["attention_parameters"] for run in mine if "attention_parameters" in run]
+        row = [variant, f"{of_attention[0]:,}" if of_attention else "-"]
         for score in options.scores:
             first = seeds_of(runs, variants[0], score)
             row += cells(seeds_of(runs, variant, score), first, score, variant == variants[0])
