@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -59,6 +60,23 @@ def test_the_table_has_a_line_for_each_row_of_each_result(benchmark, tmp_path, c
     assert [line.split(" (")[0] for line in lines if line.startswith("**")] == ["**size**", "**speed**"]
     assert "| plain | 7 MiB |  |  |" in lines
     assert "| step | 12.35 ms | time of plain | 1.023 (1.000 to 1.250) |" in lines
+
+
+def test_the_published_figures_of_a_gpu_are_those_of_the_file_beside_them():
+    docs = BENCHMARKS.parent / "docs"
+    measured = [
+        (row["value"], [row["ratio"][name] for name in ("median", "min", "max")] if "ratio" in row else [])
+        for row in json.loads((docs / "speed" / "gpu.json").read_text())["rows"]
+    ]
+    published = re.findall(r"^\| .* \| ([\d.,]+) \S+ \|(.*)\|$", (docs / "speed.md").read_text(), re.MULTILINE)
+    assert len(published) == 13
+    for figure, ratio in published:
+        value, places = float(figure.replace(",", "")), len(figure.partition(".")[2])
+        shown = [float(number) for number in re.findall(r"[\d.]+", ratio)]
+        assert any(
+            round(row_value, places) == value and ratios[: len(shown)] == pytest.approx(shown, abs=0.00501)
+            for row_value, ratios in measured
+        ), (figure, ratio)
 
 
 def test_live_bytes_are_those_of_the_tensors_that_live(benchmark):

@@ -66,7 +66,8 @@ def _engine(folder: Path, runs: int, jobs: int | None, cluster: Cluster | None) 
         return connect(cluster.address, folder, jobs or runs, cluster.cpus_per_run, cluster.gpus_per_run)
     gpus = visible_gpus()
     jobs = jobs or len(gpus) or available_cores()
-    print(f"Runs side by side on this machine: {jobs}, of one thread each{f', on {len(gpus)} GPUs' if gpus else ''}.")
+    where = f", on {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else ""
+    print(f"Runs side by side on this machine: {jobs}, of one thread each{where}.")
     return nullcontext(LocalEngine(jobs, gpus))
 
 
