@@ -29,7 +29,7 @@ from PIL import Image
 
 from dia_diffusion.data import EndlessShuffle, PixelDataset, describe_images, load_dataset_splits, prepare_pixels
 from dia_diffusion.process import available_cores
-from measuring import RESULTS, alternate, row, save_result, spread
+from measuring import RESULTS, alternate, count, row, save_result, spread
 
 FEW, RESOLUTION, BATCH = 1000, 32, 128
 # Files as the Hub has them: `datasets` reads one at a time, and needs as much memory as it has bytes.
@@ -169,8 +169,8 @@ def measure(work: Path, images: int, dataset: str | None, rounds: int) -> list[d
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11, help="rounds of the alternation (default: 11)")
-    parser.add_argument("--images", type=int, default=60_000, help="synthetic images (default: 60,000)")
+    parser.add_argument("--rounds", type=count, default=11, help="rounds of the alternation (default: 11)")
+    parser.add_argument("--images", type=count, default=60_000, help="synthetic images (default: 60,000)")
     parser.add_argument("--dataset", help="a data set or a folder instead of synthetic images")
     parser.add_argument("--work", type=Path, help="a folder for data and cache, removed at the end")
     parser.add_argument("--output", type=Path, default=RESULTS / "data_scale.json", help="JSON file for the result")

@@ -21,7 +21,7 @@ from dia_diffusion.data import DIGITS, load_dataset_splits, prepare_pixels
 from dia_diffusion.latents import encode_images
 from dia_diffusion.process import tune_process
 from dia_diffusion.training.architecture import default_architecture
-from measuring import RESULTS, count_flops, row, save_result
+from measuring import RESULTS, count, count_flops, row, save_result
 
 SMALL = (32, 64, 64)
 # Of the VAE of Stable Diffusion, which halves height and width three times.
@@ -94,7 +94,7 @@ def _step(resolution: int, channels: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default=DIGITS, help="as train_unet.py --dataset_name (default: digits)")
-    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--resolution", type=count, default=32)
     parser.add_argument("--output", type=Path, default=RESULTS / "latents.json", help="JSON file for the result")
     options = parser.parse_args()
     tune_process()

@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dia_diffusion.ranges import COUNT, number_type
+
+# The type of a flag.
+count = number_type(int, COUNT)
 RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
 
 
@@ -25,7 +29,12 @@ def read_arguments(document: str, name: str, rounds: int | None = None, **flags:
     """The options of a benchmark: `output`, `rounds` where it has them, and flags by name with their help."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
-        parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds of the alternation (default: {rounds})")
+        parser.add_argument(
+            "--rounds",
+            type=count,
+            default=rounds,
+            help=f"rounds of the alternation (default: {rounds})",
+        )
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="JSON file for the result")

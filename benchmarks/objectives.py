@@ -33,7 +33,7 @@ from dia_diffusion.sampling import load_pipeline, make_scheduler
 from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
 from dia_diffusion.study import compare
 from dia_diffusion.training import OBJECTIVES
-from measuring import RESULTS, row, save_result
+from measuring import RESULTS, count, row, save_result
 
 DATA = "digits"
 SAMPLERS = {
@@ -176,11 +176,13 @@ def draw(curves: Curves, evaluations: Sequence[int], floor: float, path: Path) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", type=Path, help="folder of a study with trained models")
-    parser.add_argument("--num_images", type=int, default=1000, help="for each point of the curves (default: 1000)")
-    parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, help="odd numbers of evaluations")
+    parser.add_argument("--num_images", type=count, default=1000, help="for each point of the curves (default: 1000)")
+    parser.add_argument("--evaluations", type=count, nargs="+", default=EVALUATIONS, help="odd numbers of evaluations")
     parser.add_argument("--output", type=Path, default=RESULTS / "objectives.json", help="JSON file")
     parser.add_argument("--picture", type=Path, default=RESULTS / "objectives.png", help="where the picture goes")
     options = parser.parse_args()
+    if options.study is not None and not options.study.is_dir():
+        parser.error(f"there is no folder '{options.study}': dia study studies/objectives.yaml.")
     tune_process()
     train, held_out = (prepare_pixels(split, 8, 1) for split in load_images(DATA))
     pipelines = best_pipelines(train) if options.study is None else trained_pipelines(options.study)

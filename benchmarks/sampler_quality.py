@@ -21,7 +21,7 @@ from dia_diffusion.errors import UsageError
 from dia_diffusion.process import tune_process
 from dia_diffusion.sampling import load_pipeline, make_scheduler
 from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
-from measuring import RESULTS, row, save_result
+from measuring import RESULTS, count, row, save_result
 
 ROOT = Path(__file__).parent.parent
 DATA = "digits"
@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument(
         "model", nargs="?", default=str(ROOT / "runs" / "digits"), help="folder or Hub id of a pipeline"
     )
-    parser.add_argument("--num_images", type=int, default=2000, help="for each point of the curves (default: 2000)")
+    parser.add_argument("--num_images", type=count, default=2000, help="for each point of the curves (default: 2000)")
     parser.add_argument("--output", type=Path, default=RESULTS / "sampler_quality.json", help="JSON file")
     parser.add_argument("--picture", type=Path, default=RESULTS / "samplers.png", help="where the picture goes")
     options = parser.parse_args()

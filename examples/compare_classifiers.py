@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+import flags
 import image_classification
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text
@@ -132,9 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs side by side; OMP_NUM_THREADS says of how many threads"
+        "--jobs", type=flags.count, default=1, help="runs side by side; OMP_NUM_THREADS says of how many threads"
     )
-    parser.add_argument("--output_dir", type=Path, help="runs/NAME OF THE FILE by default")
+    parser.add_argument("--output_dir", type=flags.folder, help="runs/NAME OF THE FILE by default")
     options = parser.parse_args(arguments)
     try:
         study = load(options.study)

@@ -32,6 +32,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import flags
 from cifar_resnet import BasicBlock, Bottleneck, ResNet
 from dia_diffusion import attach
 from dia_diffusion.data import EMBEDDED, load_dataset_splits
@@ -184,25 +185,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", help="digits (the default), mnist5k, a data set on the Hub, or a folder")
     parser.add_argument("--train_data_dir", type=str, help="folder of images in subfolders: train/CLASS/, test/CLASS/")
-    parser.add_argument("--resolution", type=int, help="8 by default for the digits, and 32 for others")
+    parser.add_argument("--resolution", type=flags.count, help="8 by default for the digits, and 32 for others")
     parser.add_argument("--augment", action=argparse.BooleanOptionalAction, help="crops and flips; not for digits")
     parser.add_argument("--model", choices=("resnet", "resnet_bottleneck", "vit", "regnet"), default="resnet")
     parser.add_argument(
-        "--depth", type=int, help="6n + 2; 9n + 2 with bottlenecks; layers of the vit; of a stage of the regnet"
+        "--depth", type=flags.count, help="6n + 2; 9n + 2 with bottlenecks; layers of the vit; of a stage of the regnet"
     )
     parser.add_argument("--attention", choices=ATTENTIONS, default="dia_paper")
     parser.add_argument(
         "--branch_scale",
-        type=float,
+        type=flags.natural,
         default=1.0,
         help="first weight of the last norm of each branch of a ResNet: below 1 a control for gates that start there",
     )
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--learning_rate", type=float, help="0.1 for ResNets (SGD), 1e-3 for the vit (AdamW)")
-    parser.add_argument("--weight_decay", type=float, help="1e-4 for ResNets, 0.05 for the vit")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/image_classification"))
+    parser.add_argument("--epochs", type=flags.count, default=30)
+    parser.add_argument("--batch_size", type=flags.count, default=128)
+    parser.add_argument("--learning_rate", type=flags.positive, help="0.1 for ResNets (SGD), 1e-3 for the vit (AdamW)")
+    parser.add_argument("--weight_decay", type=flags.natural, help="1e-4 for ResNets, 0.05 for the vit")
+    parser.add_argument("--seed", type=flags.seed, default=0)
+    parser.add_argument("--output_dir", type=flags.folder, default=Path("runs/image_classification"))
     options = parser.parse_args(arguments)
     if options.dataset_name is None and options.train_data_dir is None:
         options.dataset_name = "digits"

@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
+import flags
 from average_precision import mean_average_precision
 from dia_diffusion import attach
 from dia_diffusion.data import load_dataset_splits, prepare_pixels
+from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text
 
 CANVAS, CLASSES = 64, 10
@@ -100,13 +102,17 @@ def detect(model: RTDetrForObjectDetection, pictures: Tensor) -> list[dict[str, 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", choices=("none", "dia"), default="dia")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--test_pictures", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/object_detection"))
+    parser.add_argument("--steps", type=flags.count, default=2000)
+    parser.add_argument("--batch_size", type=flags.count, default=32)
+    parser.add_argument("--learning_rate", type=flags.positive, default=1e-3)
+    parser.add_argument("--test_pictures", type=flags.count, default=500)
+    parser.add_argument("--seed", type=flags.seed, default=0)
+    parser.add_argument("--output_dir", type=flags.folder, default=Path("runs/object_detection"))
     options = parser.parse_args(arguments)
+    try:
+        digits, test_digits = load_digits(0), load_digits(1)
+    except UsageError as error:
+        parser.error(str(error))
 
     torch.manual_seed(options.seed)
     model, start = make_detector(), time.perf_counter()
@@ -115,8 +121,8 @@ def main(arguments: list[str] | None = None) -> dict:
         attach(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=options.steps)
-    digits, history, losses = load_digits(0), [], []
-    test_pictures, test_targets = compose(*load_digits(1), options.test_pictures, seed=0)
+    history, losses = [], []
+    test_pictures, test_targets = compose(*test_digits, options.test_pictures, seed=0)
     for step in range(1, options.steps + 1):
         pictures, targets = compose(*digits, options.batch_size, seed=(options.seed, step))
         loss = model.train()(pixel_values=pictures, labels=targets).loss

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
+import flags
 from dia_diffusion import attach
 from dia_diffusion.data import load_dataset_splits, prepare_pixels, to_unit_range
 from dia_diffusion.errors import UsageError
@@ -64,7 +65,11 @@ def train(options: argparse.Namespace) -> list[float]:
     """Trains and saves the attention; returns the losses."""
     set_seed(options.seed)
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    pipe = StableDiffusionPipeline.from_pretrained(options.model, safety_checker=None).to(accelerator.device)
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(options.model, safety_checker=None).to(accelerator.device)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--model '{options.model}' is no Stable Diffusion pipeline: {reason}") from error
     scheduler, scale = DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae.config.scaling_factor
     data = encode(pipe, options)
     # They have done their part.
@@ -114,16 +119,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_name", help="lambdalabs/naruto-blip-captions by default")
     parser.add_argument("--train_data_dir", help="a folder of images, with captions in metadata.jsonl")
     parser.add_argument("--caption_column", default="text")
-    parser.add_argument("--resolution", type=int, help="by default that of the pipeline")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--resolution", type=flags.count, help="by default that of the pipeline")
+    parser.add_argument("--steps", type=flags.count, default=1000)
+    parser.add_argument("--batch_size", type=flags.count, default=4)
+    parser.add_argument("--learning_rate", type=flags.positive, default=1e-4)
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="less memory for more time")
     parser.add_argument("--prompt", default="a portrait of a ninja cat")
-    parser.add_argument("--sampling_steps", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/text_to_image"))
+    parser.add_argument("--sampling_steps", type=flags.count, default=30)
+    parser.add_argument("--seed", type=flags.seed, default=0)
+    parser.add_argument("--output_dir", type=flags.folder, default=Path("runs/text_to_image"))
     options = parser.parse_args(arguments)
     if options.dataset_name is None and options.train_data_dir is None:
         options.dataset_name = "lambdalabs/naruto-blip-captions"

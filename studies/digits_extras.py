@@ -29,6 +29,7 @@ from tqdm import tqdm
 from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.data import to_unit_range
 from dia_diffusion.files import replace_text
+from dia_diffusion.ranges import COUNT, SEED, number_type
 from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
 from dia_diffusion.study import compare
 from dia_diffusion.training import TrainingConfig, TrainingState, build_unet, draw_step, load_pixels
@@ -174,15 +175,18 @@ def measure(config: TrainingConfig, images: int, sampling_steps: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--num_images", type=int, default=5000)
-    parser.add_argument("--sampling_steps", type=int, default=20)
+    parser.add_argument("--seeds", type=number_type(int, SEED), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=number_type(int, COUNT), default=1500)
+    parser.add_argument("--num_images", type=number_type(int, COUNT), default=5000)
+    parser.add_argument("--sampling_steps", type=number_type(int, COUNT), default=20)
     parser.add_argument("--output", type=Path, default=Path("runs/digits_extras.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    distances = json.loads(options.output.read_text())["distances"] if options.output.exists() else {}
     described = {name: getattr(options, name) for name in ("steps", "num_images", "sampling_steps")}
+    before = json.loads(options.output.read_text()) if options.output.exists() else {"settings": described}
+    if before["settings"] != described:
+        parser.error(f"'{options.output}' is of other settings, {before['settings']}: choose another --output.")
+    distances = before.get("distances", {})
     for seed in options.seeds:
         if str(seed) not in distances:
             config = TrainingConfig.from_flat(**RECIPE, seed=seed, max_train_steps=options.steps)

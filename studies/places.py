@@ -26,8 +26,10 @@ from tqdm import tqdm
 
 from dia_diffusion import attach
 from dia_diffusion.data import PixelDataset
+from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text
-from dia_diffusion.study.description import load_study
+from dia_diffusion.ranges import COUNT, SEED, number_type
+from dia_diffusion.study.description import Study, load_study
 from dia_diffusion.training import (
     TrainingConfig,
     TrainingState,
@@ -119,9 +121,9 @@ def make(variant: str, config: TrainingConfig, data: PixelDataset) -> tuple[nn.M
     return unet, sum(parameter.numel() for layer in own for parameter in layer.parameters())
 
 
-def train(study: str, variant: str, seed: int, steps: int) -> dict:
-    described = load_study(study)
-    config = described.config(described.baseline, seed, Path("runs"))
+def train(study: Study, variant: str, seed: int, steps: int) -> dict:
+    """Trains a variant; its size and its held-out loss."""
+    config = study.config(study.baseline, seed, Path("runs"))
     config = replace(config, optimisation=replace(config.optimisation, max_train_steps=steps))
     optimisation = config.optimisation
     data, held_out = load_pixels(config.data)
@@ -146,11 +148,8 @@ def train(study: str, variant: str, seed: int, steps: int) -> dict:
         accelerator.backward(loss)
         training.update(step)
     with training.averaged() as averaged:
-        loss = held_out_loss(averaged, objective, held_out, 250, len(held_out), described.loss_draws)
+        loss = held_out_loss(averaged, objective, held_out, 250, len(held_out), study.loss_draws)
     return {
-        "variant": variant,
-        "seed": seed,
-        "steps": steps,
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),
         "attention_parameters": of_attention,
         "held_out_loss": loss,
@@ -161,18 +160,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study")
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=VARIANTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=number_type(int, SEED), nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=number_type(int, COUNT), default=1000)
     parser.add_argument("--output", type=Path, default=Path("runs/places.json"))
     options = parser.parse_args()
     results = json.loads(options.output.read_text()) if options.output.exists() else []
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for variant in options.variants:
-            wanted = {"variant": variant, "seed": seed, "steps": options.steps}
-            if not any(wanted.items() <= result.items() for result in results):
-                results.append(train(options.study, variant, seed, options.steps))
-                replace_text(options.output, json.dumps(results, indent=1))
+    try:
+        study = load_study(options.study)
+        for seed in options.seeds:
+            for variant in options.variants:
+                wanted = {"study": Path(options.study).stem, "variant": variant, "seed": seed, "steps": options.steps}
+                if not any(wanted.items() <= result.items() for result in results):
+                    results.append(wanted | train(study, variant, seed, options.steps))
+                    replace_text(options.output, json.dumps(results, indent=1))
+    except UsageError as error:
+        parser.error(str(error))
     print(f"{len(results)} runs: python tools/published_table.py {options.output}")
 
 

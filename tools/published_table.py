@@ -52,9 +52,16 @@ def main() -> None:
     parser.add_argument("--scores", nargs="+", choices=TITLES, default=["held_out_loss"])
     parser.add_argument("--variants", nargs="+", help="which, by default all; the first is compared with")
     options = parser.parse_args()
+    if not options.figures.is_file():
+        parser.error(f"there is no file '{options.figures}'.")
     raw = json.loads(options.figures.read_text())
     runs = raw if isinstance(raw, list) else raw["runs"]
-    variants = options.variants or list(dict.fromkeys(run["variant"] for run in runs))
+    known = list(dict.fromkeys(run["variant"] for run in runs))
+    variants = options.variants or known
+    if missing := [name for name in variants if name not in known]:
+        parser.error(f"'{options.figures}' has no variant '{missing[0]}', only: {', '.join(known)}.")
+    if absent := [score for score in options.scores if not any(score in run for run in runs)]:
+        parser.error(f"'{options.figures}' has no {absent[0]}: choose other --scores.")
     columns = [column for score in options.scores for column in (TITLES[score], "difference", "p")]
     print("| " + " | ".join(["variant", "attention parameters", *columns, "runs"]) + " |")
     print("| --- " + "| ---: " * (len(columns) + 2) + "|")

@@ -63,3 +63,41 @@ def test_runs_are_added_to_those_that_are_there(places, study, tmp_path, monkeyp
     results = json.loads(output.read_text())
     assert [result["variant"] for result in results] == ["plain", "skips"] * 2 + ["depthwise", "depthwise-dia"] * 2
     assert f"8 runs: python tools/published_table.py {output}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing.yaml"], "cannot read the configuration 'nothing.yaml'"),
+        (["study.yaml", "--seeds", "-1"], "argument --seeds: it must be at least 0, but is -1."),
+        (["study.yaml", "--steps", "0"], "argument --steps: it must be at least 1, but is 0."),
+    ],
+)
+def test_what_it_cannot_do_is_refused(places, arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["places.py", *arguments, "--output", str(tmp_path / "places.json")])
+    with pytest.raises(SystemExit) as refusal:
+        places.main()
+    assert refusal.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_runs_of_another_study_are_not_taken_for_those_of_this_one(places, study, tmp_path, monkeypatch):
+    other = tmp_path / "other.yaml"
+    other.write_text(study.read_text())
+    for path in (study, other, study):
+        arguments = ["--variants", "plain", "--seeds", "0", "--steps", "1", "--output", str(tmp_path / "places.json")]
+        monkeypatch.setattr(sys, "argv", ["places.py", str(path), *arguments])
+        places.main()
+    assert [run["study"] for run in json.loads((tmp_path / "places.json").read_text())] == ["study", "other"]
+
+
+def test_figures_of_other_settings_are_not_joined(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "studies")
+    extras, output = importlib.import_module("digits_extras"), tmp_path / "extras.json"
+    settings = {"steps": 3, "num_images": 5000, "sampling_steps": 20}
+    output.write_text(json.dumps({"settings": settings, "distances": {"0": {"as it is": 1.0}}}))
+    monkeypatch.setattr(sys, "argv", ["digits_extras.py", "--seeds", "0", "--output", str(output)])
+    with pytest.raises(SystemExit) as refusal:
+        extras.main()
+    assert refusal.value.code == 2
+    assert "is of other settings, {'steps': 3, 'num_images': 5000, 'sampling_steps': 20}" in capsys.readouterr().err

@@ -101,3 +101,31 @@ def test_the_tool_prints_tables_in_this_form(monkeypatch, capsys):
     header, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows] == variants
     test_a_table_is_that_of_its_raw_figures("digits_slope", header, rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.json"], "there is no file 'nowhere.json'."),
+        (
+            [str(DOCS / "study" / "digits_slope.json"), "--variants", "plain", "nobody"],
+            "has no variant 'nobody', only: ",
+        ),
+        (
+            [str(DOCS / "study" / "digits_slope.json"), "--scores", "accuracy"],
+            "has no accuracy: choose other --scores.",
+        ),
+    ],
+)
+def test_what_the_tool_cannot_show_is_refused(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["published_table.py", *arguments])
+    with pytest.raises(SystemExit) as refusal:
+        runpy.run_path(str(DOCS.parent / "tools" / "published_table.py"), run_name="__main__")
+    assert refusal.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_variant_that_diverged_is_shown_without_figures(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["published_table.py", str(DOCS / "study" / "cifar10_32_rate.json")])
+    runpy.run_path(str(DOCS.parent / "tools" / "published_table.py"), run_name="__main__")
+    assert "| rate-0.004 | - | - |  |  | 1 |" in capsys.readouterr().out

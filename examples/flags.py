@@ -1,0 +1,21 @@
+"""The flags that the examples share: what they take, refused in words before the work begins."""
+
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+from dia_diffusion.ranges import COUNT, NATURAL, Range, number_type
+
+count = number_type(int, COUNT)
+natural = number_type(float, NATURAL)
+positive = number_type(float, Range(above=0))
+# What NumPy takes as a seed, too.
+seed = number_type(int, Range(least=0, most=2**32 - 1))
+
+
+def folder(text: str) -> Path:
+    """A folder that is there or can be made."""
+    path = Path(text).expanduser()
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ArgumentTypeError(f"'{nearest}' is a file, and a folder is needed there: choose another.")
+    return path
