@@ -6,8 +6,8 @@ from pathlib import Path
 from dia_diffusion.ranges import COUNT, NATURAL, Range, number_type
 
 count = number_type(int, COUNT)
+whole = number_type(int, NATURAL)
 natural = number_type(float, NATURAL)
-positive = number_type(float, Range(above=0))
 # What NumPy takes as a seed, too.
 seed = number_type(int, Range(least=0, most=2**32 - 1))
 

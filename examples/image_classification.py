@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--epochs", type=flags.count, default=30)
     parser.add_argument("--batch_size", type=flags.count, default=128)
-    parser.add_argument("--learning_rate", type=flags.positive, help="0.1 for ResNets (SGD), 1e-3 for the vit (AdamW)")
+    parser.add_argument("--learning_rate", type=flags.natural, help="0.1 for ResNets (SGD), 1e-3 for the vit (AdamW)")
     parser.add_argument("--weight_decay", type=flags.natural, help="1e-4 for ResNets, 0.05 for the vit")
     parser.add_argument("--seed", type=flags.seed, default=0)
     parser.add_argument("--output_dir", type=flags.folder, default=Path("runs/image_classification"))

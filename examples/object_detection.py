@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--attention", choices=("none", "dia"), default="dia")
     parser.add_argument("--steps", type=flags.count, default=2000)
     parser.add_argument("--batch_size", type=flags.count, default=32)
-    parser.add_argument("--learning_rate", type=flags.positive, default=1e-3)
+    parser.add_argument("--learning_rate", type=flags.natural, default=1e-3)
     parser.add_argument("--test_pictures", type=flags.count, default=500)
     parser.add_argument("--seed", type=flags.seed, default=0)
     parser.add_argument("--output_dir", type=flags.folder, default=Path("runs/object_detection"))

@@ -87,12 +87,12 @@ def test_a_kill_ends_its_workers_too(study, tmp_path):
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "studies" / "classification").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_the_options_of_the_studies_that_come_with_the_project_are_known(example, path, capsys):
+def test_the_options_of_the_studies_that_come_with_the_project_are_known(example, path, tmp_path, capsys):
     """A depth that there is not is noticed after all options, and before any work."""
     compare, classification = example("compare_classifiers"), example("image_classification")
     study = compare.load(path)
     for variant in study["variants"]:
-        words = compare.command_line(study, variant, study["seeds"][0], path)
+        words = compare.command_line(study, variant, study["seeds"][0], tmp_path)
         assert classification.main([*words, "--dataset_name", "digits", "--model", "resnet", "--depth", "9"]) == 2
         assert "--depth must be 6n + 2" in capsys.readouterr().err
 

@@ -10,12 +10,13 @@ CLASSIFY = "image_classification"
     [
         *((CLASSIFY, [flag, "0"], f"argument {flag}: it must be at least 1, but is 0.") for flag in
           ("--resolution", "--depth", "--epochs", "--batch_size")),
-        (CLASSIFY, ["--learning_rate", "0"], "argument --learning_rate: it must be above 0, but is 0."),
+        (CLASSIFY, ["--learning_rate", "-1"], "argument --learning_rate: it must be at least 0, but is -1."),
         (CLASSIFY, ["--weight_decay", "-1"], "argument --weight_decay: it must be at least 0, but is -1."),
         (CLASSIFY, ["--branch_scale", "nan"], "argument --branch_scale: it must be a number, but is 'nan'."),
         (CLASSIFY, ["--seed", str(2**32)], f"argument --seed: it must be at most {2**32 - 1}, but is {2**32}."),
         ("object_detection", ["--steps", "0"], "argument --steps: it must be at least 1, but is 0."),
         ("object_detection", ["--test_pictures", "1e9.5"], "it must be a whole number, but is '1e9.5'."),
+        ("text_to_image", ["--steps", "-1"], "it must be at least 0, but is -1."),
         ("text_to_image", ["--sampling_steps", "-3"], "it must be at least 1, but is -3."),
         ("compare_classifiers", ["study.yaml", "--jobs", "0"], "argument --jobs: it must be at least 1, but is 0."),
     ],
