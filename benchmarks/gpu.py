@@ -25,7 +25,7 @@ from measuring import alternate, count_flops, read_arguments, row, save_result, 
 
 SIZE, BATCH = "CIFAR-10", 128
 # How the models are called: which of them, and arguments of torch.compile, none for not at all. Compiling one takes
-# about a minute, so only the two that are to be compared are.
+# minutes, so only the two that are to be compared are.
 CALLS = {
     "eager": (tuple(SIDES), None),
     "compiled": ((NONE, DIA), {"mode": "default"}),
