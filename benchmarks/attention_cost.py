@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 import families
 from dia_diffusion import DIAUNet2DModel, attach
-from dia_diffusion.models.resnet import FusedResnetBlock2D
-from dia_diffusion.process import tune_process
+from dia_diffusion.models.branches import FusedResnetBlock2D
+from dia_diffusion.process.startup import tune_process
 from measuring import alternate, read_arguments, row, save_result, spread
 
 PLAIN = "UNet2DModel"

@@ -27,8 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from dia_diffusion.data import EndlessShuffle, PixelDataset, describe_images, load_dataset_splits, prepare_pixels
-from dia_diffusion.process import available_cores
+from dia_diffusion.data.pixels import EndlessShuffle, PixelDataset, describe_images
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_dataset_splits
+from dia_diffusion.process.startup import available_cores
 from measuring import RESULTS, alternate, count, row, save_result, spread
 
 FEW, RESOLUTION, BATCH = 1000, 32, 128

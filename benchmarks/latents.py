@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
 
-from dia_diffusion.data import DIGITS, load_dataset_splits, prepare_pixels
-from dia_diffusion.latents import encode_images
-from dia_diffusion.process import tune_process
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import DIGITS, load_dataset_splits
+from dia_diffusion.latents.encoding import encode_images
+from dia_diffusion.process.startup import tune_process
 from dia_diffusion.training.architecture import default_architecture
 from measuring import RESULTS, count, count_flops, row, save_result
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dia_diffusion.ranges import COUNT, number_type
+from dia_diffusion.options.fields import COUNT, number_type
 
 # The type of a flag.
 count = number_type(int, COUNT)

@@ -26,13 +26,19 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from dia_diffusion import DIAUNetPipeline
-from dia_diffusion.data import PixelDataset, load_images, prepare_pixels, to_unit_range
+from dia_diffusion.data.decoding import to_unit_range
+from dia_diffusion.data.pixels import PixelDataset
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_images
 from dia_diffusion.errors import UsageError
-from dia_diffusion.process import tune_process
-from dia_diffusion.sampling import load_pipeline, make_scheduler
-from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
-from dia_diffusion.study import compare
-from dia_diffusion.training import OBJECTIVES
+from dia_diffusion.objectives import OBJECTIVES
+from dia_diffusion.process.startup import tune_process
+from dia_diffusion.sampling.loading import load_pipeline
+from dia_diffusion.sampling.schedulers import make_scheduler
+from dia_diffusion.scoring.evaluation import evaluate
+from dia_diffusion.scoring.features.named import get_extractor
+from dia_diffusion.scoring.images import PipelineImages
+from dia_diffusion.study.study_report import compare
 from measuring import RESULTS, count, row, save_result
 
 DATA = "digits"

@@ -38,8 +38,8 @@ def make_our_round() -> Callable[[], list[int]]:
     """Steps of this trainer. A round gives what `size_of` gives."""
     from attention_cost import SIZES
     from dia_diffusion import DIAUNet2DModel
-    from dia_diffusion.data import prepare_pixels
-    from dia_diffusion.process import tune_process
+    from dia_diffusion.data.preparation import prepare_pixels
+    from dia_diffusion.process.startup import tune_process
     from training_throughput import RESOLUTION, make_images, this_trainer
 
     tune_process()

@@ -16,11 +16,15 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from dia_diffusion.data import load_images, prepare_pixels
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_images
 from dia_diffusion.errors import UsageError
-from dia_diffusion.process import tune_process
-from dia_diffusion.sampling import load_pipeline, make_scheduler
-from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
+from dia_diffusion.process.startup import tune_process
+from dia_diffusion.sampling.loading import load_pipeline
+from dia_diffusion.sampling.schedulers import make_scheduler
+from dia_diffusion.scoring.evaluation import evaluate
+from dia_diffusion.scoring.features.named import get_extractor
+from dia_diffusion.scoring.images import PipelineImages
 from measuring import RESULTS, count, row, save_result
 
 ROOT = Path(__file__).parent.parent

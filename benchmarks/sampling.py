@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from attention_cost import SIZES
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.process import tune_process
-from dia_diffusion.sampling import load_pipeline
+from dia_diffusion.process.startup import tune_process
+from dia_diffusion.sampling.loading import load_pipeline
 from measuring import alternate, read_arguments, row, save_result, serve_rounds, spread, start_workers
 
 PEERS = {"DDPM": (DDPMPipeline, DDPMScheduler), "DDIM": (DDIMPipeline, DDIMScheduler)}

@@ -17,8 +17,9 @@ import torch
 from accelerate import PartialState
 
 from attention_cost import SIZES
-from dia_diffusion.data import prepare_pixels
-from dia_diffusion.process import available_cores, make_state
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.process.distributed import make_state
+from dia_diffusion.process.startup import available_cores
 from measuring import alternate, read_arguments, row, save_result, spread
 from training_throughput import RESOLUTION, make_images, this_trainer
 

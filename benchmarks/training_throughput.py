@@ -27,18 +27,15 @@ from torch.utils.data import DataLoader
 
 from attention_cost import SIZES
 from dia_diffusion import DIAUNet2DModel
-from dia_diffusion.data import PixelDataset, prepare_pixels
-from dia_diffusion.process import tune_process
-from dia_diffusion.training import (
-    OBJECTIVES,
-    BatchPlan,
-    DataOptions,
-    OptimisationOptions,
-    TrainingState,
-    accumulate_gradients,
-    make_loader,
-    prepare_batches,
-)
+from dia_diffusion.data.pixels import PixelDataset
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.objectives import OBJECTIVES
+from dia_diffusion.options.data import DataOptions
+from dia_diffusion.options.optimisation import OptimisationOptions
+from dia_diffusion.process.startup import tune_process
+from dia_diffusion.training.batches import BatchPlan, make_loader, prepare_batches
+from dia_diffusion.training.loop import accumulate_gradients
+from dia_diffusion.training.state import TrainingState
 from measuring import alternate, read_arguments, row, save_result, serve_rounds, spread, start_workers
 
 IMAGES, STEPS_A_ROUND = 512, 2

@@ -4,11 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .models import DIAUNet2DModel, attach, detach
-    from .pipelines import DIAUNetPipeline
+    from .models.attach import attach, detach
+    from .models.unet import DIAUNet2DModel
+    from .pipelines.pipeline_dia_unet import DIAUNetPipeline
 
 __version__ = "0.1.0"
-_EXPORTS = {"DIAUNet2DModel": "models", "DIAUNetPipeline": "pipelines", "attach": "models", "detach": "models"}
+_EXPORTS = {
+    "DIAUNet2DModel": "models.unet",
+    "DIAUNetPipeline": "pipelines.pipeline_dia_unet",
+    "attach": "models.attach",
+    "detach": "models.attach",
+}
 __all__ = ["DIAUNet2DModel", "DIAUNetPipeline", "__version__", "attach", "detach"]
 
 

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .errors import UsageError
-from .process import Interrupted, end_with_launcher, quiet_dependencies, start_missing_processes, tune_process
-from .ranges import COUNT, NATURAL, Range, number_type
-from .suggestions import SuggestingParser
+from .options.fields import COUNT, NATURAL, Range, number_type
+from .options.parser import SuggestingParser
+from .process.startup import Interrupted, end_with_launcher, quiet_dependencies, start_missing_processes, tune_process
 
 Commands = argparse._SubParsersAction
 
@@ -63,8 +63,9 @@ def _run(function: Callable, argument: object) -> int:
 
 
 def _train(arguments: Sequence[str] | None) -> None:
-    from .scoring import format_scores
-    from .training import parse_arguments, train
+    from .options.training import parse_arguments
+    from .scoring.score_report import format_scores
+    from .training.loop import train
 
     config = parse_arguments(arguments)
     try:
@@ -264,31 +265,31 @@ def _add_sampling_options(parser: argparse.ArgumentParser, num_images: int) -> N
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from .sampling import sample
+    from .sampling.dia_sample import sample
 
     sample(options)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .scoring import score
+    from .scoring.dia_evaluate import score
 
     score(options)
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    from .analysis import analyze
+    from .analysis.dia_analyze import analyze
 
     analyze(options)
 
 
 def _app(options: argparse.Namespace) -> None:
-    from .app import launch_app
+    from .app.dia_app import launch_app
 
     launch_app(options.model, options.device)
 
 
 def _study(options: argparse.Namespace) -> None:
-    from .study import Cluster, run_study
+    from .study.dia_study import Cluster, run_study
 
     folder, resources = (
         options.output_dir or Path("runs") / options.config.stem,

@@ -1,10 +1,16 @@
-"""Files and folders that are whole or not there, and the folder of those that are kept."""
+"""Files and folders that are whole or not there, and the folder of those that are kept.
 
+Checksums of weights."""
+
+import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 _TOKEN_BYTES = 8
 
@@ -95,3 +101,12 @@ def _beside(path: Path) -> Path:
     # Other processes, of other machines too, may be writing the same file, and what a kill leaves must not pass for one
     # of its kind.
     return path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN_BYTES)}.tmp")
+
+
+def weights_checksum(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names, types and shapes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -22,9 +22,9 @@ import flags
 import image_classification
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text
-from dia_diffusion.process import end_with_parent
-from dia_diffusion.study import compare
-from dia_diffusion.training import read_yaml
+from dia_diffusion.options.training import read_yaml
+from dia_diffusion.process.startup import end_with_parent
+from dia_diffusion.study.study_report import compare
 
 
 def load(path: Path) -> dict:

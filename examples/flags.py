@@ -3,7 +3,7 @@
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from dia_diffusion.ranges import COUNT, NATURAL, Range, number_type
+from dia_diffusion.options.fields import COUNT, NATURAL, Range, number_type
 
 count = number_type(int, COUNT)
 whole = number_type(int, NATURAL)

@@ -35,7 +35,7 @@ from transformers import (
 import flags
 from cifar_resnet import BasicBlock, Bottleneck, ResNet
 from dia_diffusion import attach
-from dia_diffusion.data import EMBEDDED, load_dataset_splits
+from dia_diffusion.data.sources import EMBEDDED, load_dataset_splits
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text
 from images_in_memory import Images

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from dia_diffusion.data import prepare_pixels
+from dia_diffusion.data.preparation import prepare_pixels
 
 
 class Images:

@@ -23,7 +23,8 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetCon
 import flags
 from average_precision import mean_average_precision
 from dia_diffusion import attach
-from dia_diffusion.data import load_dataset_splits, prepare_pixels
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text
 

@@ -24,7 +24,9 @@ from tqdm.auto import tqdm
 
 import flags
 from dia_diffusion import attach
-from dia_diffusion.data import load_dataset_splits, prepare_pixels, to_unit_range
+from dia_diffusion.data.decoding import to_unit_range
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.errors import UsageError
 
 

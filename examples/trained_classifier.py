@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTImageProcessorPil
 
 from dia_diffusion import detach
-from dia_diffusion.analysis import VIEWS, channel_correlations, describe
+from dia_diffusion.analysis.similarity import VIEWS, channel_correlations, describe
 from images_in_memory import Images
 
 

@@ -16,12 +16,11 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from dia_diffusion.divergence import NotFiniteImagesError
-from dia_diffusion.errors import UsageError
-from dia_diffusion.latents.scaling import unscale_latents
-from dia_diffusion.pipelines.noise import NoiseKind, find_misfit, noise_kind
-from dia_diffusion.pipelines.self_contained import SelfContained
-from dia_diffusion.pipelines.timesteps import set_timesteps
+from ..errors import NotFiniteImagesError, UsageError
+from ..latents.scaling import unscale_latents
+from .noise import NoiseKind, find_misfit, noise_kind
+from .self_contained import SelfContained
+from .timesteps import set_timesteps
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

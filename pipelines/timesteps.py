@@ -3,7 +3,7 @@
 import torch
 from diffusers import SchedulerMixin
 
-from dia_diffusion.errors import UsageError
+from ..errors import UsageError
 
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | str) -> None:

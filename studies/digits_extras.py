@@ -27,12 +27,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dia_diffusion import DIAUNetPipeline
-from dia_diffusion.data import to_unit_range
+from dia_diffusion.data.decoding import to_unit_range
+from dia_diffusion.data.loading import load_pixels
 from dia_diffusion.files import replace_text
-from dia_diffusion.ranges import COUNT, SEED, number_type
-from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
-from dia_diffusion.study import compare
-from dia_diffusion.training import TrainingConfig, TrainingState, build_unet, draw_step, load_pixels
+from dia_diffusion.options.fields import COUNT, SEED, number_type
+from dia_diffusion.options.training import TrainingConfig
+from dia_diffusion.scoring.evaluation import evaluate
+from dia_diffusion.scoring.features.named import get_extractor
+from dia_diffusion.scoring.images import PipelineImages
+from dia_diffusion.study.study_report import compare
+from dia_diffusion.training.architecture import build_unet
+from dia_diffusion.training.batches import draw_step
+from dia_diffusion.training.state import TrainingState
 
 EXPONENTS = (16.97, 6.94)  # of the two averages that are followed: relative widths of 0.05 and 0.1
 WIDTHS = (0.05, 0.1, 0.15)

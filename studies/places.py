@@ -25,19 +25,17 @@ from torch import nn
 from tqdm import tqdm
 
 from dia_diffusion import attach
-from dia_diffusion.data import PixelDataset
+from dia_diffusion.data.loading import load_pixels
+from dia_diffusion.data.pixels import PixelDataset
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text
-from dia_diffusion.ranges import COUNT, SEED, number_type
+from dia_diffusion.options.fields import COUNT, SEED, number_type
+from dia_diffusion.options.training import TrainingConfig
 from dia_diffusion.study.description import Study, load_study
-from dia_diffusion.training import (
-    TrainingConfig,
-    TrainingState,
-    build_unet,
-    draw_step,
-    held_out_loss,
-    load_pixels,
-)
+from dia_diffusion.training.architecture import build_unet
+from dia_diffusion.training.batches import draw_step
+from dia_diffusion.training.held_out import held_out_loss
+from dia_diffusion.training.state import TrainingState
 
 
 def resnets(unet: UNet2DModel, part: str) -> list[tuple[str, ResnetBlock2D]]:

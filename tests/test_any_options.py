@@ -20,7 +20,7 @@ from PIL import Image
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main, train_main
-from dia_diffusion.training import OPTION_NAMES
+from dia_diffusion.options.training import OPTION_NAMES
 from tiny_unets import GREY
 from training_runs import TINY, fresh_state
 

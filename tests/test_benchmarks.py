@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from dia_diffusion import attach
-from dia_diffusion.data import prepare_pixels
-from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_digits_dataset
 from dia_diffusion.models.families import FAMILIES
-from dia_diffusion.sampling import make_scheduler
+from dia_diffusion.sampling.schedulers import make_scheduler
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

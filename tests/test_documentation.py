@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main, make_parser
-from dia_diffusion.training import parse_arguments
+from dia_diffusion.options.training import parse_arguments
 from tiny_unets import GREY
 from training_runs import ROOT
 

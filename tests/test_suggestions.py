@@ -4,9 +4,8 @@ import pytest
 import yaml
 
 from dia_diffusion.cli import main, train_main
-from dia_diffusion.errors import UsageError
-from dia_diffusion.suggestions import nearest
-from dia_diffusion.training import parse_arguments
+from dia_diffusion.errors import UsageError, nearest
+from dia_diffusion.options.training import parse_arguments
 
 
 def test_the_nearest_is_named_where_one_is_near():

@@ -12,7 +12,8 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from dia_diffusion.training import parse_arguments, train
+from dia_diffusion.options.training import parse_arguments
+from dia_diffusion.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 TINY = {

@@ -11,7 +11,7 @@ import json
 import statistics
 from pathlib import Path
 
-from dia_diffusion.study import compare
+from dia_diffusion.study.study_report import compare
 
 TITLES = {
     "held_out_loss": "held-out loss",

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dia_diffusion.data import prepare_pixels
-from dia_diffusion.data.embedded import load_digits_dataset
-from dia_diffusion.scoring.features.digits import DIGITS_WEIGHTS, digits_classifier
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_digits_dataset
+from dia_diffusion.scoring.features.named import DIGITS_WEIGHTS, digits_classifier
 
 SEED = 0
 EPOCHS = 60

@@ -1,12 +1,14 @@
-"""Images while they are made: each step of the sampling as it is done, with the gates of the attention."""
+"""The gates of all blocks over the steps of a sampling, as a heat map.
+
+Images while they are made: each step of the sampling as it is done, with the gates of the attention."""
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from queue import Queue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,9 +16,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..errors import UsageError
-from ..models import DIAUNet2DModel
-from ..pipelines import DIAUNetPipeline
-from ..sampling import check_sampling, image_generators, make_scheduler
+from ..models.unet import DIAUNet2DModel
+from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
+from ..sampling.numbered import check_sampling, image_generators
+from ..sampling.schedulers import make_scheduler
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST_TICKS = 12
+
 
 # Of the noise of a variant, the share (in angle) that is its own.
 _VARIATION = 0.4
@@ -230,3 +239,34 @@ def show_latents(pipeline: DIAUNetPipeline, latents: Tensor) -> Tensor:
     with torch.no_grad():
         images = pipeline.decode(latents / spread)
     return (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
+def gate_table(moments: Sequence[Moment]) -> tuple[list[str], list[float], np.ndarray]:
+    """The blocks, the timesteps, and mean and standard deviation of the gates: `(2, blocks, timesteps)`."""
+    seen = [moment for moment in moments if moment.gates]
+    blocks = list(seen[0].gates)
+    figures = np.array([[moment.gates[block] for moment in seen] for block in blocks])
+    return blocks, [moment.timestep for moment in seen], figures.transpose(2, 0, 1)
+
+
+def draw_gates(moments: Sequence[Moment]) -> "Figure":
+    """Mean gate and its spread over images and channels: a row for each block in order of execution, a column for each
+    step, from noise to image."""
+    from matplotlib.figure import Figure
+
+    blocks, timesteps, (mean, spread) = gate_table(moments)
+    figure = Figure(figsize=(11, 1.6 + 0.24 * len(blocks)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    # A gate of 1 changes nothing: it has the neutral colour.
+    far = max(np.abs(mean - 1).max(), 1e-3)
+    ticks = range(0, len(timesteps), -(-len(timesteps) // _MOST_TICKS))
+    for axis, values, title, style in (
+        (left, mean, "mean gate", {"cmap": "coolwarm", "vmin": 1 - far, "vmax": 1 + far}),
+        (right, spread, "spread of the gates (standard deviation)", {"cmap": "viridis", "vmin": 0}),
+    ):
+        shown = axis.imshow(values, aspect="auto", interpolation="nearest", **style)
+        axis.set(title=title, xlabel="timestep: from noise to image")
+        axis.set_xticks(list(ticks), [f"{timesteps[tick]:.4g}" for tick in ticks])
+        figure.colorbar(shown, ax=axis)
+    left.set_yticks(range(len(blocks)), blocks)
+    return figure

@@ -14,11 +14,10 @@ import gradio as gr
 from PIL import Image
 from torch import Tensor
 
-from ..data import image_grid
+from ..data.grid import image_grid
 from ..errors import UsageError
-from ..sampling import scheduler_names
-from .gates import draw_gates
-from .making import Maker, Moment, Request
+from ..sampling.schedulers import scheduler_names
+from .making import Maker, Moment, Request, draw_gates
 
 _HELP = "Again takes the next seed; Vary moves the noise of the image that is selected, or of each, a little."
 _INSIDE = "The gates of all blocks at each step, and the same images without the attention."

@@ -20,11 +20,10 @@ from datasets.fingerprint import Hasher
 from filelock import FileLock
 
 from ..errors import UsageError
-from ..process import available_cores, end_with_parent
-from .columns import find_image_column, find_label_column
-from .contents import hash_files
+from ..process.startup import available_cores, end_with_parent
+from .columns import find_image_column, find_label_column, read_labels
 from .decoding import DTYPES, GREY_MODES, UNREADABLE, image_to_pixels, on_white, open_header, open_image
-from .labels import read_labels
+from .folders import hash_files
 from .pixels import PixelDataset
 
 # Part of the cache key: raise it whenever the same image would give other pixels.

@@ -18,10 +18,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from filelock import FileLock, Timeout
 
-from ..data import PixelDataset, to_unit_range
+from ..data.decoding import to_unit_range
+from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..files import flush, remove_temporaries, replace_file
-from ..process import progress_bar, say
+from ..process.distributed import say
+from ..process.progress import progress_bar
 from .autoencoder import VAE, encode_posterior, vae_digest
 
 # Part of the cache key: raise it whenever the same image would give other latents.

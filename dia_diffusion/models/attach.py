@@ -10,11 +10,11 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ..attention.run import record_maps
+from ..attention.forward_pass import record_maps
 from ..attention.sharing import SharedAttention
 from ..errors import UsageError
 from .families import Backbone, find_backbone, named_backbone
-from .model_hooks import NAME, ModelHooks
+from .hooks import NAME, ModelHooks
 
 
 class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):

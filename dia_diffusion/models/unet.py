@@ -13,9 +13,7 @@ from diffusers import ModelMixin, UNet2DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ..attention.checkpointing import CarryState
-from ..attention.hooks import ContextHook
-from ..attention.run import Run, record_maps
+from ..attention.forward_pass import CarryState, ContextHook, Run, record_maps
 from ..attention.sharing import SharedAttention
 from ..errors import UsageError
 from .branches import Branch, fuse_resnets, gate_branches, resnet_branches

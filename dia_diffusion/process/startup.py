@@ -1,15 +1,83 @@
-"""Settings of the process: speed on a CPU, and its end. They do nothing where they do not apply."""
+"""What dependencies print that is of no use to a user.
+
+Stopping between steps when a scheduler preempts the job or someone presses Ctrl-C.
+
+Settings of the process: speed on a CPU, and its end. They do nothing where they do not apply."""
 
 import ctypes
 import os
 import signal
 import sys
+import threading
+import warnings
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
 from ..errors import UsageError
+
+_INTERVAL = "10"
+
+
+def quiet_dependencies() -> None:
+    """For command lines only, and before anything is imported: leaves out what is meant for the developers of other
+    packages, and in a log the bars of what is quick.
+
+    Warnings that were asked for (`python -W`, `PYTHONWARNINGS`) stay.
+    """
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        # diffusers passes on to huggingface_hub an argument that no longer does anything.
+        warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
+    if not sys.stderr.isatty():
+        # The defaults of tqdm.
+        for name in ("TQDM_DELAY", "TQDM_MININTERVAL"):
+            os.environ.setdefault(name, _INTERVAL)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """Training ended early on a signal, with a checkpoint written.
+
+    Attributes:
+        signum (`int`): The signal. The customary exit status is 128 plus its number.
+    """
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+@contextmanager
+def catch_interrupts() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in the list that it yields. A second one acts as if this were not here.
+
+    Outside of the main thread, where Python allows no handlers, nothing is caught.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = {}
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        signal.signal(signum, previous[signum])
+
+    previous |= {signum: signal.signal(signum, note) for signum in _SIGNALS}
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
 
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD = -1

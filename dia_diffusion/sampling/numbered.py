@@ -10,11 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..divergence import NotFiniteImagesError
-from ..errors import UsageError
-from ..pipelines import DIAUNetPipeline
-from ..process import progress_bar
-from ..suggestions import nearest
+from ..errors import NotFiniteImagesError, UsageError, nearest
+from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
+from ..process.progress import progress_bar
 
 
 def image_generators(seed: int, numbers: Sequence[int], device: torch.device | str) -> list[torch.Generator]:

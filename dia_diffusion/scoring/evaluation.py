@@ -16,15 +16,13 @@ import torchmetrics
 from accelerate import PartialState
 from torch import Tensor
 
-from ..data import PixelDataset
-from ..errors import UsageError
-from ..suggestions import nearest
-from .extraction import extract
-from .features import FeatureExtractor
+from ..data.pixels import PixelDataset
+from ..errors import UsageError, nearest
+from .features.extractor import FeatureExtractor
 from .frechet import GROUPS, FrechetDistanceTo, Moments, frechet_uncertainty, is_uncertainty_too_long
-from .generated import FolderImages, PipelineImages
+from .images import FolderImages, PipelineImages
 from .metrics import FEWEST_FOR_INCEPTION_SCORE, inception_score, kernel_distance, precision_recall
-from .reference import Reference, make_reference
+from .reference import Reference, extract, make_reference
 
 METRICS = ("fid", "kid", "is", "precision", "recall")
 DEFAULT_METRICS = ("fid", "kid", "precision", "recall")

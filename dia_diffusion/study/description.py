@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 from diffusers import UNet2DModel
 
-from ..errors import UsageError
-from ..ranges import COUNT, NATURAL, SEED, to_number
-from ..suggestions import nearest
-from ..training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, read_mapping, read_yaml
+from ..errors import UsageError, nearest
+from ..options.fields import COUNT, NATURAL, SEED, read_mapping, to_number
+from ..options.training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, read_yaml
 
 # Options that a study sets itself, and what to use instead.
 _RESERVED = {

@@ -13,24 +13,21 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-from ..divergence import NotFiniteError, NotFiniteImagesError
-from ..errors import UsageError
+from ..errors import NotFiniteError, NotFiniteImagesError, UsageError
 from ..files import replace_text
-from ..pipelines import DIAUNetPipeline
-from ..scoring import PipelineImages, evaluate, get_extractor
-from ..training import (
-    CHECKPOINTS,
-    METRICS_LOG,
-    TrainingState,
-    build_unet,
-    draw_step,
-    held_out_loss,
-    load_data,
-    make_accelerator,
-    measure_std,
-    read_metrics,
-    train,
-)
+from ..latents.space import load_data
+from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
+from ..scoring.evaluation import evaluate
+from ..scoring.features.named import get_extractor
+from ..scoring.images import PipelineImages
+from ..training.accelerator import make_accelerator
+from ..training.architecture import build_unet
+from ..training.batches import draw_step, measure_std
+from ..training.checkpoint import CHECKPOINTS
+from ..training.held_out import held_out_loss
+from ..training.log import METRICS_LOG, read_metrics
+from ..training.loop import train
+from ..training.state import TrainingState
 from .description import StudyRun
 
 RESULT = "result.json"

@@ -14,8 +14,8 @@ from accelerate.utils import (
 )
 
 from ..errors import UsageError
-from ..process import PATIENCE, check_launcher, check_processes
-from .options import OutputOptions
+from ..options.output import OutputOptions
+from ..process.distributed import PATIENCE, check_launcher, check_processes
 
 _SECONDS_BETWEEN_MEETINGS = 2.0
 # Steps may become slower.

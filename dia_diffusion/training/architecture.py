@@ -10,11 +10,10 @@ import torch
 from diffusers import UNet2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import UsageError
-from ..models import DIAUNet2DModel
-from ..suggestions import nearest
-from .options import ModelOptions
-from .values import read_value
+from ..errors import UsageError, nearest
+from ..models.unet import DIAUNet2DModel
+from ..options.fields import read_value
+from ..options.model import ModelOptions
 
 # What diffusers takes, or ignores, where its signature says `str`.
 _CHOICES = {

@@ -1,4 +1,6 @@
-"""The batches of a run: which images a process takes at a step, and all that is random about them."""
+"""The randomness of a step, as a function of the seed and the step.
+
+The batches of a run: which images a process takes at a step, and all that is random about them."""
 
 import math
 import signal
@@ -9,13 +11,37 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data import EndlessShuffle, PixelDataset, describe_images, load_dataset_splits, prepare_pixels
-from ..latents import LatentDataset
-from ..process import say
+from ..data.pixels import EndlessShuffle, PixelDataset
+from ..latents.space import LatentDataset
+from ..objectives import Objective
+from ..options.data import DataOptions
 from ..randomness import step_seed
-from .draws import draw_step
-from .objectives import Objective
-from .options import DataOptions
+
+
+class StepDraws(NamedTuple):
+    """What is random about a batch of B images."""
+
+    levels: Tensor  # how far each is noised, as its objective has it, (B,)
+    noise: Tensor  # (B, C, H, W), standard normal
+    flips: Tensor  # bool (B,)
+    label_drops: Tensor  # uniform in [0, 1), (B,)
+
+    def rows(self, rows: slice) -> "StepDraws":
+        return StepDraws(*(values[rows] for values in self))
+
+
+def draw_step(
+    seed: int, step: int, shape: tuple[int, int, int, int], objective: Objective, device: torch.device | str
+) -> StepDraws:
+    """Draws for the whole global batch `(B, C, H, W)` of a step, of which each process takes its rows."""
+    generator = torch.Generator(device).manual_seed(step_seed(seed, step))
+    arguments = {"generator": generator, "device": device}
+    return StepDraws(
+        objective.draw_levels(shape[0], **arguments),
+        torch.randn(shape, **arguments),
+        torch.rand(shape[:1], **arguments) < 0.5,
+        torch.rand(shape[:1], **arguments),
+    )
 
 
 class BatchPlan(NamedTuple):
@@ -53,36 +79,6 @@ class Batch(NamedTuple):
     seed: int  # of what is random inside of the model
 
 
-def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None]:
-    """The training images of a run, and the held-out ones if there are any."""
-    train_split, held_out_split = load_dataset_splits(
-        options.dataset_name,
-        options.dataset_config_name,
-        options.train_data_dir,
-        options.cache_dir,
-        options.label_column,
-        options.class_conditional,
-    )
-    settings = {
-        "image_column": options.image_column,
-        "label_column": options.label_column,
-        "with_labels": options.class_conditional,
-        "on_bad_image": options.on_bad_image,
-        "bits": 16 if options.preserve_input_precision else 8,
-        "cache_dir": options.cache_dir,
-        "num_workers": options.preprocessing_num_workers,
-    }
-    data = prepare_pixels(train_split, options.resolution, options.channels, **settings)
-    if held_out_split is None:
-        return data, None
-    trained = None if data.class_names is None else (data.class_names, data.labels)
-    held_out = prepare_pixels(held_out_split, options.resolution, data.channels, **settings, trained=trained)
-    if len(held_out) == 0:
-        say(f"No images are held out: {'; '.join(held_out.left_out)}.")
-        return data, None
-    return data, held_out
-
-
 def measure_std(data: PixelDataset | LatentDataset, most: int = 10_000) -> float:
     """The standard deviation of what a model sees, pixels in [-1, 1] or latents, of up to `most` images that are spread
     evenly over the data."""
@@ -93,13 +89,6 @@ def measure_std(data: PixelDataset | LatentDataset, most: int = 10_000) -> float
         sums += torch.stack([torch.tensor(seen.numel()), seen.sum(), seen.square().sum()])
     number, total, squares = sums.tolist()
     return math.sqrt(max(squares / number - (total / number) ** 2, 0.0))
-
-
-def describe_data(options: DataOptions, data: PixelDataset, held_out: PixelDataset | None) -> str:
-    """What a run says at its start about the images it uses."""
-    origin = options.dataset_name or options.train_data_dir
-    held = "none." if held_out is None else describe_images(held_out, origin)
-    return f"Training images: {describe_images(data, origin)}\nHeld-out images: {held}"
 
 
 def make_loader(

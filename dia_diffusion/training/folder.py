@@ -1,4 +1,6 @@
-"""The output directory of a run: claimed by one run at a time, prepared, and kept apart from what is not the run's."""
+"""The output directory of a run: claimed by one run at a time, prepared, and kept apart from what is not the run's.
+
+Mistakes about what a run leaves, seen before it trains."""
 
 import json
 import shutil
@@ -8,18 +10,22 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..files import remove_temporaries, set_aside
+from ..latents.space import VAE_FOLDER
+from ..objectives import Objective
+from ..options.output import OutputOptions
+from ..options.training import CONFIG
+from ..sampling.schedulers import make_scheduler
+from ..scoring.features.named import get_extractor
 from .checkpoint import CHECKPOINTS, clean_checkpoints, list_checkpoints, set_aside_newer
 from .log import METRICS_LOG
-from .options import OutputOptions
-from .parsing import CONFIG
 
 SAMPLES = "samples"
 BEST = "best"
 LOCK = ".lock"
 # Where a run keeps its VAE, and a pipeline has it too.
-VAE_FOLDER = "vae"
 # Where a run was killed, what it had started may hold the lock for a moment longer.
 _PATIENCE_SECONDS = 3
 
@@ -123,3 +129,35 @@ def read_best(best: Path) -> dict[str, float | str] | None:
         return json.loads((best / "metrics.json").read_text())
     except FileNotFoundError:
         return None
+
+
+def check_results(
+    options: OutputOptions, objective: Objective, data: PixelDataset, held_out: PixelDataset | None
+) -> None:
+    """Tries what is cheap of the samples and scores that a run is to make.
+
+    Raises:
+        UsageError: for what would fail when the run is trained.
+    """
+    steps, sampler = options.ddpm_num_inference_steps, make_scheduler(None, objective.scheduler.config)
+    try:
+        sampler.set_timesteps(steps)
+    except (IndexError, ValueError) as error:
+        raise UsageError(f"ddpm_num_inference_steps {steps} does not fit the noise schedule: {error}.") from error
+    if objective.num_timesteps is not None and sampler.timesteps.min() < 0:
+        raise UsageError(f"ddpm_num_inference_steps {steps} goes below the last timestep by rounding: take one less.")
+    if options.score_features is None:
+        return
+    counts = {"score_num_images": options.score_num_images}
+    if options.eval_steps is not None:
+        counts["eval_num_images"] = options.eval_num_images
+    for name, count in counts.items():
+        if count < 2:
+            raise UsageError(f"{name} must be at least 2, because scores compare distributions, but is {count}.")
+    for kind, images in (("training", data), ("held-out", held_out)):
+        if images is not None and len(images) < 2:
+            raise UsageError(
+                f"there is only 1 {kind} image, and scores need 2 or more: add images, or omit --score_features."
+            )
+    # A network that does not take such images says so.
+    get_extractor(options.score_features, data.resolution, data.channels)(data.numbered(range(1)))

@@ -6,10 +6,10 @@ import math
 import torch
 from torch import nn
 
-from ..data import PixelDataset
-from ..latents import LatentDataset
+from ..data.pixels import PixelDataset
+from ..latents.space import LatentDataset
+from ..objectives import Objective
 from ..randomness import step_seed
-from .objectives import Objective
 
 
 @torch.no_grad()

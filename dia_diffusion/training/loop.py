@@ -13,26 +13,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data import PixelDataset
-from ..divergence import NotFiniteError
-from ..process import Interrupted, catch_interrupts
+from ..data.loading import describe_data, load_pixels
+from ..data.pixels import PixelDataset
+from ..errors import NotFiniteError
+from ..latents.space import LatentSpace
+from ..objectives import Objective
+from ..options.data import DataOptions
+from ..options.training import CONFIG, TrainingConfig, save_config
+from ..process.startup import Interrupted, catch_interrupts
 from .accelerator import Meetings, check_same_start, make_accelerator
 from .architecture import build_unet
-from .batches import Batch, BatchPlan, describe_data, load_pixels, make_loader, measure_std, prepare_batches
-from .card import launch_command, write_model_card
+from .batches import Batch, BatchPlan, make_loader, measure_std, prepare_batches
+from .card import launch_command, make_hub_repository, push_run, write_model_card
 from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint
-from .checks import check_results
-from .folder import check_output_dir, claim, leave_branch, prepare_output_dir
-from .latents import LatentSpace
-from .log import METRICS_LOG, RunLog
-from .objectives import Objective
-from .options import DataOptions, TrainingConfig
-from .parsing import CONFIG, save_config
-from .publishing import make_hub_repository, push_run
+from .folder import check_output_dir, check_results, claim, leave_branch, prepare_output_dir
+from .log import METRICS_LOG, RunLog, start_trackers
 from .results import RunResults
 from .resuming import find_checkpoint, load_to_resume
 from .state import TrainingState
-from .trackers import start_trackers
 
 
 def train(config: TrainingConfig) -> dict[str, Any]:

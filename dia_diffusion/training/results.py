@@ -1,4 +1,8 @@
-"""What a run leaves in its output directory."""
+"""The training curves of a run.
+
+What came out of a run, as a page.
+
+What a run leaves in its output directory."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,22 +14,67 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from ..data import PixelDataset, image_grid
+from ..data.grid import image_grid
+from ..data.pixels import PixelDataset
 from ..files import replace_file, replace_files, replace_text, set_aside
-from ..latents import LatentDataset, load_vae
-from ..models import DIAUNet2DModel
-from ..pipelines import DIAUNetPipeline
-from ..sampling import make_scheduler, sample_images
-from ..scoring import DEFAULT_METRICS, PipelineImages, evaluate, get_extractor
-from .curves import save_curves
-from .folder import BEST, SAMPLES, VAE_FOLDER, read_best
+from ..latents.autoencoder import load_vae
+from ..latents.space import VAE_FOLDER, LatentDataset
+from ..models.unet import DIAUNet2DModel
+from ..objectives import Objective
+from ..options.output import OutputOptions
+from ..options.training import CONFIG
+from ..page import folded, heading, markdown, picture, write_page
+from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
+from ..sampling.numbered import sample_images
+from ..sampling.schedulers import make_scheduler
+from ..scoring.evaluation import DEFAULT_METRICS, evaluate
+from ..scoring.features.named import get_extractor
+from ..scoring.images import PipelineImages
+from ..scoring.score_report import format_scores
+from .folder import BEST, SAMPLES, read_best
 from .held_out import held_out_loss
-from .log import METRICS_LOG, read_metrics
-from .objectives import Objective
-from .options import OutputOptions
-from .report import write_run_report
+from .log import METRICS_LOG, log_picture, read_metrics
 from .state import TrainingState
-from .trackers import log_picture
+
+
+def save_curves(metrics: list[dict[str, float]], path: Path) -> None:
+    """Training loss, held-out loss and learning rate over the steps, from the lines of a metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    losses = figure.subplots()
+    rate = losses.twinx()
+    for axis, key, label, style in (
+        (losses, "loss", "training loss", {"color": "tab:blue", "alpha": 0.35, "linewidth": 1}),
+        (losses, "held_out_loss", "held-out loss", {"color": "tab:red", "marker": "o", "markersize": 4}),
+        (rate, "learning_rate", "learning rate", {"color": "tab:gray", "linestyle": ":"}),
+    ):
+        points = [(line["step"], line[key]) for line in metrics if key in line]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+    losses.set(xlabel="step", ylabel="mean squared error", yscale="log")
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    handles = [axis.get_legend_handles_labels() for axis in (losses, rate)]
+    losses.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], loc="upper right")
+    losses.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, format="png")
+
+
+REPORT = "report.html"
+_LOSSES = {"loss": "Training loss", "held_out_loss": "Held-out loss"}
+
+
+def write_run_report(folder: Path, figures: dict[str, Any]) -> None:
+    """Writes `report.html` of a finished run, from `figures` (what is in its metrics.json) and what lies there."""
+    losses = [f"{name}: {figures[key]:.5f}. " for key, name in _LOSSES.items() if key in figures]
+    steps = f"{figures['step']:,} steps of {figures['global_batch_size']:,} images. {''.join(losses)}"
+    parts = [markdown(steps), heading("Samples"), picture(folder / "samples.png", "samples of the model", pixels=True)]
+    if "features" in figures:
+        parts += [heading("Scores"), markdown(format_scores(figures), sortable=False)]
+    parts += [heading("Training"), picture(folder / "curves.png", "losses and learning rate over the steps")]
+    if (folder / CONFIG).exists():
+        parts.append(folded("Options of the run", (folder / CONFIG).read_text()))
+    write_page(folder / REPORT, folder.name, parts, [folder / "metrics.json", folder / METRICS_LOG])
 
 
 @dataclass

@@ -9,9 +9,10 @@ from typing import Any
 from accelerate import PartialState
 
 from ..errors import UsageError
-from ..models import DIAUNet2DModel
+from ..models.unet import DIAUNet2DModel
+from ..options.output import OutputOptions
+from ..options.training import TrainingConfig
 from .checkpoint import CHECKPOINTS, Checkpoint, find_latest, list_checkpoints, load_checkpoint
-from .options import OutputOptions, TrainingConfig
 
 # What a resumed run may have otherwise than the one it goes on from: its length, its output, how the global batch is
 # divided, where data and model come from (what they are is compared), and what one changes after a divergence.

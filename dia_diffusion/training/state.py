@@ -11,11 +11,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..divergence import NotFiniteError
-from ..errors import UsageError
-from ..models import DIAUNet2DModel
+from ..errors import NotFiniteError, UsageError
+from ..models.unet import DIAUNet2DModel
+from ..options.optimisation import OptimisationOptions
 from .checkpoint import Checkpoint
-from .options import OptimisationOptions
 
 
 class TrainingState:

@@ -8,8 +8,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
+from dia_diffusion.analysis.analysis_report import report
 from dia_diffusion.analysis.maps import Block, collect_maps, place_blocks
-from dia_diffusion.analysis.report import report
 from dia_diffusion.analysis.similarity import (
     all_samples,
     channel_correlations,
@@ -22,8 +22,8 @@ from dia_diffusion.analysis.similarity import (
     within_timestep,
 )
 from dia_diffusion.cli import main
-from dia_diffusion.data import prepare_pixels
-from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_digits_dataset
 from dia_diffusion.randomness import step_seed
 
 SMALL = {

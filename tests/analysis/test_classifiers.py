@@ -9,7 +9,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 
 from dia_diffusion import attach
 from dia_diffusion.cli import main
-from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.data.sources import load_digits_dataset
 from tiny_unets import open_gates
 
 VIT = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}

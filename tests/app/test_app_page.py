@@ -10,8 +10,9 @@ from PIL import Image
 
 from browser import open_browser
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.app import Maker
-from dia_diffusion.sampling import make_scheduler, sample_batch
+from dia_diffusion.app.making import Maker
+from dia_diffusion.sampling.numbered import sample_batch
+from dia_diffusion.sampling.schedulers import make_scheduler
 from tiny_unets import GREY
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed (pip install 'dia-diffusion[app]')")
@@ -28,7 +29,7 @@ def make_pipeline():
 
 @pytest.fixture(scope="module")
 def opened():
-    from dia_diffusion.app import make_app
+    from dia_diffusion.app.page import make_app
 
     pipeline = make_pipeline()
     app = make_app(Maker(pipeline), "animals")

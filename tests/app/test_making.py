@@ -9,12 +9,11 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEuler
 
 from autoencoders import random_vae
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.app import Maker, Request
-from dia_diffusion.app.gates import draw_gates, gate_table
-from dia_diffusion.app.making import vary_noise
+from dia_diffusion.app.making import Maker, Request, draw_gates, gate_table, vary_noise
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sampling import image_generators, make_scheduler, sample_batch
+from dia_diffusion.sampling.numbered import image_generators, sample_batch
+from dia_diffusion.sampling.schedulers import make_scheduler
 from tiny_unets import GREY
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from dia_diffusion.data import to_unit_range
-from dia_diffusion.data.decoding import image_to_pixels, on_white, open_image, to_pixels
+from dia_diffusion.data.decoding import image_to_pixels, on_white, open_image, to_pixels, to_unit_range
 
 
 def picture(size=(12, 12), seed=0):

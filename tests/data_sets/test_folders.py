@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dia_diffusion.data import load_all_images, load_dataset_splits, load_images, prepare_pixels
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_all_images, load_dataset_splits, load_images
 from dia_diffusion.errors import UsageError
 
 

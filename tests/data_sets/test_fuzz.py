@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dia_diffusion.data import prepare_pixels
+from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.errors import UsageError
 
 FORMATS = "AVIF BMP DDS GIF ICNS ICO IM JPEG JPEG2000 MPO MSP PCX PNG PPM QOI SGI SPIDER TGA TIFF WEBP XBM".split()

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from dia_diffusion.data import image_grid
+from dia_diffusion.data.grid import image_grid
 
 
 def test_a_grid_shows_each_image_enlarged_without_smoothing():

@@ -4,10 +4,12 @@ import datasets
 import pytest
 from PIL import Image
 
-from dia_diffusion.data import describe_images, prepare_pixels
 from dia_diffusion.data.columns import find_image_column
+from dia_diffusion.data.loading import load_pixels
+from dia_diffusion.data.pixels import describe_images
+from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.errors import UsageError
-from dia_diffusion.training import DataOptions, load_pixels
+from dia_diffusion.options.data import DataOptions
 
 
 def rows(labels, names=None):

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dia_diffusion.data import EndlessShuffle, load_dataset_splits, prepare_pixels, to_unit_range
-from dia_diffusion.data.decoding import image_to_pixels
-from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.data.decoding import image_to_pixels, to_unit_range
+from dia_diffusion.data.pixels import EndlessShuffle
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_dataset_splits, load_digits_dataset
 from dia_diffusion.errors import UsageError
 
 

@@ -15,7 +15,9 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from dia_diffusion.data import EndlessShuffle, pixels, preparation, prepare_pixels
+from dia_diffusion.data import pixels, preparation
+from dia_diffusion.data.pixels import EndlessShuffle
+from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.errors import UsageError
 
 BROKEN = (170, 290)

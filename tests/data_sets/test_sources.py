@@ -6,9 +6,9 @@ import datasets
 import numpy as np
 import pytest
 
-from dia_diffusion.data import load_dataset_splits, prepare_pixels
 from dia_diffusion.data.columns import find_image_column, find_label_column
-from dia_diffusion.data.embedded import load_digits_dataset, load_mnist5k_dataset
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_dataset_splits, load_digits_dataset, load_mnist5k_dataset
 from dia_diffusion.errors import UsageError
 
 

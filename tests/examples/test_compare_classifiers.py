@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from dia_diffusion import attach
-from dia_diffusion.data import load_dataset_splits
+from dia_diffusion.data.sources import load_dataset_splits
 from training_runs import ROOT
 
 STUDIES = ROOT / "studies" / "classification"

@@ -13,19 +13,15 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from autoencoders import PatchVAE, random_tiny, random_vae
-from dia_diffusion.data import load_dataset_splits, prepare_pixels, to_unit_range
-from dia_diffusion.data.decoding import to_pixels
+from dia_diffusion.data.decoding import to_pixels, to_unit_range
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.errors import UsageError
-from dia_diffusion.latents import (
-    LatentDataset,
-    encode_images,
-    find_latent_shape,
-    load_vae,
-    scale_latents,
-    unscale_latents,
-    vae_digest,
-)
 from dia_diffusion.latents import encoding as encoding_module
+from dia_diffusion.latents.autoencoder import find_latent_shape, load_vae, vae_digest
+from dia_diffusion.latents.encoding import encode_images
+from dia_diffusion.latents.scaling import scale_latents, unscale_latents
+from dia_diffusion.latents.space import LatentDataset
 from forks import start
 
 

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchHeunDiscreteSch
 from autoencoders import random_vae
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.pipelines.self_contained import single_file_source
-from dia_diffusion.sampling import load_pipeline
+from dia_diffusion.sampling.loading import load_pipeline
 from environments import REFERENCE, digest, run_python
 from training_runs import ROOT
 

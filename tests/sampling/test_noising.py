@@ -5,16 +5,16 @@ import torch
 
 from dia_diffusion import DIAUNet2DModel
 from dia_diffusion.analysis.maps import collect_maps
-from dia_diffusion.data import prepare_pixels
-from dia_diffusion.data.embedded import load_digits_dataset
-from dia_diffusion.sampling import (
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_digits_dataset
+from dia_diffusion.objectives import DDPM, EDM, Flow
+from dia_diffusion.sampling.schedulers import (
     make_noising_scheduler,
     make_scheduler,
     noise_images,
     scheduler_names,
     spread_timesteps,
 )
-from dia_diffusion.training.objectives import DDPM, EDM, Flow
 from tiny_unets import TINY
 
 OBJECTIVES = {

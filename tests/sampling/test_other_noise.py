@@ -15,9 +15,8 @@ from diffusers import (
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
-from dia_diffusion.pipelines import NoiseKind
-from dia_diffusion.sampling import make_scheduler
-from dia_diffusion.sampling.families import FAMILIES
+from dia_diffusion.pipelines.noise import NoiseKind
+from dia_diffusion.sampling.schedulers import FAMILIES, make_scheduler
 from gaussian_unets import (
     MEAN,
     STD,

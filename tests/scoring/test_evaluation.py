@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.data import prepare_pixels
-from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_digits_dataset
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sampling import sample_images
-from dia_diffusion.scoring import DEFAULT_METRICS, PipelineImages, evaluate, get_extractor
-from dia_diffusion.scoring.evaluation import METRICS
+from dia_diffusion.sampling.numbered import sample_images
+from dia_diffusion.scoring.evaluation import DEFAULT_METRICS, METRICS, evaluate
+from dia_diffusion.scoring.features.named import get_extractor
 from dia_diffusion.scoring.frechet import FrechetDistanceTo, Moments
+from dia_diffusion.scoring.images import PipelineImages
 from dia_diffusion.scoring.metrics import inception_score, kernel_distance, precision_recall
 from dia_diffusion.scoring.reference import read_published
 from tiny_unets import GREY

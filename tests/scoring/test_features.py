@@ -4,13 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
-from dia_diffusion.data import prepare_pixels
-from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_digits_dataset
 from dia_diffusion.errors import UsageError
-from dia_diffusion.scoring import get_extractor
-from dia_diffusion.scoring.features import EXTRACTORS
-from dia_diffusion.scoring.features.digits import DIGITS_WEIGHTS, DigitsFeatures
-from dia_diffusion.scoring.features.pixels import PixelFeatures
+from dia_diffusion.scoring.features.extractor import PixelFeatures
+from dia_diffusion.scoring.features.named import DIGITS_WEIGHTS, EXTRACTORS, DigitsFeatures, get_extractor
 
 
 def random_images(*shape):

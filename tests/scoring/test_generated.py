@@ -8,11 +8,12 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.data import load_dataset_splits, prepare_at_own_size
 from dia_diffusion.data.decoding import image_to_pixels
+from dia_diffusion.data.preparation import prepare_at_own_size
+from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sampling import sample_batch
-from dia_diffusion.scoring import PipelineImages
+from dia_diffusion.sampling.numbered import sample_batch
+from dia_diffusion.scoring.images import PipelineImages
 
 
 class Counting(DIAUNetPipeline):

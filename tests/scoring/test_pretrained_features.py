@@ -25,7 +25,7 @@ from transformers import (
 
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import cache_dir
-from dia_diffusion.scoring import get_extractor
+from dia_diffusion.scoring.features.named import get_extractor
 
 
 class StandIn(nn.Module):

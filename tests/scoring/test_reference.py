@@ -7,14 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dia_diffusion.data import load_dataset_splits, prepare_pixels
-from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_dataset_splits, load_digits_dataset
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import cache_dir
-from dia_diffusion.scoring import evaluate, get_extractor
 from dia_diffusion.scoring import reference as reference_module
-from dia_diffusion.scoring.features.pixels import PixelFeatures
-from dia_diffusion.scoring.generated import FolderImages
+from dia_diffusion.scoring.evaluation import evaluate
+from dia_diffusion.scoring.features.extractor import PixelFeatures
+from dia_diffusion.scoring.features.named import get_extractor
+from dia_diffusion.scoring.images import FolderImages
 from dia_diffusion.scoring.reference import make_reference, read_published
 
 

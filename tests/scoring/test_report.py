@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dia_diffusion.data import image_grid, prepare_pixels
-from dia_diffusion.data.embedded import load_digits_dataset
-from dia_diffusion.scoring import evaluate, format_scores, get_extractor
-from dia_diffusion.scoring.generated import FolderImages
-from dia_diffusion.scoring.report import nearest_images, write_report
+from dia_diffusion.data.grid import image_grid
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_digits_dataset
+from dia_diffusion.scoring.evaluation import evaluate
+from dia_diffusion.scoring.features.named import get_extractor
+from dia_diffusion.scoring.images import FolderImages
+from dia_diffusion.scoring.score_report import format_scores, nearest_images, write_report
 
 
 @pytest.fixture(scope="module")

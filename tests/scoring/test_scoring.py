@@ -15,7 +15,7 @@ from PIL import Image
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main
-from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.data.sources import load_digits_dataset
 
 ROOT = Path(__file__).parents[2]
 FIGURES = "fid fid_infinity kid_mean kid_std is_mean is_std precision recall num_images settings_hash".split()

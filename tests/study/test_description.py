@@ -7,7 +7,7 @@ import yaml
 
 from dia_diffusion.errors import UsageError
 from dia_diffusion.study.description import load_study
-from dia_diffusion.training import build_unet
+from dia_diffusion.training.architecture import build_unet
 from small_studies import runs_of, write_study
 
 STUDIES = Path(__file__).parents[2] / "studies"

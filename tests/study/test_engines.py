@@ -11,10 +11,9 @@ import pytest
 
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
-from dia_diffusion.study import Cluster, run_study
 from dia_diffusion.study.description import load_study
-from dia_diffusion.study.engine import Task, run_tasks
-from dia_diffusion.study.local import LocalEngine
+from dia_diffusion.study.dia_study import Cluster, run_study
+from dia_diffusion.study.engine import LocalEngine, Task, run_tasks
 from dia_diffusion.study.single_run import complete, read_result
 from small_studies import write_study
 from training_runs import fresh_state

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
+from dia_diffusion.data.loading import load_pixels
 from dia_diffusion.study.description import load_study
-from dia_diffusion.training import load_pixels
 from small_studies import write_study
 from training_runs import ROOT, fresh_state
 

@@ -18,10 +18,10 @@ from scipy import stats
 from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
-from dia_diffusion.study import compare, run_study
-from dia_diffusion.study.report import format_table, save_figure, summarise
+from dia_diffusion.objectives import Objective
+from dia_diffusion.study.dia_study import run_study
 from dia_diffusion.study.single_run import complete, count_spikes, read_result, read_timing, time_step
-from dia_diffusion.training import Objective
+from dia_diffusion.study.study_report import compare, format_table, save_figure, summarise
 from small_studies import VARIANTS, runs_of, write_study
 from training_runs import fresh_state
 

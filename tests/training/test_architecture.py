@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
-from dia_diffusion.training import build_unet
-from dia_diffusion.training.options import ModelOptions
+from dia_diffusion.options.model import ModelOptions
+from dia_diffusion.training.architecture import build_unet
 from training_runs import fresh_state, run
 
 # Configurations as they stand in well-known repositories on the Hub, with a quarter of the width; what they do not say

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dia_diffusion import DIAUNet2DModel
-from dia_diffusion.training import TrainingConfig
+from dia_diffusion.options.training import TrainingConfig
 from dia_diffusion.training.card import write_model_card
 
 SCORES = {"fid": 1.5, "kid_mean": 0.25, "kid_std": 0.1, "precision": 0.75, "recall": 0.5}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dia_diffusion.errors import UsageError
 from dia_diffusion.training.accelerator import Meetings
-from dia_diffusion.training.trackers import log_picture
+from dia_diffusion.training.log import log_picture
 from training_runs import fresh_state, run
 
 SCORED = {"score_features": "digits", "score_num_images": 4}

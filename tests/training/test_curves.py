@@ -5,8 +5,8 @@ import json
 import numpy as np
 from PIL import Image
 
-from dia_diffusion.training import read_metrics
-from dia_diffusion.training.curves import save_curves
+from dia_diffusion.training.log import read_metrics
+from dia_diffusion.training.results import save_curves
 
 
 def test_curves_are_drawn_for_what_there_is(tmp_path):

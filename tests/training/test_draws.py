@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from dia_diffusion.objectives import DDPM, EDM, Flow
 from dia_diffusion.randomness import step_seed
-from dia_diffusion.training import draw_step
-from dia_diffusion.training.objectives import DDPM, EDM, Flow
+from dia_diffusion.training.batches import draw_step
 
 OBJECTIVES = [DDPM(), EDM(), Flow()]
 

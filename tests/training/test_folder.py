@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from dia_diffusion import DIAUNetPipeline
-from dia_diffusion.divergence import NotFiniteError
-from dia_diffusion.errors import UsageError
+from dia_diffusion.errors import NotFiniteError, UsageError
 from dia_diffusion.files import replace_files, set_aside
-from dia_diffusion.training import TrainingState
 from dia_diffusion.training.folder import claim
+from dia_diffusion.training.state import TrainingState
 from training_runs import assert_same_weights, fresh_state, run, weights
 
 SAME = {"class_conditional": True, "dropout": 0.1, "random_flip": True}

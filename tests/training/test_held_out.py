@@ -7,11 +7,12 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 from torch import nn
 
-from dia_diffusion.data import PixelDataset, prepare_pixels, to_unit_range
-from dia_diffusion.data.embedded import load_digits_dataset
-from dia_diffusion.training import held_out_loss
-from dia_diffusion.training.held_out import _shuffling_stride
-from dia_diffusion.training.objectives import DDPM, EDM, Flow
+from dia_diffusion.data.decoding import to_unit_range
+from dia_diffusion.data.pixels import PixelDataset
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_digits_dataset
+from dia_diffusion.objectives import DDPM, EDM, Flow
+from dia_diffusion.training.held_out import _shuffling_stride, held_out_loss
 
 
 class Zero(nn.Module):

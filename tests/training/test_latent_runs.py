@@ -17,18 +17,14 @@ from autoencoders import random_vae
 from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.data.decoding import to_pixels
 from dia_diffusion.errors import UsageError
-from dia_diffusion.latents import load_vae, unscale_latents, vae_digest
-from dia_diffusion.training import (
-    BatchPlan,
-    load_data,
-    load_recipe,
-    make_loader,
-    parse_arguments,
-    prepare_batches,
-    train,
-)
+from dia_diffusion.latents.autoencoder import load_vae, vae_digest
+from dia_diffusion.latents.scaling import unscale_latents
+from dia_diffusion.latents.space import load_data
+from dia_diffusion.objectives import DDPM, EDM, Flow
+from dia_diffusion.options.training import load_recipe, parse_arguments
 from dia_diffusion.training import state as training_state
-from dia_diffusion.training.objectives import DDPM, EDM, Flow
+from dia_diffusion.training.batches import BatchPlan, make_loader, prepare_batches
+from dia_diffusion.training.loop import train
 from forks import start_together
 from training_runs import ROOT, assert_same_weights, configure, fresh_state, losses, run, weights
 

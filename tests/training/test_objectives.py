@@ -7,7 +7,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from dia_diffusion.errors import UsageError
-from dia_diffusion.training.objectives import DDPM, EDM, OBJECTIVES, Flow
+from dia_diffusion.objectives import DDPM, EDM, OBJECTIVES, Flow
 
 
 class Constant(nn.Module):

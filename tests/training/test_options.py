@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from dia_diffusion.errors import UsageError
-from dia_diffusion.training import TrainingConfig, build_unet, load_recipe, parse_arguments
-from dia_diffusion.training.options import ModelOptions
-from dia_diffusion.training.parsing import RECIPES, save_config
+from dia_diffusion.options.model import ModelOptions
+from dia_diffusion.options.training import RECIPES, TrainingConfig, load_recipe, parse_arguments, save_config
+from dia_diffusion.training.architecture import build_unet
 
 # The options of diffusers' examples/unconditional_image_generation/train_unconditional.py, each with a value.
 DIFFUSERS_COMMAND_LINE = """
@@ -180,7 +180,7 @@ def test_a_value_out_of_its_range_or_type_is_refused(name, value, words):
 def test_every_number_has_its_range():
     from typing import get_type_hints
 
-    from dia_diffusion.training.options import PARTS
+    from dia_diffusion.options.training import PARTS
 
     hints = {name: hint for part in PARTS for name, hint in get_type_hints(part, include_extras=True).items()}
     numbers = [name for name, hint in hints.items() if {"int", "float"} & set(re.findall(r"\w+", str(hint)))]

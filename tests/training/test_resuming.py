@@ -13,10 +13,12 @@ from accelerate import Accelerator
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import train_main
 from dia_diffusion.errors import UsageError
-from dia_diffusion.training import TrainingState, build_unet, parse_arguments
+from dia_diffusion.objectives import DDPM
+from dia_diffusion.options.training import parse_arguments
+from dia_diffusion.training.architecture import build_unet
 from dia_diffusion.training.checkpoint import find_latest, load_checkpoint
-from dia_diffusion.training.objectives import DDPM
 from dia_diffusion.training.resuming import check_same_experiment
+from dia_diffusion.training.state import TrainingState
 from forks import start
 from training_runs import assert_same_weights, configure, fresh_state, losses, run, weights
 

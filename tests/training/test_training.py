@@ -10,13 +10,15 @@ import torch
 import yaml
 
 from dia_diffusion import DIAUNetPipeline
-from dia_diffusion.data import prepare_pixels
-from dia_diffusion.data.embedded import load_digits_dataset
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_digits_dataset
 from dia_diffusion.errors import UsageError
-from dia_diffusion.scoring import PipelineImages, evaluate, get_extractor
-from dia_diffusion.training import parse_arguments, train
-from dia_diffusion.training.options import ObjectiveOptions
-from dia_diffusion.training.parsing import save_config
+from dia_diffusion.options.objective import ObjectiveOptions
+from dia_diffusion.options.training import parse_arguments, save_config
+from dia_diffusion.scoring.evaluation import evaluate
+from dia_diffusion.scoring.features.named import get_extractor
+from dia_diffusion.scoring.images import PipelineImages
+from dia_diffusion.training.loop import train
 from training_runs import assert_same_weights, configure, fresh_state, losses, run, weights
 
 

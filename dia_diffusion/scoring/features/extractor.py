@@ -1,4 +1,6 @@
-"""What all feature extractors have in common: images as they come, made into what a network sees."""
+"""What all feature extractors have in common: images as they come, made into what a network sees.
+
+The pixels as features."""
 
 from typing import Any
 
@@ -6,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checksums import weights_checksum
 from ...errors import UsageError
+from ...files import weights_checksum
 
 # Luma of ITU-R BT.601, with which Pillow turns colour into grey.
 _LUMA = (0.299, 0.587, 0.114)
@@ -101,3 +103,31 @@ class FeatureExtractor(nn.Module):
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Maps what `convert` made to features and logits, in a classifier."""
         raise NotImplementedError
+
+
+_LARGEST_PIXELS = 32
+
+
+class PixelFeatures(FeatureExtractor):
+    """The pixels themselves, in [0, 1]: no model to trust or to load, but blind to what the images show.
+
+    Args:
+        resolution (`int`, *optional*, defaults to 32): Size to look at, from 1 to 32; larger images are made smaller.
+        channels (`int`, *optional*, defaults to 3): 1 or 3. Grey images as colour give three times the FID.
+    """
+
+    name = "pixels"
+
+    def __init__(self, resolution: int | None = None, channels: int | None = None):
+        super().__init__()
+        self.resolution = min(_LARGEST_PIXELS if resolution is None else resolution, _LARGEST_PIXELS)
+        self.channels = 3 if channels is None else channels
+        if self.resolution < 1 or self.channels not in (1, 3):
+            raise UsageError(
+                "pixels need a resolution of at least 1 and 1 or 3 channels, "
+                f"not resolution {self.resolution} and {self.channels} channels."
+            )
+        self.num_features = self.channels * self.resolution**2
+
+    def features(self, images: Tensor) -> Tensor:
+        return images.flatten(1)

@@ -3,12 +3,12 @@
 Names, meanings and defaults are those of diffusers' `train_unconditional.py` wherever that script has the option.
 """
 
-from .config import MODEL_OPTION_NAMES, OPTION_NAMES, PARTS, TrainingConfig
-from .data import DataOptions
-from .model import ModelOptions
-from .objective import ObjectiveOptions
-from .optimisation import OptimisationOptions
-from .output import OutputOptions
+from ...options.data import DataOptions
+from ...options.model import ModelOptions
+from ...options.objective import ObjectiveOptions
+from ...options.optimisation import OptimisationOptions
+from ...options.output import OutputOptions
+from ...options.training import MODEL_OPTION_NAMES, OPTION_NAMES, PARTS, TrainingConfig
 
 __all__ = [
     "MODEL_OPTION_NAMES",

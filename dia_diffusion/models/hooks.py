@@ -1,0 +1,135 @@
+"""What attaching does to a model: gates that follow its modules, and a run for each of its forward passes."""
+
+from typing import Any
+
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from ..attention.forward_pass import CarryState, ContextHook, Gate, Run, run_under_way
+from ..errors import UsageError
+from .branches import FusedResnetBlock2D, fuse_resnets, gate_branches
+from .families import Backbone
+
+# The submodule of a model that is its attention.
+NAME = "dia"
+
+
+class OutputHook(ContextHook):
+    """Takes the context where it is a part of what a module puts out."""
+
+    def of_output(self, module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> None:
+        self.take(output[self.index])
+
+
+class EndHook:
+    """A gate behind a submodule, whatever module bears its name: an adapter may wrap it after the gate was put there,
+    and a detector replaces the norms of its backbone.
+
+    Args:
+        parent (`nn.Module`), name (`str`): Where the submodule is.
+        gate (`Gate`): Its gate.
+    """
+
+    def __init__(self, parent: nn.Module, name: str, gate: Gate):
+        self.parent, self.name, self.gate = parent, name, gate
+        self._place()
+
+    def _place(self) -> None:
+        self.module = self.parent._modules[self.name]
+        self.handle = self.module.register_forward_hook(self.gate.hook)
+
+    def follow(self) -> None:
+        """Goes over to the module that bears the name now."""
+        if self.parent._modules[self.name] is not self.module:
+            self.handle.remove()
+            self._place()
+
+    def remove(self) -> None:
+        self.handle.remove()
+
+
+class OrderedGate(Gate):
+    """A gate on a branch that the caller named: one that runs before another that is listed ahead of it, or twice, or
+    that has another shape, is a mistake of who listed them.
+
+    Raises:
+        UsageError: in the forward pass.
+    """
+
+    def __call__(self, branch: Tensor) -> Tensor | None:
+        run = run_under_way(self.chain)
+        if run is not None:
+            self._check(branch, run)
+        return super().__call__(branch)
+
+    def _check(self, branch: Tensor, run: Run) -> None:
+        name, before = self.chain.names[self.position], run.state.position - 1
+        if self.position <= before:
+            raise UsageError(f"the branch '{name}' ran after '{self.chain.names[before]}': list each once, in order.")
+        width, dim = run.attention.widths[self.position], run.attention.channel_dim
+        if not isinstance(branch, Tensor) or branch.ndim < 3 or branch.shape[dim] != width:
+            found = tuple(branch.shape) if isinstance(branch, Tensor) else type(branch).__name__
+            raise UsageError(f"the branch '{name}' should have {width} channels in dimension {dim}, but is {found}.")
+
+
+class ModelHooks:
+    """What `attach` does to a model, and `detach` takes back.
+
+    Args:
+        model (`nn.Module`), backbone (`Backbone`): The model, and what is gated in it.
+        with_context (`bool`): Whether its runs start from the context.
+        in_order (`bool`): See `OrderedGate`.
+    """
+
+    def __init__(self, model: nn.Module, backbone: Backbone, with_context: bool, in_order: bool):
+        fuse_resnets(model)
+        self.in_order = in_order
+        gate = OrderedGate if in_order else Gate
+        self.chain, self.handles = gate_branches(model, backbone.branches, gate, EndHook)
+        if with_context:
+            place = backbone.context
+            module, hook = model.get_submodule(place.module), OutputHook(self.chain, place.argument, place.index)
+            if place.argument is None:
+                self.handles.append(module.register_forward_hook(hook.of_output))
+            else:
+                self.handles.append(module.register_forward_pre_hook(hook.of_arguments, with_kwargs=True))
+        self.ends = [handle for handle in self.handles if isinstance(handle, EndHook)]
+        self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self.handles += [
+            model.register_forward_pre_hook(self.begin),
+            model.register_forward_hook(self.end, always_call=True),
+        ]
+
+    def begin(self, model: nn.Module, args: tuple) -> None:
+        for end in self.ends:
+            end.follow()
+        for module in self.checkpointed:
+            # Looked at each time, since it can be switched on later.
+            if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, CarryState):
+                module._gradient_checkpointing_func = CarryState(self.chain, module._gradient_checkpointing_func)
+        Run(self.chain, getattr(model, NAME)).__enter__()
+
+    def end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        run = run_under_way(self.chain)
+        if run is None:
+            return
+        run.__exit__()
+        if run.state.position == 0 and output is not None:
+            raise UsageError(
+                f"none of the branches of {type(model).__name__} that have attention ran: its blocks were replaced "
+                "since. Detach it and attach it anew."
+            )
+        left_out = self.chain.names[run.state.position :]
+        if self.in_order and left_out and output is not None:
+            raise UsageError(f"the branch '{left_out[0]}' did not run in this forward pass: leave it out of branches.")
+
+    def remove(self, model: nn.Module) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for module in self.checkpointed:
+            if isinstance(getattr(module, "_gradient_checkpointing_func", None), CarryState):
+                module._gradient_checkpointing_func = module._gradient_checkpointing_func.checkpoint
+        for module in model.modules():
+            if isinstance(module, FusedResnetBlock2D):
+                module.__class__ = ResnetBlock2D
+                module.__dict__.pop("gate", None)

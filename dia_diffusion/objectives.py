@@ -1,0 +1,233 @@
+"""What all objectives have in common: noise for images, and what the network should say of them.
+
+Denoising diffusion (Ho et al. 2020, arXiv 2006.11239): levels are the timesteps of a noise schedule.
+
+EDM (Karras et al. 2022, arXiv 2206.00364): levels are the standard deviation of the noise, sigma.
+
+Flow matching on straight paths (rectified flow: Liu et al. 2022, arXiv 2209.03003): levels are times in (0, 1).
+
+What a UNet can learn, by name. Each is a short subclass of `Objective` in a file of its own."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+
+from .errors import UsageError
+
+
+class Lesson(NamedTuple):
+    """B noised images as the network sees them, and what it is to answer.
+
+    Attributes:
+        sample (`Tensor` of shape `(B, C, H, W)`), timesteps (`Tensor` of shape `(B,)`): The network's input.
+        target (`Tensor` of shape `(B, C, H, W)`): Its output, if it were perfect.
+        weights (`Tensor` of shape `(B,)`, *optional*): What the squared errors count, by default 1.
+    """
+
+    sample: Tensor
+    timesteps: Tensor
+    target: Tensor
+    weights: Tensor | None = None
+
+
+class Objective(ABC):
+    """How images are noised for a network, and what it learns to say of them.
+
+    Subclasses are dataclasses: their fields are the options of training that belong to them, with their defaults.
+    A *level* is how far an image is noised, in the objective's own measure; B images have levels `(B,)`.
+
+    Attributes:
+        title (`str`): What it is, and where it comes from.
+        num_timesteps (`int`, *optional*): How many levels there are; `None` where they are continuous.
+        scheduler (`SchedulerMixin`): Made for such a network. Its configuration says all of the noise that samplers
+            need to know, and the pipeline's own sampler is made from it.
+    """
+
+    title: ClassVar[str]
+    num_timesteps: int | None = None
+
+    @property
+    @abstractmethod
+    def scheduler(self) -> SchedulerMixin: ...
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        return [item.name for item in fields(cls)]
+
+    def describe(self) -> str:
+        """What is used, for people."""
+        options = [f"{name} {getattr(self, name)}" for name in self.option_names()]
+        return f"{self.title}: {', '.join(options)}"
+
+    def fitted(self, measure_std: Callable[[], float]) -> "Objective":
+        """The objective for images of this standard deviation, which is only measured where it counts."""
+        return self
+
+    @abstractmethod
+    def levels_at(self, places: Tensor) -> Tensor:
+        """The levels below which these shares, in (0, 1), of those in training lie: the inverse of their distribution
+        function."""
+
+    def draw_levels(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
+        """Levels for training, `(count,)`."""
+        # Not 0, where a distribution may have no end.
+        return self.levels_at(torch.rand(count, generator=generator, device=device).clamp(min=2**-25))
+
+    @abstractmethod
+    def lesson(self, images: Tensor, noise: Tensor, levels: Tensor) -> Lesson:
+        """Noises images `(B, C, H, W)` of about [-1, 1] with standard normal `noise` to their levels."""
+
+    def loss(
+        self, network: nn.Module, images: Tensor, noise: Tensor, levels: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """The mean squared error of the network's answers, weighted, averaged over the batch: a scalar.
+
+        Args:
+            network: Called as a `UNet2DModel`, with labels `(B,)` if it is class-conditional.
+            images, noise, levels: See `lesson`.
+        """
+        sample, timesteps, target, weights = self.lesson(images, noise, levels)
+        prediction: Any = network(sample, timesteps, labels).sample.float()
+        if weights is None:
+            return nn.functional.mse_loss(prediction, target)
+        return (weights * (prediction - target).square().mean((1, 2, 3))).mean()
+
+
+@dataclass(frozen=True)
+class DDPM(Objective):
+    """Predicts the noise (Ho et al. 2020, eq. 14), the velocity (Salimans & Ho 2022, appendix D), or the sample, whose
+    error is then weighted by the signal-to-noise ratio.
+
+    With `snr_gamma`, errors are weighted so that the error of the sample counts `min(SNR, gamma)` times, whatever is
+    predicted (Hang et al. 2023, eq. 4).
+    """
+
+    title = "denoising diffusion (DDPM, arXiv 2006.11239)"
+
+    prediction_type: str = "epsilon"
+    ddpm_num_steps: int = 1000
+    ddpm_beta_schedule: str = "linear"
+    rescale_betas_zero_snr: bool = False
+    snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise UsageError(
+                "rescale_betas_zero_snr leaves no signal at the last timestep, where noise says nothing about the "
+                "image: use it with --prediction_type v_prediction or sample."
+            )
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.ddpm_num_steps
+
+    @cached_property
+    def scheduler(self) -> DDPMScheduler:
+        return DDPMScheduler(
+            num_train_timesteps=self.ddpm_num_steps,
+            beta_schedule=self.ddpm_beta_schedule,
+            prediction_type=self.prediction_type,
+            rescale_betas_zero_snr=self.rescale_betas_zero_snr,
+            # Sampling begins at the highest noise level with any scheduler made from this one (Lin et al. 2023).
+            timestep_spacing="trailing",
+        )
+
+    def levels_at(self, places: Tensor) -> Tensor:
+        return (places * self.ddpm_num_steps).long()
+
+    def draw_levels(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
+        return torch.randint(0, self.ddpm_num_steps, (count,), generator=generator, device=device)
+
+    def lesson(self, images: Tensor, noise: Tensor, levels: Tensor) -> Lesson:
+        noisy = self.scheduler.add_noise(images, noise, levels)
+        if self.prediction_type == "v_prediction":
+            target = self.scheduler.get_velocity(images, noise, levels)
+        else:
+            target = {"epsilon": noise, "sample": images}[self.prediction_type]
+        return Lesson(noisy, levels, target, self._weights(levels))
+
+    def _weights(self, levels: Tensor) -> Tensor | None:
+        if self.prediction_type != "sample" and self.snr_gamma is None:
+            return None
+        snr = compute_snr(self.scheduler, levels)
+        weights = snr if self.snr_gamma is None else snr.clamp(max=self.snr_gamma)
+        # An error of the noise or of the velocity is this many times that of the sample.
+        return weights / {"sample": 1, "epsilon": snr, "v_prediction": snr + 1}[self.prediction_type]
+
+
+@dataclass(frozen=True)
+class EDM(Objective):
+    """Denoises `x = y + sigma n` through preconditioning: `D(x) = c_skip x + c_out F(c_in x, c_noise)` (eq. 7).
+
+    The coefficients are those of table 1. The loss `1 / c_out² |D(x) - y|²` (eq. 8, with the table's weighting) is the
+    plain squared error of the network F, whose target then has unit variance at every level. `ln(sigma)` is normally
+    distributed in training, with mean `p_mean` and standard deviation `p_std`.
+    """
+
+    title = "EDM (arXiv 2206.00364)"
+
+    sigma_data: float | None = None
+    p_mean: float = -1.2
+    p_std: float = 1.2
+
+    def fitted(self, measure_std: Callable[[], float]) -> "EDM":
+        if self.sigma_data is not None:
+            return self
+        # Rounded, so that what it is does not hang on the order in which a version of torch adds.
+        sigma_data = float(f"{measure_std():.4g}")
+        if sigma_data < 1e-3:
+            raise UsageError("all images are one even colour, so that their sigma_data would be 0: give --sigma_data.")
+        return replace(self, sigma_data=sigma_data)
+
+    @cached_property
+    def scheduler(self) -> EDMEulerScheduler:
+        return EDMEulerScheduler(sigma_data=self.sigma_data)
+
+    def levels_at(self, places: Tensor) -> Tensor:
+        return (self.p_mean + self.p_std * torch.special.ndtri(places)).exp()
+
+    def lesson(self, images: Tensor, noise: Tensor, levels: Tensor) -> Lesson:
+        sigma, data = levels.view(-1, 1, 1, 1), self.sigma_data
+        sample = self.scheduler.precondition_inputs(images + sigma * noise, sigma)
+        # (y - c_skip x) / c_out, with what cancels at low levels taken out.
+        target = (sigma * images - data**2 * noise) / (data * (sigma**2 + data**2).sqrt())
+        return Lesson(sample, self.scheduler.precondition_noise(levels), target)
+
+
+@dataclass(frozen=True)
+class Flow(Objective):
+    """Predicts the velocity `n - y` on the path `(1 - t) y + t n` from an image y to noise n.
+
+    With `weighting_scheme="logit_normal"` the logit of the time is normally distributed (Esser et al. 2024, arXiv
+    2403.03206, eq. 19), with mean `logit_mean` and standard deviation `logit_std`; with `"none"` the time is uniform.
+    """
+
+    title = "flow matching (rectified flow, arXiv 2209.03003)"
+
+    weighting_scheme: str = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    @cached_property
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler()
+
+    def levels_at(self, places: Tensor) -> Tensor:
+        if self.weighting_scheme == "none":
+            return places
+        return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(places))
+
+    def lesson(self, images: Tensor, noise: Tensor, levels: Tensor) -> Lesson:
+        time = levels.view(-1, 1, 1, 1)
+        timesteps = levels * self.scheduler.config.num_train_timesteps
+        return Lesson((1 - time) * images + time * noise, timesteps, noise - images)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {"ddpm": DDPM, "edm": EDM, "flow": Flow}

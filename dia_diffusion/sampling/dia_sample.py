@@ -1,0 +1,97 @@
+"""What `dia sample` does: images as PNG files, and a picture of them all."""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ..data.grid import image_grid
+from ..errors import UsageError
+from ..process.distributed import find_device, make_state
+from .loading import check_guide, load_pipeline
+from .numbered import check_sampling, describe_guidance, find_class, sample_images
+
+# What this command writes, and an earlier version wrote.
+_SAMPLES = re.compile(r"\d{5,}\.png|grid\.png")
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Runs `dia sample` with its parsed options.
+
+    The folder holds the images of one call and nothing else; the picture of them all lies beside it.
+
+    Raises:
+        UsageError: for a pipeline that cannot be loaded, or cannot do what was asked for, or a folder that is taken.
+    """
+    folder = options.output_dir.expanduser().resolve()
+    grid = folder.with_name(f"{folder.name}.png")
+    earlier = _find_earlier(folder, grid, options.overwrite)
+    check_guide(options.guide, options.guidance_scale)
+    device = find_device(options.device, make_state())
+    pipeline = load_pipeline(options.model, options.scheduler, device, options.compile_mode, options.guide)
+    check_sampling(pipeline, options.steps)
+    class_label = None if options.class_label is None else find_class(pipeline, options.class_label)
+    print(_what_is_used(options, pipeline, class_label), flush=True)
+    shown = []
+    batches = sample_images(
+        pipeline,
+        options.num_images,
+        options.steps,
+        options.seed,
+        options.batch_size,
+        class_label,
+        options.guidance_scale,
+    )
+    number = 0
+    for images in batches:
+        if number == 0:
+            # Not before there is something to put in their place.
+            for path in earlier:
+                path.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+        for image in images:
+            pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
+            Image.fromarray(pixels).save(folder / f"{number:05d}.png")
+            number += 1
+        shown.append(images[: max(0, 100 - sum(map(len, shown)))])
+    image_grid(torch.cat(shown)).save(grid)
+    print(f"{number} images are in {options.output_dir}, and a picture of them is {grid.name} beside it.")
+
+
+def _find_earlier(folder: Path, grid: Path, overwrite: bool) -> list[Path]:
+    """The samples of an earlier call, which may be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir '{folder}' is a file; name a folder.")
+    found = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+    others = sorted(path.name for path in found if not _SAMPLES.fullmatch(path.name))
+    if others:
+        raise UsageError(
+            f"'{folder}' holds something else than samples ({', '.join(others[:3])}): choose another --output_dir."
+        )
+    earlier = found + [grid] * grid.exists()
+    if earlier and not overwrite:
+        what = f"'{folder}' holds {len(found)} samples" if found else f"'{grid}' is there"
+        raise UsageError(f"{what} already: choose another --output_dir, or replace them with --overwrite.")
+    return earlier
+
+
+def _what_is_used(options: argparse.Namespace, pipeline: DiffusionPipeline, class_label: int | None) -> str:
+    names, classes = getattr(pipeline, "class_names", None) or [], getattr(pipeline, "null_class", None)
+    kind = ""
+    if classes and class_label is None:
+        shown = ", ".join(names[:20]) + (", ..." if names[20:] else "")
+        kind = f" of its {classes} classes in turn" + (f" ({shown})" if names else "")
+    elif classes:
+        kind = f" of class {class_label}" + (f" ({names[class_label]})" if 0 <= class_label < len(names) else "")
+    # Schedulers of second order evaluate the model twice in each step but the last.
+    evaluations = getattr(pipeline.scheduler, "order", 1) * (options.steps - 1) + 1
+    twice = f" ({evaluations} evaluations of the model)" if evaluations > options.steps else ""
+    guidance = describe_guidance(pipeline, options.guidance_scale)
+    return (
+        f"{options.num_images:,} images{kind} from '{options.model}': {options.steps} steps of "
+        f"{type(pipeline.scheduler).__name__}{twice}{guidance}, seed {options.seed}. Device: {pipeline.device}"
+        + (f", compiled ({options.compile_mode})." if options.compile_mode else ".")
+    )

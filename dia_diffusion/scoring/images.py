@@ -1,0 +1,301 @@
+"""Samples in an `.npz` file, as the tools of ADM and EDM write them: `arr_0`, uint8 of shape `(N, H, W, C)`.
+
+Generated images by number: from a pipeline as they are asked for, or from files."""
+
+import hashlib
+import io
+import json
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.decoding import UNREADABLE, image_to_pixels
+from ..data.pixels import PixelDataset
+from ..errors import UsageError
+from ..files import replace_file, replace_text, weights_checksum
+from ..sampling.numbered import check_sampling, sample_batch
+
+SAMPLES = "arr_0"
+STATISTICS = ("mu", "sigma")
+# What zipfile and numpy raise at a file that is cut off, broken, or none.
+UNREADABLE_ARCHIVE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    NotImplementedError,
+)
+_BLOCK = 2**20
+
+
+def array_names(path: Path) -> Sequence[str]:
+    """Names of the arrays in an `.npz` file.
+
+    Raises:
+        UsageError: if it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except UNREADABLE_ARCHIVE as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> UsageError:
+    """What to say of an `.npz` file that cannot be read."""
+    reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+    return UsageError(
+        f"'{path}' is not a readable .npz file with the arrays 'mu' and 'sigma' (statistics) or 'arr_0' (images): "
+        f"{reason.splitlines()[0]}. If it was downloaded, download it again."
+    )
+
+
+class ArchiveImages:
+    """Images that lie in `arr_0` of an `.npz` file; they are mapped into memory where the file is not compressed.
+
+    Args:
+        path (`Path`): The file.
+        resolution (`int`, *optional*): Pixels of the shorter side; by default as they are. Resized as those of
+            `prepare_pixels`.
+
+    Raises:
+        UsageError: if it cannot be read, or holds something else.
+    """
+
+    def __init__(self, path: Path, resolution: int | None = None):
+        names = array_names(path)
+        if SAMPLES not in names:
+            raise UsageError(f"'{path}' holds no images ('{SAMPLES}'), only: {', '.join(names) or 'nothing'}.")
+        try:
+            self.array, self.fingerprint = _map(path)
+        except UNREADABLE_ARCHIVE as error:
+            raise unreadable(path, error) from error
+        shape = self.array.shape
+        if self.array.dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)) or 0 in shape:
+            raise UsageError(
+                f"'{SAMPLES}' of '{path}' must hold images, uint8 of shape (N, H, W, 1 or 3), but is "
+                f"{self.array.dtype} of shape {shape}."
+            )
+        self.channels = shape[3] if len(shape) == 4 else 1
+        self.resolution = min(shape[1:3]) if resolution is None else resolution
+        self.fingerprint += f"-{self.resolution}"
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def numbered(self, numbers: range) -> Tensor:
+        """These images, uint8 of shape `(B, C, R, R)`: the middle of those that are not square."""
+        rows = np.asarray(self.array[numbers.start : numbers.stop : numbers.step])
+        pixels = rows.reshape(*rows.shape[:3], self.channels).transpose(0, 3, 1, 2)
+        if min(pixels.shape[2:]) != self.resolution:
+            resized = [image_to_pixels(Image.fromarray(row.squeeze()), self.resolution, self.channels) for row in rows]
+            pixels = np.stack(resized)
+        top, left = (round(0.5 * (side - self.resolution)) for side in pixels.shape[2:])
+        cut = pixels[:, :, top : top + self.resolution, left : left + self.resolution]
+        return torch.from_numpy(np.ascontiguousarray(cut))
+
+    def digest(self, with_classes: bool = True) -> str:
+        """As that of a `PixelDataset` of these images."""
+        digest = hashlib.sha256(str((len(self), self.channels, self.resolution, None)).encode())
+        for index in range(0, len(self), -(-len(self) // 1000)):
+            digest.update(self.numbered(range(index, index + 1)).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _map(path: Path) -> tuple[np.ndarray, str]:
+    """The array, and a checksum of its bytes, which are all read once: a file that lacks some is noticed here."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{SAMPLES}.npy")
+        with archive.open(info) as member:
+            while block := member.read(_BLOCK):
+                digest.update(block)
+    if info.compress_type != zipfile.ZIP_STORED:
+        with np.load(path, allow_pickle=False) as file:
+            return file[SAMPLES], digest.hexdigest()
+    with path.open("rb") as file:
+        # The local header of the member, whose name and extra field may be of other lengths than in the directory.
+        file.seek(info.header_offset + 26)
+        file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects, which are not loaded")
+        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C"), digest.hexdigest()
+
+
+_RECORD = "settings.json"
+# The tag of EXIF that says how a picture is turned, and where that swaps height and width.
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
+
+
+class PipelineImages:
+    """Images that a pipeline generates; image i is the same whatever the batches and the number of images.
+
+    Args:
+        pipeline (`DiffusionPipeline`): A DIAUNetPipeline, or any unconditional pipeline of diffusers.
+        num_images, steps, seed (`int`): How many images, denoising steps, and the seed.
+        guidance_scale (`float`, *optional*, defaults to 1.0): Strength of guidance, by a guide or classifier-free.
+        folder (`Path`, *optional*):
+            Where to write each image as a PNG file. Images that are there already are read instead of generated.
+
+    Raises:
+        UsageError: if the folder holds images of other settings.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        num_images: int,
+        steps: int,
+        seed: int = 0,
+        guidance_scale: float = 1.0,
+        folder: Path | None = None,
+    ):
+        if num_images < 2:
+            raise UsageError(f"scores need at least 2 generated images, but num_images is {num_images}.")
+        check_sampling(pipeline, steps)
+        self.pipeline = pipeline
+        self.num_images = num_images
+        self.steps = steps
+        self.seed = seed
+        self.guidance_scale = guidance_scale
+        self.folder = folder
+        if folder is not None:
+            self._claim(folder)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes two sets of generated images comparable; ready for JSON."""
+        scheduler = self.pipeline.scheduler
+        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        return {
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": json.loads(json.dumps(config, default=str)),
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        } | ({"guidance": "guide"} if self.guidance_scale != 1.0 and self._has_guide else {})
+
+    @property
+    def _has_guide(self) -> bool:
+        return getattr(self.pipeline, "guide", None) is not None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where these images come from; ready for JSON."""
+        weights = {
+            f"{name}.{key}": tensor
+            for name, component in self.pipeline.components.items()
+            if isinstance(component, nn.Module)
+            for key, tensor in component.state_dict().items()
+        }
+        return {"pipeline": type(self.pipeline).__name__, "weights": weights_checksum(weights), "seed": self.seed}
+
+    def numbered(self, numbers: range) -> Tensor:
+        """These images, uint8 of shape `(B, C, R, R)` on the CPU: the middle of those that are not square, as
+        `PixelDataset` cuts real ones."""
+        images = self._whole(numbers)
+        size = min(images.shape[2:])
+        top, left = (round(0.5 * (side - size)) for side in images.shape[2:])
+        return images[:, :, top : top + size, left : left + size]
+
+    def _whole(self, numbers: range) -> Tensor:
+        paths = [self.folder / f"{number:06d}.png" for number in numbers] if self.folder is not None else []
+        if paths and all(path.is_file() for path in paths):
+            try:
+                return torch.stack([_read(path) for path in paths])
+            except UNREADABLE:
+                pass  # A broken file is written anew.
+        images = sample_batch(self.pipeline, numbers, self.steps, self.seed, guidance_scale=self.guidance_scale)
+        for path, image in zip(paths, images, strict=False):
+            picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
+            replace_file(path, partial(picture.save, format="PNG"))
+        return images
+
+    def _claim(self, folder: Path) -> None:
+        """Images of another model or other settings must not be taken for those of this one."""
+        mine = {"sampling": self.settings, "origin": self.origin}
+        record = folder / _RECORD
+        if record.is_file():
+            if _load(record) != mine:
+                raise UsageError(f"'{folder}' holds images of another model or other settings; choose another.")
+            return
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UsageError(f"'{folder}' is not empty and has no {_RECORD} of earlier scoring; choose another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(record, json.dumps(mine, indent=2) + "\n")
+
+
+class FolderImages:
+    """Images that lie in files already.
+
+    Args:
+        pixels (`PixelDataset` or `ArchiveImages`): What `prepare_pixels` made of them, or an `.npz` file.
+    """
+
+    def __init__(self, pixels: PixelDataset | ArchiveImages):
+        if len(pixels) < 2:
+            raise UsageError(f"scores need at least 2 generated images, but there are {len(pixels)}.")
+        self.numbered = pixels.numbered
+        self._count = len(pixels)
+        self.origin = {"digest": pixels.digest(with_classes=False)}
+        self.settings: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def check_one_size(dataset: Dataset) -> None:
+    """Refuses a folder of generated images of several sizes: what the scores are would hang on one of them.
+
+    Raises:
+        UsageError: with two of the sizes, and the names of two files.
+    """
+    first = None
+    for number, cell in enumerate(dataset.with_format(None).cast_column("image", datasets.Image(decode=False))):
+        encoded = cell["image"]
+        try:
+            with Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]) as image:
+                size = image.size[::-1] if image.getexif().get(_ORIENTATION) in _TURNED else image.size
+        except UNREADABLE:
+            continue  # It is named when it is decoded.
+        name = encoded["path"] or f"image {number}"
+        first = first or (size, name)
+        if size != first[0]:
+            (one, other), names = (" x ".join(map(str, each)) for each in (first[0], size)), (first[1], name)
+            raise UsageError(
+                f"the images to score have several sizes: '{names[0]}' is {one}, '{names[1]}' is {other}. Images of a "
+                "model have one size: resize them as they are meant to be seen, or score each size by itself."
+            )
+
+
+def _read(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        pixels = np.array(image)
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+
+
+def _load(record: Path) -> Any:
+    try:
+        return json.loads(record.read_text())
+    except ValueError:
+        return None  # A broken record is nobody's.

@@ -1,0 +1,130 @@
+"""Scores as a table, and as a page with the pictures that they stand for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..data.grid import image_grid
+from ..data.pixels import PixelDataset
+from ..page import folded, heading, markdown, picture, prose, write_page
+from .features.extractor import FeatureExtractor
+from .reference import Images
+
+_TITLES = {
+    "fid": "Fréchet distance (FID)",
+    "fid_interval": "95% interval",
+    "fid_infinity": "for infinitely many images",
+    "kid_mean": "KID",
+    "kid_std": "KID, standard deviation",
+    "is_mean": "Inception Score",
+    "is_std": "Inception Score, standard deviation",
+    "precision": "Precision",
+    "recall": "Recall",
+    "num_images": "images",
+    "settings_hash": "settings",
+}
+_SHOWN = 64
+_COMPARED = 10
+_NEIGHBOURS = 4
+_BATCH_SIZE = 250
+
+
+def format_scores(scores: dict[str, Any]) -> str:
+    """A table of the scores with the floor beside them, for the terminal and the model card (Markdown).
+
+    Only figures in columns with the same settings, of this table or of another, can be compared.
+    """
+    floor = scores.get("floor")
+    columns = [scores] + ([floor] if floor is not None else [])
+    head = [f"features: {scores['features']}", "generated"] + (["floor (held-out images)"] if floor is not None else [])
+    rows = [
+        [title] + [_figure(column.get(name)) for column in columns]
+        for name, title in _TITLES.items()
+        if scores.get(name) is not None
+    ]
+    lines = [head, ["---"] + ["---:"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _figure(value: float | int | str | list[float] | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return " to ".join(f"{bound:.4f}" for bound in value)
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def nearest_images(
+    generated: Images, reference: PixelDataset, extractor: FeatureExtractor
+) -> tuple[Image.Image, list[float]]:
+    """Each of the first generated images in a row with the real images that are nearest to it in feature space.
+
+    A row of twins is a memorised image. Reads all of the reference once more, keeping the nearest only.
+
+    Returns:
+        The picture, and the distance of each generated image from its nearest real one.
+    """
+    images = generated.numbered(range(min(_COMPARED, len(generated))))
+    features = extractor(images).double()
+    best = torch.full((len(images), 0), 0.0, dtype=torch.double, device=features.device)
+    numbers = torch.zeros(len(images), 0, dtype=torch.long, device=features.device)
+    for start in range(0, len(reference), _BATCH_SIZE):
+        batch = range(start, min(start + _BATCH_SIZE, len(reference)))
+        distances = torch.cdist(features, extractor(reference.numbered(batch)).double())
+        best = torch.cat([best, distances], dim=1)
+        numbers = torch.cat([numbers, torch.tensor(batch, device=features.device).expand(len(images), -1)], dim=1)
+        best, order = best.sort(dim=1, stable=True)
+        best, numbers = best[:, :_NEIGHBOURS], numbers.gather(1, order)[:, :_NEIGHBOURS]
+    rows = []
+    for image, neighbours in zip(images, numbers.tolist(), strict=True):
+        rows += [image, *(reference.numbered(range(number, number + 1))[0] for number in neighbours)]
+    return image_grid(torch.stack(rows), columns=1 + len(numbers[0])), best[:, 0].tolist()
+
+
+def write_report(
+    path: Path,
+    scores: dict[str, Any],
+    generated: Images,
+    reference: PixelDataset | None,
+    extractor: FeatureExtractor,
+    raw: Path | None = None,
+) -> None:
+    """Writes one HTML file, pictures included, that needs nothing else: scores, settings, generated images, and beside
+    some of these their nearest real ones.
+
+    Args:
+        path (`Path`): The file.
+        scores (`dict`): What `evaluate` returned.
+        generated (`Images`), reference (`PixelDataset`, *optional*), extractor (`FeatureExtractor`): As for `evaluate`;
+            without reference images no neighbours are shown.
+        raw (`Path`, *optional*): The JSON file of the scores, for a link to it.
+    """
+    grid = image_grid(generated.numbered(range(min(_SHOWN, len(generated)))))
+    parts = [
+        markdown(format_scores(scores), sortable=False),
+        *(prose(f"**Warning:** {warning}") for warning in scores["warnings"]),
+        prose("Figures can be compared where their settings are the same."),
+        heading("Generated images"),
+        picture(grid, "generated images", pixels=True),
+    ]
+    if reference is not None:
+        neighbours, distances = nearest_images(generated, reference, extractor)
+        parts += [
+            heading("Generated images and their nearest real ones"),
+            prose(
+                f"Left: generated. Then the {_NEIGHBOURS} real images that are nearest in the features "
+                f"`{extractor.name}`. Twins would be memorised images. Distance to the nearest: "
+                f"{', '.join(f'{distance:.3g}' for distance in distances)}."
+            ),
+            picture(neighbours, "generated images beside the nearest real images", pixels=True),
+        ]
+    details = {name: value for name, value in scores.items() if isinstance(value, dict) and name != "floor"}
+    parts += [
+        heading("Settings"),
+        prose(f"`{scores['command']}`") if "command" in scores else "",
+        folded("What the figures depend on", json.dumps(details, indent=2)),
+    ]
+    write_page(path, "Scores", parts, [] if raw is None else [raw])
