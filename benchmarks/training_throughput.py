@@ -117,7 +117,7 @@ def this_trainer(
 
     batches = prepare_batches(timed(), data, plan, 0, steps, device, objective, random_flip=True)
     for step in steps:
-        accumulate_gradients(training, objective, batches, plan.micros)
+        accumulate_gradients(training, objective, batches, plan.micro_batches)
         training.update(step)
         yield
 

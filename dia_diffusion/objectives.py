@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .errors import UsageError
 
 
-class Lesson(NamedTuple):
+class NoisedBatch(NamedTuple):
     """B noised images as the network sees them, and what it is to answer.
 
     Attributes:
@@ -71,17 +71,17 @@ class Objective(ABC):
         return self
 
     @abstractmethod
-    def levels_at(self, places: Tensor) -> Tensor:
+    def quantile(self, shares: Tensor) -> Tensor:
         """The levels below which these shares, in (0, 1), of those in training lie: the inverse of their distribution
         function."""
 
     def draw_levels(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
         """Levels for training, `(count,)`."""
         # Not 0, where a distribution may have no end.
-        return self.levels_at(torch.rand(count, generator=generator, device=device).clamp(min=2**-25))
+        return self.quantile(torch.rand(count, generator=generator, device=device).clamp(min=2**-25))
 
     @abstractmethod
-    def lesson(self, images: Tensor, noise: Tensor, levels: Tensor) -> Lesson:
+    def noised_batch(self, images: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
         """Noises images `(B, C, H, W)` of about [-1, 1] with standard normal `noise` to their levels."""
 
     def loss(
@@ -91,9 +91,9 @@ class Objective(ABC):
 
         Args:
             network: Called as a `UNet2DModel`, with labels `(B,)` if it is class-conditional.
-            images, noise, levels: See `lesson`.
+            images, noise, levels: See `noised_batch`.
         """
-        sample, timesteps, target, weights = self.lesson(images, noise, levels)
+        sample, timesteps, target, weights = self.noised_batch(images, noise, levels)
         prediction: Any = network(sample, timesteps, labels).sample.float()
         if weights is None:
             return nn.functional.mse_loss(prediction, target)
@@ -139,19 +139,19 @@ class DDPM(Objective):
             timestep_spacing="trailing",
         )
 
-    def levels_at(self, places: Tensor) -> Tensor:
-        return (places * self.ddpm_num_steps).long()
+    def quantile(self, shares: Tensor) -> Tensor:
+        return (shares * self.ddpm_num_steps).long()
 
     def draw_levels(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
         return torch.randint(0, self.ddpm_num_steps, (count,), generator=generator, device=device)
 
-    def lesson(self, images: Tensor, noise: Tensor, levels: Tensor) -> Lesson:
+    def noised_batch(self, images: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
         noisy = self.scheduler.add_noise(images, noise, levels)
         if self.prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(images, noise, levels)
         else:
             target = {"epsilon": noise, "sample": images}[self.prediction_type]
-        return Lesson(noisy, levels, target, self._weights(levels))
+        return NoisedBatch(noisy, levels, target, self._weights(levels))
 
     def _weights(self, levels: Tensor) -> Tensor | None:
         if self.prediction_type != "sample" and self.snr_gamma is None:
@@ -190,15 +190,15 @@ class EDM(Objective):
     def scheduler(self) -> EDMEulerScheduler:
         return EDMEulerScheduler(sigma_data=self.sigma_data)
 
-    def levels_at(self, places: Tensor) -> Tensor:
-        return (self.p_mean + self.p_std * torch.special.ndtri(places)).exp()
+    def quantile(self, shares: Tensor) -> Tensor:
+        return (self.p_mean + self.p_std * torch.special.ndtri(shares)).exp()
 
-    def lesson(self, images: Tensor, noise: Tensor, levels: Tensor) -> Lesson:
+    def noised_batch(self, images: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
         sigma, data = levels.view(-1, 1, 1, 1), self.sigma_data
         sample = self.scheduler.precondition_inputs(images + sigma * noise, sigma)
         # (y - c_skip x) / c_out, with what cancels at low levels taken out.
         target = (sigma * images - data**2 * noise) / (data * (sigma**2 + data**2).sqrt())
-        return Lesson(sample, self.scheduler.precondition_noise(levels), target)
+        return NoisedBatch(sample, self.scheduler.precondition_noise(levels), target)
 
 
 @dataclass(frozen=True)
@@ -219,15 +219,15 @@ class Flow(Objective):
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler()
 
-    def levels_at(self, places: Tensor) -> Tensor:
+    def quantile(self, shares: Tensor) -> Tensor:
         if self.weighting_scheme == "none":
-            return places
-        return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(places))
+            return shares
+        return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(shares))
 
-    def lesson(self, images: Tensor, noise: Tensor, levels: Tensor) -> Lesson:
+    def noised_batch(self, images: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
         time = levels.view(-1, 1, 1, 1)
         timesteps = levels * self.scheduler.config.num_train_timesteps
-        return Lesson((1 - time) * images + time * noise, timesteps, noise - images)
+        return NoisedBatch((1 - time) * images + time * noise, timesteps, noise - images)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"ddpm": DDPM, "edm": EDM, "flow": Flow}

@@ -17,9 +17,9 @@ from ..errors import UsageError
 from ..options.output import OutputOptions
 from ..process.distributed import PATIENCE, check_launcher, check_processes
 
-_SECONDS_BETWEEN_MEETINGS = 2.0
+_SECONDS_BETWEEN_CHECKS = 2.0
 # Steps may become slower.
-_MOST_STEPS_BETWEEN_MEETINGS = 100
+_MOST_STEPS_BETWEEN_CHECKS = 100
 
 
 def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerator:
@@ -58,7 +58,7 @@ def check_same_start(accelerator: Accelerator, start: int) -> None:
         raise UsageError(f"the processes would start at steps {starts}: --output_dir must be a folder that all share.")
 
 
-class Meetings:
+class StopAgreement:
     """Whether any process wants to stop. They ask each other about every two seconds, because it makes them wait for
     their devices: after as many steps as take that long by the clock of the main process.
 
@@ -71,7 +71,7 @@ class Meetings:
         self._last: tuple[int, float] | None = None
         self._next = 0
 
-    def any_process(self, here: bool, step: int) -> bool:
+    def agreed(self, here: bool, step: int) -> bool:
         """Called after each step, with whether this process wants to stop."""
         accelerator = self.accelerator
         if accelerator.num_processes == 1 or step < self._next:
@@ -81,6 +81,6 @@ class Meetings:
             pace = (now - self._last[1]) / (step - self._last[0])
         figures = torch.tensor([float(here), pace], device=accelerator.device)
         wanted, pace = accelerator.reduce(figures, "sum").tolist()
-        steps = int(_SECONDS_BETWEEN_MEETINGS / pace) if pace > 0 else 1
-        self._last, self._next = (step, now), step + min(max(steps, 1), _MOST_STEPS_BETWEEN_MEETINGS)
+        steps = int(_SECONDS_BETWEEN_CHECKS / pace) if pace > 0 else 1
+        self._last, self._next = (step, now), step + min(max(steps, 1), _MOST_STEPS_BETWEEN_CHECKS)
         return wanted > 0

@@ -49,19 +49,19 @@ class BatchPlan(NamedTuple):
 
     Attributes:
         per_process (`int`): Images that a process takes at a time.
-        micros (`int`): Micro-batches in a step.
+        micro_batches (`int`): Micro-batches in a step.
         processes, process (`int`): How many processes there are, and which this one is.
     """
 
     per_process: int
-    micros: int = 1
+    micro_batches: int = 1
     processes: int = 1
     process: int = 0
 
     @property
     def images(self) -> int:
         """Images in a step."""
-        return self.per_process * self.micros * self.processes
+        return self.per_process * self.micro_batches * self.processes
 
     def rows(self, micro: int) -> slice:
         """The positions in the global batch that this process takes in a micro-batch."""
@@ -100,7 +100,7 @@ def make_loader(
     device: torch.device,
 ) -> DataLoader:
     """The pixels (or latents) and labels of this process, micro-batch by micro-batch, for steps counted from 1."""
-    rows = [plan.rows(micro) for micro in range(plan.micros)]
+    rows = [plan.rows(micro) for micro in range(plan.micro_batches)]
     positions = ([(step - 1) * plan.images + row for row in range(r.start, r.stop)] for step in steps for r in rows)
     return DataLoader(
         EndlessShuffle(data, seed, options.center_crop),
@@ -141,7 +141,7 @@ def prepare_batches(
     for step in steps:
         posterior = data.draw(seed, step, plan.images, device)
         whole = draw_step(seed, step, shape, objective, device)
-        for rows in map(plan.rows, range(plan.micros)):
+        for rows in map(plan.rows, range(plan.micro_batches)):
             draws, batch = whole.rows(rows), next(loaded)
             batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             drawn = None if posterior is None else posterior[rows]

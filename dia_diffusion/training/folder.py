@@ -31,7 +31,7 @@ _PATIENCE_SECONDS = 3
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def lock_output_dir(folder: Path) -> Iterator[None]:
     """Makes the output directory and holds it for one run; a kill lets it go. Cleans what a killed run left half-way.
 
     Raises:
@@ -115,7 +115,7 @@ def _traces(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def leave_branch(folder: Path, step: int) -> None:
+def set_aside_later_steps(folder: Path, step: int) -> None:
     """Sets aside what an earlier run left of steps after the one that this run goes on from."""
     set_aside_newer(folder / CHECKPOINTS, step)
     record = read_best(folder / BEST)

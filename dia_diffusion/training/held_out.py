@@ -45,7 +45,7 @@ def held_out_loss(
             images = dataset.model_inputs(batch, draws=None if posterior is None else posterior[taken].to(device))
             labels, noise = batch.get("labels"), all_noise[taken].to(device)
             order = (torch.arange(start, start + len(images)) + draw * count) * stride % (count * draws)
-            levels = objective.levels_at((order + 0.5) / (count * draws)).to(device)
+            levels = objective.quantile((order + 0.5) / (count * draws)).to(device)
             total += objective.loss(unet, images, noise, levels, labels).item() * len(images)
     unet.train(training)
     return total / (count * draws)

@@ -21,12 +21,12 @@ from ..objectives import Objective
 from ..options.data import DataOptions
 from ..options.training import CONFIG, TrainingConfig, save_config
 from ..process.startup import Interrupted, catch_interrupts
-from .accelerator import Meetings, check_same_start, make_accelerator
+from .accelerator import StopAgreement, check_same_start, make_accelerator
 from .architecture import build_unet
 from .batches import Batch, BatchPlan, make_loader, measure_std, prepare_batches
 from .card import launch_command, make_hub_repository, push_run, write_model_card
 from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint
-from .folder import check_output_dir, check_results, claim, leave_branch, prepare_output_dir
+from .folder import check_output_dir, check_results, lock_output_dir, set_aside_later_steps, prepare_output_dir
 from .log import METRICS_LOG, RunLog, start_trackers
 from .results import RunResults
 from .resuming import find_checkpoint, load_to_resume
@@ -50,7 +50,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         Interrupted: after SIGTERM or Ctrl-C, when the step is finished and a checkpoint is written.
     """
     accelerator = make_accelerator(config.optimisation.mixed_precision, config.output)
-    with claim(config.output.folder) if accelerator.is_main_process else nullcontext():
+    with lock_output_dir(config.output.folder) if accelerator.is_main_process else nullcontext():
         figures = _train(config, accelerator)
     # The process group must outlive the distributed model: when that is the last to hold it, its threads are waited for
     # with Python's lock held, which they may need to end.
@@ -110,12 +110,12 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
         if space is not None:
             space.keep(folder)
         save_config(config, folder / CONFIG)
-        leave_branch(folder, start)
+        set_aside_later_steps(folder, start)
     start_trackers(accelerator, record)
     log = RunLog(folder / METRICS_LOG, accelerator, output.logging_steps, plan.images, start, total_steps, pending)
     results = RunResults(output, training, objective, data, held_out, seed, plan.per_process, space is not None)
     del space  # The VAE is not held while the UNet trains.
-    meetings = Meetings(accelerator)
+    stops = StopAgreement(accelerator)
 
     # 3. train
     steps = range(start + 1, total_steps + 1)
@@ -125,11 +125,11 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     training.unet.train()
     with closing(log), catch_interrupts() as signals, _advice_on_divergence(folder / CHECKPOINTS):
         for step in steps:
-            loss = accumulate_gradients(training, objective, batches, plan.micros)
+            loss = accumulate_gradients(training, objective, batches, plan.micro_batches)
             norm = training.update(step)
             log.add(step, loss, norm, training.learning_rate(step))
             last = step == total_steps
-            stopping = meetings.any_process(bool(signals), step) and not last
+            stopping = stops.agreed(bool(signals), step) and not last
             due = results.due(step, epoch_steps, last)
             checkpointing = step % output.checkpointing_steps == 0 or last or stopping
             if due or checkpointing:
@@ -172,19 +172,19 @@ def _digest_without_labels(data: PixelDataset, options: DataOptions) -> str | No
 
 
 def accumulate_gradients(
-    training: TrainingState, objective: Objective, batches: Iterator[Batch], micros: int
+    training: TrainingState, objective: Objective, batches: Iterator[Batch], micro_batches: int
 ) -> Tensor:
-    """The gradient of a step, from its next `micros` batches. Returns the loss on this process, on the device."""
+    """The gradient of a step, from its next `micro_batches` batches. Returns the loss on this process, on the device."""
     accelerator = training.accelerator
     loss = torch.zeros((), device=accelerator.device)
-    for micro in range(micros):
+    for micro in range(micro_batches):
         batch = next(batches)
         if training.unet.config.dropout:
             torch.manual_seed(batch.seed)
-        with nullcontext() if micro == micros - 1 else accelerator.no_sync(training.model):
+        with nullcontext() if micro == micro_batches - 1 else accelerator.no_sync(training.model):
             part = objective.loss(training.model, batch.images, batch.noise, batch.levels, batch.labels)
-            accelerator.backward(part / micros)
-        loss += part.detach() / micros
+            accelerator.backward(part / micro_batches)
+        loss += part.detach() / micro_batches
     return loss
 
 

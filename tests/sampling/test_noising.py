@@ -36,7 +36,7 @@ def test_what_a_network_sees_is_what_its_objective_showed_it(name):
         timesteps = spread_timesteps(scheduler, 5)
         assert (timesteps.diff() > 0).all()
         for timestep in timesteps:
-            expected, told, _, _ = objective.lesson(images, noise, level_of(timestep).expand(3))
+            expected, told, _, _ = objective.noised_batch(images, noise, level_of(timestep).expand(3))
             torch.testing.assert_close(noise_images(scheduler, images, noise, timestep), expected, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(timestep.expand(3), told)
 

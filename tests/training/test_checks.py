@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from dia_diffusion.errors import UsageError
-from dia_diffusion.training.accelerator import Meetings
+from dia_diffusion.training.accelerator import StopAgreement
 from dia_diffusion.training.log import log_picture
 from training_runs import fresh_state, run
 
@@ -92,11 +92,11 @@ def test_processes_agree_to_stop_within_seconds_and_do_not_ask_at_each_step(monk
         figures[0] += other.wants
         return figures
 
-    meetings = Meetings(SimpleNamespace(num_processes=2, is_main_process=True, device="cpu", reduce=reduce))
+    stops = StopAgreement(SimpleNamespace(num_processes=2, is_main_process=True, device="cpu", reduce=reduce))
     for step in range(1, 1000):
         now[0] += seconds
         other.wants = float(step >= 500)
-        if meetings.any_process(False, step):
+        if stops.agreed(False, step):
             break
     assert step >= 500
     assert (step - 500) * seconds <= 2.5
@@ -104,5 +104,5 @@ def test_processes_agree_to_stop_within_seconds_and_do_not_ask_at_each_step(monk
 
 
 def test_one_process_stops_at_once():
-    meetings = Meetings(SimpleNamespace(num_processes=1))
-    assert [meetings.any_process(here, step) for step, here in ((1, False), (2, True))] == [False, True]
+    stops = StopAgreement(SimpleNamespace(num_processes=1))
+    assert [stops.agreed(here, step) for step, here in ((1, False), (2, True))] == [False, True]

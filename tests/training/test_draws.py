@@ -73,7 +73,7 @@ def test_a_draw_of_zero_is_no_level_of_zero(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda count, **arguments: torch.zeros(count))
     for objective in (EDM(sigma_data=0.5), Flow(), Flow(weighting_scheme="none")):
         levels = objective.draw_levels(1, None, "cpu")
-        lesson = objective.lesson(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), levels)
-        assert lesson.sample.isfinite().all()
-        assert lesson.timesteps.isfinite().all()
-        assert lesson.target.isfinite().all()
+        noised = objective.noised_batch(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), levels)
+        assert noised.sample.isfinite().all()
+        assert noised.timesteps.isfinite().all()
+        assert noised.target.isfinite().all()

@@ -15,7 +15,7 @@ import torch
 from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.errors import NotFiniteError, UsageError
 from dia_diffusion.files import replace_files, set_aside
-from dia_diffusion.training.folder import claim
+from dia_diffusion.training.folder import lock_output_dir
 from dia_diffusion.training.state import TrainingState
 from training_runs import assert_same_weights, fresh_state, run, weights
 
@@ -39,8 +39,8 @@ def python(code, *arguments):
 HOLD = """
     import os, sys, time
     from pathlib import Path
-    from dia_diffusion.training.folder import claim
-    with claim(Path(sys.argv[1])):
+    from dia_diffusion.training.folder import lock_output_dir
+    with lock_output_dir(Path(sys.argv[1])):
         child = os.fork()  # as the processes that load data
         if child:
             print(child, flush=True)
@@ -59,7 +59,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(undi
         assert contents(folder) == before
         holder.kill()
         holder.wait()
-        with claim(folder):
+        with lock_output_dir(folder):
             pass
     finally:
         holder.kill()
@@ -73,7 +73,7 @@ def test_what_a_kill_left_is_removed_and_what_is_not_of_its_kind_stays(tmp_path)
     (tmp_path / ".metrics.json.0123456789abcdef.tmp").touch()
     (tmp_path / ".files.0123456789abcdef.tmp" / "unet").mkdir(parents=True)
     (tmp_path / ".mine.tmp").touch()
-    with claim(tmp_path):
+    with lock_output_dir(tmp_path):
         pass
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} - {".lock"}
     # The kill came when the old checkpoint had made way, and the new one was not in its place.

@@ -68,7 +68,7 @@ def test_continuous_levels_are_spread_evenly_over_those_of_training(objective):
     held_out_loss(unet, objective, data, batch_size=100, limit=200, draws=2)
     drawn = objective.draw_levels(200_000, torch.Generator().manual_seed(0), "cpu")
     images = torch.zeros(len(drawn), 1, 1, 1)
-    drawn = objective.lesson(images, images, drawn).timesteps
+    drawn = objective.noised_batch(images, images, drawn).timesteps
     tenths = drawn.quantile(torch.linspace(0, 1, 11)[1:-1])
     counts = torch.bucketize(torch.cat(unet.timesteps), tenths).bincount(minlength=10)
     assert ((counts - 40).abs() <= 1).all(), counts

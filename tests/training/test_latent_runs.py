@@ -256,7 +256,7 @@ def test_a_vae_that_loses_nothing_leaves_the_loss_of_pixels(tmp_path, monkeypatc
         return SimpleNamespace(sample=turned_by(turn, network(turned_by(turn.T, sample), timesteps, labels).sample))
 
     for objective in (DDPM(prediction_type="v_prediction"), EDM(sigma_data=0.5), Flow()):
-        levels = objective.levels_at(places)
+        levels = objective.quantile(places)
         expected = objective.loss(network, images, noise, levels)
         found = objective.loss(turned, seen, turned_by(turn, noise), levels)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)

@@ -84,7 +84,7 @@ def test_a_right_answer_to_edm_is_the_image_to_the_schedulers_of_diffusers(sched
     objective = EDM(sigma_data=0.4)
     images, noise = torch.randn(2, 5, 3, 4, 4)
     sigmas = torch.tensor([0.02, 0.1, 0.6, 3.0, 20.0])
-    sample, timesteps, target, weights = objective.lesson(images, noise, sigmas)
+    sample, timesteps, target, weights = objective.noised_batch(images, noise, sigmas)
     scheduler = scheduler_class.from_config(objective.scheduler.config)
     sigma = sigmas[:, None, None, None]
     noisy = images + sigma * noise
@@ -97,7 +97,7 @@ def test_a_right_answer_to_edm_is_the_image_to_the_schedulers_of_diffusers(sched
 def test_the_target_of_edm_has_unit_variance_at_every_level():
     """What sigma_data is for (appendix B.6): images of that standard deviation."""
     images, noise = 0.3 * torch.randn(6, 1, 64, 64), torch.randn(6, 1, 64, 64)
-    sample, _, target, _ = EDM(sigma_data=0.3).lesson(images, noise, torch.tensor([2e-3, 0.05, 0.3, 1.0, 5.0, 80.0]))
+    sample, _, target, _ = EDM(sigma_data=0.3).noised_batch(images, noise, torch.tensor([2e-3, 0.05, 0.3, 1.0, 5.0, 80.0]))
     torch.testing.assert_close(target.std((1, 2, 3)), torch.ones(6), atol=0.04, rtol=0)
     torch.testing.assert_close(sample.std((1, 2, 3)), torch.ones(6), atol=0.04, rtol=0)
 
@@ -113,7 +113,7 @@ def test_flow_agrees_with_the_formulas():
         torch.testing.assert_close(unet.seen[0][number].double(), path[0], atol=1e-6, rtol=1e-5)
         slope = (path[1] - path[0]) / 1e-3
         torch.testing.assert_close(
-            Flow().lesson(images, noise, times).target[number].double(), slope, atol=1e-5, rtol=1e-4
+            Flow().noised_batch(images, noise, times).target[number].double(), slope, atol=1e-5, rtol=1e-4
         )
     torch.testing.assert_close(unet.seen[1], 1000 * times)
     torch.testing.assert_close(loss, (prediction - (noise - images)).square().mean())
