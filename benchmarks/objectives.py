@@ -92,7 +92,10 @@ class BestNetwork(ModelMixin, ConfigMixin):
         level = self.level(timestep.double()).view(1)
         # The objective is linear: what it makes of an image of 1 without noise, and of noise of 1 without an image.
         one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-        of_image, of_noise = self.objective.noised_batch(one, zero, level), self.objective.noised_batch(zero, one, level)
+        of_image, of_noise = (
+            self.objective.noised_batch(one, zero, level),
+            self.objective.noised_batch(zero, one, level),
+        )
         a, b = of_image.sample.view(()), of_noise.sample.view(())
         noisy = sample.flatten(1).double()
         image = (-torch.cdist(noisy, a * self.images).square() / (2 * b**2)).softmax(1) @ self.images

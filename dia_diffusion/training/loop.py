@@ -26,7 +26,7 @@ from .architecture import build_unet
 from .batches import Batch, BatchPlan, make_loader, measure_std, prepare_batches
 from .card import launch_command, make_hub_repository, push_run, write_model_card
 from .checkpoint import CHECKPOINTS, find_latest, save_checkpoint
-from .folder import check_output_dir, check_results, lock_output_dir, set_aside_later_steps, prepare_output_dir
+from .folder import check_output_dir, check_results, lock_output_dir, prepare_output_dir, set_aside_later_steps
 from .log import METRICS_LOG, RunLog, start_trackers
 from .results import RunResults
 from .resuming import find_checkpoint, load_to_resume

@@ -97,7 +97,9 @@ def test_a_right_answer_to_edm_is_the_image_to_the_schedulers_of_diffusers(sched
 def test_the_target_of_edm_has_unit_variance_at_every_level():
     """What sigma_data is for (appendix B.6): images of that standard deviation."""
     images, noise = 0.3 * torch.randn(6, 1, 64, 64), torch.randn(6, 1, 64, 64)
-    sample, _, target, _ = EDM(sigma_data=0.3).noised_batch(images, noise, torch.tensor([2e-3, 0.05, 0.3, 1.0, 5.0, 80.0]))
+    sample, _, target, _ = EDM(sigma_data=0.3).noised_batch(
+        images, noise, torch.tensor([2e-3, 0.05, 0.3, 1.0, 5.0, 80.0])
+    )
     torch.testing.assert_close(target.std((1, 2, 3)), torch.ones(6), atol=0.04, rtol=0)
     torch.testing.assert_close(sample.std((1, 2, 3)), torch.ones(6), atol=0.04, rtol=0)
 
