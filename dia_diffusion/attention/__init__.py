@@ -1,1 +1,1 @@
-"""Shared attention for residual networks (arXiv 2210.16101): the modules, who shares them, the run under way."""
+"""Shared attention for residual networks (arXiv 2210.16101): the modules, who shares them, the forward pass."""

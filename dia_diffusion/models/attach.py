@@ -69,7 +69,7 @@ class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
     def record(self) -> AbstractContextManager[dict[str, Tensor]]:
         """A context that gives a dictionary, which after each forward pass of the model inside of it holds the channel
         gates `(B, C)` of the blocks by name, in order of execution."""
-        return record_maps(self._hooks.chain)
+        return record_maps(self._hooks.blocks)
 
 
 def attach(

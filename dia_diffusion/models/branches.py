@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..attention.forward_pass import Chain, Gate
+from ..attention.forward_pass import Gate, GatedBlocks
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -82,24 +82,24 @@ def hook_end(block: nn.Module, name: str, gate: Gate) -> RemovableHandle:
 def gate_branches(
     model: nn.Module,
     branches: Sequence[Branch],
-    make_gate: Callable[[Chain, int], Gate] = Gate,
+    make_gate: Callable[[GatedBlocks, int], Gate] = Gate,
     hook_end: Callable[[nn.Module, str, Gate], Any] = hook_end,
-) -> tuple[Chain, list[Any]]:
-    """Puts gates on the branches of a model. They are open outside of a `Run` of the chain that is returned.
+) -> tuple[GatedBlocks, list[Any]]:
+    """Puts gates on the branches of a model. They are open outside of a `ForwardPass` of the blocks that are returned.
 
     Args:
         model (`nn.Module`), branches (`Sequence[Branch]`): The model, and its branches in order of execution.
         make_gate, hook_end (`Callable`, *optional*): Other gates, and another way to put them behind a submodule.
 
     Returns:
-        The chain, and what removes the hooks again.
+        The blocks, and what removes the hooks again.
     """
-    chain, handles = Chain(tuple(branch.name for branch in branches)), []
+    blocks, handles = GatedBlocks(tuple(branch.name for branch in branches)), []
     for position, branch in enumerate(branches):
         parent, _, name = branch.end.rpartition(".")
-        gate, block = make_gate(chain, position), model.get_submodule(parent)
+        gate, block = make_gate(blocks, position), model.get_submodule(parent)
         if isinstance(block, FusedResnetBlock2D) and name == "conv2":
             block.gate = gate
         else:
             handles.append(hook_end(block, name, gate))
-    return chain, handles
+    return blocks, handles

@@ -1,11 +1,11 @@
-"""What attaching does to a model: gates that follow its modules, and a run for each of its forward passes."""
+"""What attaching does to a model: gates that follow its modules, and a `ForwardPass` around each of its calls."""
 
 from typing import Any
 
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from ..attention.forward_pass import CarryState, ContextHook, Gate, Run, run_under_way
+from ..attention.forward_pass import CarryState, ContextHook, ForwardPass, Gate, current_pass
 from ..errors import UsageError
 from .branches import FusedResnetBlock2D, fuse_resnets, gate_branches
 from .families import Backbone
@@ -57,16 +57,16 @@ class OrderedGate(Gate):
     """
 
     def __call__(self, branch: Tensor) -> Tensor | None:
-        run = run_under_way(self.chain)
-        if run is not None:
-            self._check(branch, run)
+        current = current_pass(self.blocks)
+        if current is not None:
+            self._check(branch, current)
         return super().__call__(branch)
 
-    def _check(self, branch: Tensor, run: Run) -> None:
-        name, before = self.chain.names[self.position], run.state.position - 1
+    def _check(self, branch: Tensor, current: ForwardPass) -> None:
+        name, before = self.blocks.names[self.position], current.state.position - 1
         if self.position <= before:
-            raise UsageError(f"the branch '{name}' ran after '{self.chain.names[before]}': list each once, in order.")
-        width, dim = run.attention.widths[self.position], run.attention.channel_dim
+            raise UsageError(f"the branch '{name}' ran after '{self.blocks.names[before]}': list each once, in order.")
+        width, dim = current.attention.widths[self.position], current.attention.channel_dim
         if not isinstance(branch, Tensor) or branch.ndim < 3 or branch.shape[dim] != width:
             found = tuple(branch.shape) if isinstance(branch, Tensor) else type(branch).__name__
             raise UsageError(f"the branch '{name}' should have {width} channels in dimension {dim}, but is {found}.")
@@ -85,10 +85,10 @@ class ModelHooks:
         fuse_resnets(model)
         self.in_order = in_order
         gate = OrderedGate if in_order else Gate
-        self.chain, self.handles = gate_branches(model, backbone.branches, gate, EndHook)
+        self.blocks, self.handles = gate_branches(model, backbone.branches, gate, EndHook)
         if with_context:
             place = backbone.context
-            module, hook = model.get_submodule(place.module), OutputHook(self.chain, place.argument, place.index)
+            module, hook = model.get_submodule(place.module), OutputHook(self.blocks, place.argument, place.index)
             if place.argument is None:
                 self.handles.append(module.register_forward_hook(hook.of_output))
             else:
@@ -106,20 +106,20 @@ class ModelHooks:
         for module in self.checkpointed:
             # Looked at each time, since it can be switched on later.
             if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, CarryState):
-                module._gradient_checkpointing_func = CarryState(self.chain, module._gradient_checkpointing_func)
-        Run(self.chain, getattr(model, NAME)).__enter__()
+                module._gradient_checkpointing_func = CarryState(self.blocks, module._gradient_checkpointing_func)
+        ForwardPass(self.blocks, getattr(model, NAME)).__enter__()
 
     def end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        run = run_under_way(self.chain)
-        if run is None:
+        current = current_pass(self.blocks)
+        if current is None:
             return
-        run.__exit__()
-        if run.state.position == 0 and output is not None:
+        current.__exit__()
+        if current.state.position == 0 and output is not None:
             raise UsageError(
                 f"none of the branches of {type(model).__name__} that have attention ran: its blocks were replaced "
                 "since. Detach it and attach it anew."
             )
-        left_out = self.chain.names[run.state.position :]
+        left_out = self.blocks.names[current.state.position :]
         if self.in_order and left_out and output is not None:
             raise UsageError(f"the branch '{left_out[0]}' did not run in this forward pass: leave it out of branches.")
 

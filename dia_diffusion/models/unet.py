@@ -13,7 +13,7 @@ from diffusers import ModelMixin, UNet2DModel  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ..attention.forward_pass import CarryState, ContextHook, Run, record_maps
+from ..attention.forward_pass import CarryState, ContextHook, ForwardPass, record_maps
 from ..attention.sharing import SharedAttention
 from ..errors import UsageError
 from .branches import Branch, fuse_resnets, gate_branches, resnet_branches
@@ -101,9 +101,9 @@ class DIAUNet2DModel(UNet2DModel):
             return
         branches = self._branches()
         self.dia = self._make_attention(branches)
-        self._chain, _ = gate_branches(self, branches)
+        self._gated_blocks, _ = gate_branches(self, branches)
         # The time embedding with that of the class, as all residual blocks get it.
-        context = ContextHook(self._chain, "temb", 1)
+        context = ContextHook(self._gated_blocks, "temb", 1)
         self.down_blocks[0].register_forward_pre_hook(context.of_arguments, with_kwargs=True)
 
     def _branches(self) -> list[Branch]:
@@ -160,7 +160,7 @@ class DIAUNet2DModel(UNet2DModel):
         self._check_inputs(*args, **kwargs)
         if self.dia is None:
             return super().forward(*args, **kwargs)
-        with Run(self._chain, self.dia):
+        with ForwardPass(self._gated_blocks, self.dia):
             return super().forward(*args, **kwargs)
 
     def _check_inputs(
@@ -200,13 +200,13 @@ class DIAUNet2DModel(UNet2DModel):
         `attention_maps` returns: for those who do not call the model themselves."""
         if self.dia is None:
             raise UsageError("this model has no attention maps: dia_attention is 'none'.")
-        return record_maps(self._chain)
+        return record_maps(self._gated_blocks)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = torch.utils.checkpoint.checkpoint
     ) -> None:
         if self.dia is not None:
-            gradient_checkpointing_func = CarryState(self._chain, gradient_checkpointing_func)
+            gradient_checkpointing_func = CarryState(self._gated_blocks, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
 
     @property
