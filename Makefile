@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PEERS := .venv-peers
 WHEEL := build/wheel
 DEMO := runs/digits
-BENCHMARKS := startup attention_cost training_throughput scaling data_scale peer_training sampling memory sampler_quality gpu
+BENCHMARKS := attention_cost training_throughput scaling data_scale peer_training sampling memory sampler_quality gpu
 # What accelerate would otherwise assume, with a warning for each.
 ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -30,6 +30,7 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The wheel, installed alone into an empty environment: the demo's commands run from it, in small. Dependencies are taken
 # from $(VENV), which takes seconds where another installation takes minutes; that all of them are declared is a test's.

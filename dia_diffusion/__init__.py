@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .models.unet import DIAUNet2DModel
     from .pipelines.pipeline_dia_unet import DIAUNetPipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _EXPORTS = {
     "DIAUNet2DModel": "models.unet",
     "DIAUNetPipeline": "pipelines.pipeline_dia_unet",

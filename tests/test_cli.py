@@ -55,7 +55,7 @@ def test_names_that_people_try_first(model, tmp_path, capsys):
     assert "no metric named 'none'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--version"])
-    assert capsys.readouterr().out.startswith("dia-diffusion 0.1.0")
+    assert capsys.readouterr().out.startswith("dia-diffusion 0.2.0")
 
 
 @pytest.mark.parametrize("command", [["-m", "dia_diffusion.train"], ["-m", "dia_diffusion.cli", "train"]])
