@@ -31,6 +31,11 @@ class NotFiniteImagesError(UsageError):
         )
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop, or its type where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """` Did you mean 'x'?`, for the end of a message, where a known name is near; else nothing.
 

@@ -3,14 +3,19 @@
 Checksums of weights."""
 
 import hashlib
+import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import UsageError
 
 _TOKEN_BYTES = 8
 
@@ -36,6 +41,56 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """As `replace_file`, for a text."""
     replace_file(path, lambda place: place.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write valid JSON; numbers that are not finite, which JSON does not know, become `null`."""
+    replace_text(path, to_json(content, indent) + "\n")
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Return valid JSON; numbers that are not finite become `null`."""
+    return json.dumps(_without_non_finite(content), indent=indent, allow_nan=False)
+
+
+def _without_non_finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {name: _without_non_finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_non_finite(value) for value in content]
+    return content
+
+
+def check_output_file(path: Path) -> None:
+    """Make the folder of a file that will be written, before the work whose result it holds.
+
+    Raises:
+        UsageError: if the file cannot be written there.
+    """
+    if path.is_dir():
+        raise UsageError(f"'{path}' is a folder: name the file to write.")
+    check_output_folder(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UsageError(f"the file '{path}' cannot be written: change its permissions, or name another one.")
+
+
+def check_output_folder(folder: Path) -> None:
+    """Make a folder for files that will be written, before the work whose results they hold.
+
+    Raises:
+        UsageError: if files cannot be written there.
+    """
+    probe = _beside(folder / "probe")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except FileExistsError as error:
+        raise UsageError(f"'{folder}' is a file, and a folder is needed: name another place.") from error
+    except OSError as error:
+        raise UsageError(f"nothing can be written in '{folder}': {error.strerror}. Name another place.") from error
 
 
 def replace_files(folder: Path, write: Callable[[Path], object], last: str) -> None:

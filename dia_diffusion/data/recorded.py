@@ -1,0 +1,59 @@
+"""The data that a training run records beside its model: what commands compare that model with by default."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from ..errors import UsageError
+from ..options.data import DataOptions
+from ..options.training import CONFIG, read_yaml
+
+
+def find_recorded_data(model: str) -> DataOptions | None:
+    """Return the data options that the training run of a model recorded, or None where there is no record.
+
+    Args:
+        model (`str`): Folder of the run, or anything else that names a model.
+    """
+    record = Path(model).expanduser() / CONFIG
+    options = read_yaml(record) if record.is_file() else None
+    if not isinstance(options, dict):
+        return None
+    known = {item.name: options[item.name] for item in fields(DataOptions) if item.name in options}
+    data = DataOptions(**known)
+    return data if data.dataset_name or data.train_data_dir else None
+
+
+def choose_data(
+    model: str, dataset: str | None, config_name: str | None = None, image_column: str | None = None
+) -> tuple[str, DataOptions | None]:
+    """Choose the images that a command compares a model with.
+
+    Args:
+        model (`str`): The model, or the images to score.
+        dataset (`str`, *optional*): Name or folder of the data; by default what the training run records.
+        config_name, image_column (`str`, *optional*): Override what the run records.
+
+    Returns:
+        `tuple`: The name of the data, and the options with which the run loads it; None where the run recorded other
+        data or nothing.
+
+    Raises:
+        UsageError: if no data is named and none is recorded, or if the recorded data is not here.
+    """
+    recorded = find_recorded_data(model)
+    if recorded is not None:
+        origin = recorded.dataset_name or recorded.train_data_dir or ""
+        if dataset in (None, recorded.dataset_name, recorded.train_data_dir):
+            if recorded.dataset_name is None and not Path(origin).expanduser().is_dir():
+                raise UsageError(
+                    f"'{model}' was trained on the images in '{origin}', and there is no such folder here: name the "
+                    "data to compare with, --dataset FOLDER."
+                )
+            given = {"dataset_config_name": config_name, "image_column": image_column}
+            return origin, replace(recorded, **{name: value for name, value in given.items() if value is not None})
+    if dataset is None:
+        raise UsageError(
+            f"'{model}' does not record which data it was trained on: name the data to compare with, for example "
+            "--dataset digits or --dataset FOLDER."
+        )
+    return dataset, None
