@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dia_diffusion.files import write_json
 from dia_diffusion.options.fields import COUNT, number_type
 
 # The type of a flag.
@@ -137,7 +138,7 @@ def write_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
         "rows": list(rows),
     } | more
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
 
 
 def save_result(path: Path, rows: Sequence[dict], **more: Any) -> None:

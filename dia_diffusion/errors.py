@@ -1,8 +1,4 @@
-"""Exceptions whose messages say what was wrong and what to do about it.
-
-What is said of numbers that are not finite: of a run that diverged, and of a model that did.
-
-What was probably meant by a name that there is not."""
+"""Errors for people: each message says what was wrong and what to do about it."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -22,7 +18,7 @@ class NotFiniteError(UsageError):
 
 
 class NotFiniteImagesError(UsageError):
-    """A model gives values that are not finite numbers, which would become black images."""
+    """A model gives NaN or infinite values, which would become black images."""
 
     def __init__(self, model: str):
         super().__init__(
@@ -31,15 +27,16 @@ class NotFiniteImagesError(UsageError):
         )
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without its full stop, or its type where it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def first_line(error: object) -> str:
+    """Return the first line of an error's message without its full stop, or the name of its class if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?`, for the end of a message, where a known name is near; else nothing.
+    """Suggest the closest known name for a misspelled one: ` Did you mean 'x'?`, or nothing.
 
-    Capitals, and dashes for underscores, make no difference; of names that are else the same the first is named.
+    Ignores case, and dashes count as underscores. Among names that are then equal the first wins.
     """
     spelled = {_plain(one): one for one in reversed(list(known))}
     found = get_close_matches(_plain(str(name)), spelled, n=1)
@@ -47,12 +44,26 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 
 def folders_beside(path: str) -> list[str]:
-    """The folders that lie where one of this path would: candidates for what was meant, should there be none."""
+    """List the folders in the parent of a path: candidates for a misspelled folder."""
     parent = Path(path).expanduser().parent
     try:
         return [str(other) for other in parent.iterdir() if other.is_dir() and not other.name.startswith(".")]
     except OSError:
         return []
+
+
+def why_not_loaded(name_or_path: str, error: Exception) -> str:
+    """Explain why `from_pretrained` failed, without a full stop: not here, not on the Hub, or the error's own words."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if Path(name_or_path).exists():
+        return first_line(error)
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        return f"there is no such folder.{nearest(name_or_path, folders_beside(name_or_path))}".rstrip(".")
+    hint = nearest(name_or_path, folders_beside(name_or_path))
+    return f"there is no such folder, and the Hub gave none ({first_line(error)}).{hint}".rstrip(".")
 
 
 def _plain(name: str) -> str:

@@ -1,6 +1,4 @@
-"""Files and folders that are whole or not there, and the folder of those that are kept.
-
-Checksums of weights."""
+"""Files that are whole or absent, that others may read, and that are valid JSON; digests of files and weights."""
 
 import hashlib
 import json
@@ -10,10 +8,12 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Nothing here imports torch: light modules write files too.
 
 from .errors import UsageError
 
@@ -21,7 +21,11 @@ _TOKEN_BYTES = 8
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` write a file beside its place, and moves it there. A kill or a full disk leaves what was there.
+    """Write a file beside its place and move it there when it is whole. A kill or a full disk leaves the old file.
+
+    Args:
+        path (`Path`): The file.
+        write (`Callable`): Called with the temporary path, which it must write.
 
     Raises:
         OSError: names the file.
@@ -29,6 +33,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = _beside(path)
     try:
         write(temporary)
+        follow_umask(temporary)
         temporary.replace(path)
     except OSError as error:
         # A full disk does not say which file there was no room for.
@@ -39,28 +44,35 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """As `replace_file`, for a text."""
+    """Write a text as `replace_file` does."""
     replace_file(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write valid JSON; numbers that are not finite, which JSON does not know, become `null`."""
+    """Write valid JSON as `replace_file` does: see `to_json`."""
     replace_text(path, to_json(content, indent) + "\n")
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """Return valid JSON; numbers that are not finite become `null`."""
-    return json.dumps(_without_non_finite(content), indent=indent, allow_nan=False)
+    """Return JSON that every reader takes: NaN and infinities become `null` (RFC 8259 has no other way to say them)."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 
-def _without_non_finite(content: Any) -> Any:
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
+def _finite(content: Any) -> Any:
     if isinstance(content, Mapping):
-        return {name: _without_non_finite(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_without_non_finite(value) for value in content]
-    return content
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or all files of a folder, the mode that the umask asks for: safetensors writes mode 600."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def check_output_file(path: Path) -> None:
@@ -94,7 +106,7 @@ def check_output_folder(folder: Path) -> None:
 
 
 def replace_files(folder: Path, write: Callable[[Path], object], last: str) -> None:
-    """Lets `write` fill an empty folder, and moves its files into `folder` when all of them are written.
+    """Let `write` fill an empty folder, and move its files into `folder` when all of them are written.
 
     At any moment each file in `folder` is whole: as it was before, or as it is now. Other files there stay.
 
@@ -107,6 +119,7 @@ def replace_files(folder: Path, write: Callable[[Path], object], last: str) -> N
     try:
         staging.mkdir(parents=True)
         write(staging)
+        follow_umask(staging)
         files = [path for path in staging.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path == staging / last):
             flush(path)
@@ -118,16 +131,16 @@ def replace_files(folder: Path, write: Callable[[Path], object], last: str) -> N
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what a kill left of files and folders that were being written in `folder`.
+    """Remove the temporary files and folders that a killed process left in `folder`.
 
-    For one who knows that nobody is writing there now.
+    Call it only when no other process writes there.
     """
     for path in folder.glob(f".*.{'[0-9a-f]' * 2 * _TOKEN_BYTES}.tmp"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a file or folder to `set-aside-NAME`, with a number where there is one already. Returns the new place."""
+    """Rename a file or folder to `set-aside-NAME`, numbered if that exists, and return the new path."""
     place, number = path.with_name(f"set-aside-{path.name}"), 1
     while place.exists():
         number += 1
@@ -136,7 +149,7 @@ def set_aside(path: Path) -> Path:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the list of files of a folder, is on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -145,8 +158,7 @@ def flush(path: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Where this package keeps what took time to compute or to fetch: `$DIA_CACHE`, or `dia_diffusion` in the user's
-    cache folder (`~/.cache`)."""
+    """Return the folder of results that took time: `$DIA_CACHE`, or `dia_diffusion` in the user's cache folder."""
     chosen = os.environ.get("DIA_CACHE")
     user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return Path(chosen) if chosen else user / "dia_diffusion"
@@ -158,8 +170,24 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN_BYTES)}.tmp")
 
 
-def weights_checksum(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors with their names, types and shapes, as hexadecimal digits."""
+def file_digest(path: Path | str) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def json_digest(content: Any) -> str:
+    """Return the SHA-256 of settings: of their JSON with sorted keys, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(weights: "Mapping[str, Tensor]") -> str:
+    """Return the SHA-256 of tensors with their names, types and shapes, in hexadecimal digits."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import flags
 import image_classification
 from dia_diffusion.errors import UsageError
-from dia_diffusion.files import replace_text
+from dia_diffusion.files import replace_text, write_json
 from dia_diffusion.options.training import read_yaml
 from dia_diffusion.process.startup import end_with_parent
 from dia_diffusion.study.study_report import compare
@@ -72,7 +72,7 @@ def train(words: list[str], folder: Path) -> str | None:
             status = refusal.code
     if status:
         return f"'{folder}': {(folder / 'log.txt').read_text().splitlines()[-1]}"
-    replace_text(folder / "command.json", json.dumps(words))
+    write_json(folder / "command.json", words)
     return None
 
 
@@ -101,7 +101,7 @@ def summarise(study: dict, folder: Path) -> None:
         rows.append("| " + " | ".join([*cells, str(len(of_variant))]) + " |")
     replace_text(folder / "study.md", "\n".join(rows) + "\n")
     runs = [result | {"variant": name} for name, of_variant in results.items() for result in of_variant.values()]
-    replace_text(folder / "study.json", json.dumps({"study": study, "runs": runs}, indent=1))
+    write_json(folder / "study.json", {"study": study, "runs": runs})
 
 
 def score_cells(figures: dict, form: str) -> list[str]:

@@ -11,7 +11,6 @@ over seeds.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -37,7 +36,7 @@ from cifar_resnet import BasicBlock, Bottleneck, ResNet
 from dia_diffusion import attach
 from dia_diffusion.data.sources import EMBEDDED, load_dataset_splits
 from dia_diffusion.errors import UsageError
-from dia_diffusion.files import replace_text
+from dia_diffusion.files import write_json
 from images_in_memory import Images
 from trained_classifier import correlate_maps, save_classifier
 
@@ -167,7 +166,7 @@ def leave(
         result["correlation"] = correlate_maps(model, test_set, mean, std)
     save_classifier(model, options.output_dir, options.resolution, mean, std)
     save_curves(result["history"], options.output_dir / "curves.png")
-    replace_text(options.output_dir / "result.json", json.dumps(result, indent=2))
+    write_json(options.output_dir / "result.json", result)
 
 
 def save_curves(history: list[dict[str, float]], path: Path) -> None:

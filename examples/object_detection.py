@@ -10,7 +10,6 @@ one of 2 busy cores of an x86-64 server (November 2026, one seed; the same witho
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from dia_diffusion import attach
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.errors import UsageError
-from dia_diffusion.files import replace_text
+from dia_diffusion.files import write_json
 
 CANVAS, CLASSES = 64, 10
 
@@ -142,7 +141,7 @@ def main(arguments: list[str] | None = None) -> dict:
     result = history[-1] | {"options": vars(options) | {"output_dir": str(options.output_dir)}, "history": history}
     options.output_dir.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), options.output_dir / "detector.safetensors")
-    replace_text(options.output_dir / "result.json", json.dumps(result, indent=2))
+    write_json(options.output_dir / "result.json", result)
     return result
 
 

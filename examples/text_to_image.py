@@ -27,7 +27,7 @@ from dia_diffusion import attach
 from dia_diffusion.data.decoding import to_unit_range
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_dataset_splits
-from dia_diffusion.errors import UsageError
+from dia_diffusion.errors import UsageError, first_line
 
 
 @torch.no_grad()
@@ -70,8 +70,7 @@ def train(options: argparse.Namespace) -> list[float]:
     try:
         pipe = StableDiffusionPipeline.from_pretrained(options.model, safety_checker=None).to(accelerator.device)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--model '{options.model}' is no Stable Diffusion pipeline: {reason}") from error
+        raise UsageError(f"--model '{options.model}' is no Stable Diffusion pipeline: {first_line(error)}.") from error
     scheduler, scale = DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae.config.scaling_factor
     data = encode(pipe, options)
     # They have done their part.

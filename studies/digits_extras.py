@@ -29,7 +29,7 @@ from tqdm import tqdm
 from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.data.decoding import to_unit_range
 from dia_diffusion.data.loading import load_pixels
-from dia_diffusion.files import replace_text
+from dia_diffusion.files import write_json
 from dia_diffusion.options.fields import COUNT, SEED, number_type
 from dia_diffusion.options.training import TrainingConfig
 from dia_diffusion.scoring.evaluation import evaluate
@@ -198,7 +198,7 @@ def main() -> None:
             config = TrainingConfig.from_flat(**RECIPE, seed=seed, max_train_steps=options.steps)
             distances[str(seed)] = measure(config, options.num_images, options.sampling_steps)
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(options.output, json.dumps({"settings": described, "distances": distances}, indent=1))
+            write_json(options.output, {"settings": described, "distances": distances})
     by_name = {name: {seed: of_seed[name] for seed, of_seed in distances.items()} for name in distances[str(seed)]}
     print("| | Fréchet distance | difference | 95% interval | p |\n| --- | ---: | ---: | ---: | ---: |")
     for name, values in by_name.items():

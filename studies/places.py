@@ -28,7 +28,7 @@ from dia_diffusion import attach
 from dia_diffusion.data.loading import load_pixels
 from dia_diffusion.data.pixels import PixelDataset
 from dia_diffusion.errors import UsageError
-from dia_diffusion.files import replace_text
+from dia_diffusion.files import write_json
 from dia_diffusion.options.fields import COUNT, SEED, number_type
 from dia_diffusion.options.training import TrainingConfig
 from dia_diffusion.study.description import Study, load_study
@@ -171,7 +171,7 @@ def main() -> None:
                 wanted = {"study": Path(options.study).stem, "variant": variant, "seed": seed, "steps": options.steps}
                 if not any(wanted.items() <= result.items() for result in results):
                     results.append(wanted | train(study, variant, seed, options.steps))
-                    replace_text(options.output, json.dumps(results, indent=1))
+                    write_json(options.output, results)
     except UsageError as error:
         parser.error(str(error))
     print(f"{len(results)} runs: python tools/published_table.py {options.output}")

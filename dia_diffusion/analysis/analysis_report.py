@@ -1,13 +1,12 @@
 """The report on a model's attention maps: figures, a table and pictures."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files import replace_text
+from ..files import write_json
 from ..page import heading, markdown, picture, write_page
 from .maps import Block, place_blocks
 from .similarity import VIEWS, channel_correlations, cka_of_pairs, describe_blocks, describe_pairs
@@ -54,7 +53,7 @@ def report(
         "cka": {view: describe_pairs(blocks, similarity) for view, similarity in cka.items()},
         "blocks": described,
     }
-    replace_text(folder / "analysis.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "analysis.json", figures)
     save_matrices(blocks, correlation, "Pearson correlation, mean over channels", (-1, 1), folder / "correlation.png")
     save_matrices(blocks, cka, "linear CKA", (0, 1), folder / "cka.png")
     save_channels(blocks, correlation, folder / "channels.png")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.decoding import to_unit_range
 from ..data.pixels import PixelDataset
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..models.attach import attach
 from ..models.unet import DIAUNet2DModel
 from ..process.progress import progress_bar
@@ -115,8 +115,7 @@ def load_classifier(name_or_path: str, attention: str, device: str | torch.devic
     try:
         model = AutoModelForImageClassification.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"'{name_or_path}' is no image classifier of transformers: {reason}") from error
+        raise UsageError(f"'{name_or_path}' is no image classifier of transformers: {first_line(error)}.") from error
     attach(model, pretrained=attention)
     return model.to(device).eval()
 

@@ -1,7 +1,6 @@
 """The page: what is asked for on the left, images as they are denoised, and a look inside."""
 
 import html
-import json
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..data.grid import image_grid
 from ..errors import UsageError
+from ..files import to_json
 from ..sampling.schedulers import scheduler_names
 from .making import Maker, Moment, Request, draw_gates
 
@@ -214,7 +214,7 @@ def _pack(made: Made, folder: Path) -> Path:
     """The images as they are and what they were asked for with, in one file."""
     path = folder / f"images-{time.monotonic_ns()}.zip"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("request.json", json.dumps(asdict(made.request), indent=2))
+        archive.writestr("request.json", to_json(asdict(made.request), indent=2))
         for number, image in enumerate(_pictures(made.images)):
             with archive.open(f"{number:05d}.png", "w") as file:
                 image.save(file, format="PNG")

@@ -28,8 +28,8 @@ from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
 from PIL import Image
 
-from ..errors import UsageError
-from ..process.distributed import say
+from ..errors import UsageError, first_line
+from ..process.distributed import print_main
 from .columns import find_image_column
 
 
@@ -80,7 +80,9 @@ def read_metadata(files: Sequence[Path], images: Sequence[Path]) -> tuple[dict[s
             rows[place] = row
     unnamed = [path for path in images if normpath(path) not in rows]
     if unnamed:
-        say(f"{len(unnamed)} of {len(images)} images have no row in {files[0].name}, such as '{unnamed[0].name}'.")
+        print_main(
+            f"{len(unnamed)} of {len(images)} images have no row in {files[0].name}, such as '{unnamed[0].name}'."
+        )
     names = dict.fromkeys(name for row in rows.values() for name in row if name != "image")
     columns = {name: [rows.get(normpath(path), {}).get(name) for path in images] for name in names}
     features = {}
@@ -102,7 +104,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     try:
         table = _READERS[file.suffix](file)
     except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"'{file}' cannot be read: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"'{file}' cannot be read: {first_line(error)}.") from error
     if _NAME not in table.column_names:
         raise UsageError(
             f"'{file}' has no column '{_NAME}' that says which image a row is about, only: "
@@ -220,7 +222,7 @@ def _say_what_is_not_used(folder: Path, others: set[Path]) -> None:
     unused = sorted(path for path in others if path.suffix.lower() not in _COMPANIONS and path.name not in METADATA)
     if unused:
         names = ", ".join(f"'{path.relative_to(folder)}'" for path in unused[:3]) + (", ..." if unused[3:] else "")
-        say(
+        print_main(
             f"not used in '{folder}': {len(unused)} file{'s' if unused[1:] else ''} of kinds that are no images here "
             f"({names}). Unpack archives, and convert images that Pillow does not read."
         )
@@ -231,10 +233,9 @@ def _what_is_there(files: Sequence[Path], error: Exception) -> str:
         return "no images were found in that folder: it is empty."
     kinds = Counter(path.suffix.lower() or "no ending" for path in files).most_common(5)
     found = ", ".join(f"{count} of {kind}" for kind, count in kinds)
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
         f"no images were found in that folder, but {len(files)} other file{'s' if files[1:] else ''} ({found}). "
-        f"Unpack archives, and convert images that Pillow does not read. ({reason})"
+        f"Unpack archives, and convert images that Pillow does not read. ({first_line(error)})"
     )
 
 
@@ -306,8 +307,10 @@ def _load_tables(folder: Path, tables: list[Path], cache_dir: str | None) -> Dat
     try:
         return _follow(datasets.load_dataset(kind, data_files=files, cache_dir=_cache(cache_dir, content)), content)
     except Exception as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UsageError(f"cannot load images from '{folder}': its {kind} files cannot be read: {reason}") from error
+        raise UsageError(
+            f"cannot load images from '{folder}': its {kind} files cannot be read: "
+            f"{first_line(error.__cause__ or error)}."
+        ) from error
 
 
 def _split_of_table(place: tuple[str, ...]) -> str | None:
@@ -321,7 +324,6 @@ def _load_saved(folder: Path) -> DatasetDict:
         if not isinstance(loaded, DatasetDict):
             loaded = DatasetDict({TRAIN_SPLIT: loaded})
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"cannot load the data set that was saved to '{folder}': {reason}") from error
+        raise UsageError(f"cannot load the data set that was saved to '{folder}': {first_line(error)}.") from error
     files = [file["filename"] for rows in loaded.values() for file in rows.cache_files]
     return _follow(loaded, hash_files(files))

@@ -1,7 +1,7 @@
 """The images of a run: its training images and its held-out ones."""
 
 from ..options.data import DataOptions
-from ..process.distributed import say
+from ..process.distributed import print_main
 from .pixels import PixelDataset, describe_images
 from .preparation import prepare_pixels
 from .sources import load_dataset_splits
@@ -32,7 +32,7 @@ def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None
     trained = None if data.class_names is None else (data.class_names, data.labels)
     held_out = prepare_pixels(held_out_split, options.resolution, data.channels, **settings, trained=trained)
     if len(held_out) == 0:
-        say(f"No images are held out: {'; '.join(held_out.left_out)}.")
+        print_main(f"No images are held out: {'; '.join(held_out.left_out)}.")
         return data, None
     return data, held_out
 

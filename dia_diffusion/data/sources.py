@@ -10,8 +10,8 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from ..errors import UsageError, folders_beside, nearest
-from ..process.distributed import say
+from ..errors import UsageError, first_line, folders_beside, nearest
+from ..process.distributed import print_main
 from .columns import find_image_column, find_label_column
 from .folders import TRAIN_SPLIT, load_folder
 
@@ -104,7 +104,7 @@ def load_dataset_splits(
     if unused:
         reason = " (held-out images need labels)" if with_labels and held_out is None else ""
         names = ", ".join(f"{len(splits[name]):,} images of split '{name}'" for name in unused)
-        say(f"not used of the data set: {names}{reason}.")
+        print_main(f"not used of the data set: {names}{reason}.")
     return splits[TRAIN_SPLIT], held_out
 
 
@@ -134,20 +134,19 @@ def _load_splits(
             )
         return load_folder(folder, config_name, cache_dir)
     if data_dir is not None:
-        say(f"--dataset_name '{name}' counts, and --train_data_dir '{data_dir}' is not used.")
+        print_main(f"--dataset_name '{name}' counts, and --train_data_dir '{data_dir}' is not used.")
     folder = Path(name).expanduser()
     if name in EMBEDDED:
         if folder.is_dir():
-            say(f"'{name}' is the embedded data set; the folder of that name is './{name}'.")
+            print_main(f"'{name}' is the embedded data set; the folder of that name is './{name}'.")
         return EMBEDDED[name]()
     if folder.is_dir():
         return load_folder(folder, config_name, cache_dir)
     try:
         return datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = nearest(name, [*EMBEDDED, *folders_beside(name)])
-        raise UsageError(f"cannot load images from '{name}': {reason.rstrip('.')}.{hint}") from error
+        raise UsageError(f"cannot load images from '{name}': {first_line(error)}.{hint}") from error
 
 
 def _has_labels(dataset: Dataset, name: str | None) -> bool:

@@ -2,7 +2,6 @@
 
 VAEs: loaded, told apart from each other, and what they make of images."""
 
-import hashlib
 import inspect
 import json
 import math
@@ -12,13 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import UsageError, folders_beside, nearest
-from ..files import weights_checksum
+from ..errors import UsageError, first_line, why_not_loaded
+from ..files import json_digest, weights_digest
 
 
 class LatentShape(NamedTuple):
@@ -61,10 +59,9 @@ def load_vae(name_or_path: str) -> VAE:
     except UsageError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = _why_not_loaded(name_or_path, error)
         raise UsageError(
-            f"cannot load a VAE from '{name_or_path}': {reason}. Name a folder or a Hub id of an {_names()}, or of a "
-            "pipeline that holds one."
+            f"cannot load a VAE from '{name_or_path}': {why_not_loaded(name_or_path, error)}. Name a "
+            f"folder or a Hub id of an {_names()}, or of a pipeline that holds one."
         ) from error
     if info["missing_keys"]:
         raise UsageError(f"the VAE '{name_or_path}' lacks weights, for example {sorted(info['missing_keys'])[0]}.")
@@ -92,8 +89,7 @@ def vae_digest(vae: VAE) -> str:
         for name, value in json.loads(json.dumps(dict(vae.config), default=str)).items()
         if name in defaults and value != _plain(defaults[name].default)
     }
-    about = json.dumps([type(vae).__name__, config, weights_checksum(vae.state_dict())], sort_keys=True)
-    return hashlib.sha256(about.encode()).hexdigest()[:32]
+    return json_digest([type(vae).__name__, config, weights_digest(vae.state_dict())])[:32]
 
 
 @torch.no_grad()
@@ -135,17 +131,6 @@ def _find_vae(name_or_path: str) -> dict[str, str]:
     return {"subfolder": "vae"}
 
 
-def _why_not_loaded(name_or_path: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0].rstrip(".")
-    if Path(name_or_path).exists():
-        return reason
-    try:
-        validate_repo_id(name_or_path)
-    except HFValidationError:
-        return f"there is no such folder.{nearest(name_or_path, folders_beside(name_or_path))}".rstrip(".")
-    return f"there is no such folder, and the Hub gave none ({reason})"
-
-
 def _names() -> str:
     return " or ".join(_CLASSES)
 
@@ -176,9 +161,7 @@ def find_latent_shape(vae: VAE, resolution: int, channels: int) -> LatentShape:
             latents = encode_posterior(vae, torch.zeros(1, channels, resolution, resolution))[:, 0]
             decoded = vae.decode(latents).sample
     except Exception as error:  # Whatever such a size makes diffusers or torch do.
-        raise UsageError(
-            f"the VAE cannot encode images of resolution {resolution}: {str(error).splitlines()[0]}"
-        ) from error
+        raise UsageError(f"the VAE cannot encode images of resolution {resolution}: {first_line(error)}.") from error
     if decoded.shape[-2:] != (resolution, resolution):
         factor = downsampling_factor(vae)
         raise UsageError(

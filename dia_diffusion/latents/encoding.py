@@ -4,8 +4,6 @@ The rows lie in the cache of `datasets` as memory-mapped files, in parts that ar
 on after a kill with the parts that are missing, and any number of processes share them.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +19,8 @@ from filelock import FileLock, Timeout
 from ..data.decoding import to_unit_range
 from ..data.pixels import PixelDataset
 from ..errors import UsageError
-from ..files import flush, remove_temporaries, replace_file
-from ..process.distributed import say
+from ..files import flush, json_digest, remove_temporaries, replace_file
+from ..process.distributed import print_main
 from ..process.progress import progress_bar
 from .autoencoder import VAE, encode_posterior, vae_digest
 
@@ -56,8 +54,7 @@ def encode_images(
         UsageError: if latents are not finite in half precision, or there is no room for them.
     """
     state = state or PartialState()
-    about = json.dumps([pixels.fingerprint, pixels.resolution, vae_digest(vae), flip, _VERSION])
-    key = hashlib.sha256(about.encode()).hexdigest()[:32]
+    key = json_digest([pixels.fingerprint, pixels.resolution, vae_digest(vae), flip, _VERSION])[:32]
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "dia_latents" / key
     parts = _divide(len(pixels), pixels.resolution, folder)
     # All of them or none: one that found the last part a moment later than another would leave that one waiting.
@@ -122,7 +119,7 @@ def _alone(folder: Path, state: PartialState) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say("Another run is encoding the same images: waiting for it.")
+        print_main("Another run is encoding the same images: waiting for it.")
         lock.acquire()
     try:
         remove_temporaries(folder)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ..data.sources import DIGITS
-from ..errors import UsageError, nearest
+from ..errors import UsageError, first_line, nearest
 from ..files import replace_text
 from .data import DataOptions
 from .model import ModelOptions
@@ -78,7 +78,7 @@ def read_yaml(path: str | Path) -> Any:
     except OSError as error:
         raise UsageError(f"cannot read the configuration '{path}': {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is not valid YAML: {str(error).splitlines()[0]}.") from error
+        raise UsageError(f"'{path}' is not valid YAML: {first_line(error)}.") from error
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:

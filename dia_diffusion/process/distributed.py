@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 
 # The other processes wait while the main one prepares images, samples or scores.
 PATIENCE = timedelta(hours=6)
@@ -64,11 +64,11 @@ def find_device(name: str | None, state: PartialState) -> torch.device:
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {name} cannot be used here: {first_line(error)}.") from error
     return torch.device(name)
 
 
-def say(text: str) -> None:
-    """Prints on the main process of those that `accelerate` or `torchrun` launched."""
+def print_main(text: str) -> None:
+    """Print on the main process of those that `accelerate` or `torchrun` launched."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
-from ..errors import UsageError, folders_beside, nearest
-from ..files import weights_checksum
+from ..errors import UsageError, first_line, why_not_loaded
+from ..files import weights_digest
 from ..pipelines.noise import noise_kind
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
 from .schedulers import find_family, make_scheduler
@@ -47,8 +46,7 @@ def load_pipeline(
         pipeline = known.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         reason = _why_not_loaded(name_or_path, error)
-        hint = "" if Path(name_or_path).exists() else nearest(name_or_path, folders_beside(name_or_path))
-        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}.{hint}") from error
+        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}.") from error
     if guide is not None:
         set_guide(pipeline, load_pipeline(guide), guide)
     unets = [unet for name in ("unet", "guide") if isinstance(unet := getattr(pipeline, name, None), nn.Module)]
@@ -66,7 +64,7 @@ def load_pipeline(
     try:
         return pipeline.to(device or "cpu")
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {device} cannot be used here: {first_line(error)}.") from error
 
 
 def _check_unet(name_or_path: str, pipeline: DiffusionPipeline) -> None:
@@ -89,14 +87,7 @@ def _why_not_loaded(name_or_path: str, error: Exception) -> str:
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
         return f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there"
-    reason = str(error).splitlines()[0].rstrip(".")
-    if folder.exists():
-        return reason
-    try:
-        validate_repo_id(name_or_path)
-    except HFValidationError:
-        return "there is no such folder"
-    return f"there is no such folder, and the Hub gave none ({reason})"
+    return why_not_loaded(name_or_path, error)
 
 
 def set_guide(pipeline: DiffusionPipeline, other: DiffusionPipeline, name: str) -> None:
@@ -133,8 +124,8 @@ def _compared(pipeline: DIAUNetPipeline, other: DiffusionPipeline) -> list[tuple
     compared += [(key, unet.get(key), other_unet.get(key)) for key in sizes]
     compared += [("class names", pipeline.class_names, getattr(other, "class_names", None))]
     vaes = [getattr(part, "vae", None) for part in (pipeline, other)]
-    checksums = [None if vae is None else weights_checksum(vae.state_dict())[:12] for vae in vaes]
-    return [*compared, ("VAE", *checksums)]
+    digests = [None if vae is None else weights_digest(vae.state_dict())[:12] for vae in vaes]
+    return [*compared, ("VAE", *digests)]
 
 
 def check_guide(guide: str | None, guidance_scale: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, first_line, nearest
 from ..pipelines.noise import NoiseKind, noise_kind
 
 Samplers = dict[str, tuple[str, dict[str, Any]]]
@@ -133,7 +133,7 @@ def make_scheduler(name: str | None, config: Mapping[str, Any]) -> SchedulerMixi
     try:
         return scheduler_class.from_config(settings)
     except ImportError as error:
-        raise UsageError(f"scheduler '{name}' cannot be used here: {str(error).strip().splitlines()[0]}") from error
+        raise UsageError(f"scheduler '{name}' cannot be used here: {first_line(error)}.") from error
 
 
 def find_family(config: Mapping[str, Any]) -> Family:

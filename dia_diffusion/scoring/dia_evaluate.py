@@ -1,7 +1,6 @@
 """What `dia evaluate` does: finds the images and the reference, scores, and writes the results."""
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ from ..data.pixels import PixelDataset, describe_images
 from ..data.preparation import prepare_at_own_size, prepare_pixels
 from ..data.sources import DIGITS, load_all_images, load_images
 from ..errors import UsageError
-from ..files import replace_text
-from ..process.distributed import find_device, make_state, say
+from ..files import write_json
+from ..process.distributed import find_device, make_state, print_main
 from ..sampling.loading import check_guide, load_pipeline
 from ..sampling.numbered import check_sampling, describe_guidance, sample_batch
 from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
@@ -98,7 +97,7 @@ def score(options: argparse.Namespace) -> None:
                 pipeline, options.num_images, options.steps, options.seed, options.guidance_scale, options.save_images
             )
     for line in _what_is_used(options, generated, pixels, reference, held_out, name, device):
-        say(line)
+        print_main(line)
     scores = evaluate(generated, reference, extractor, metrics, held_out, options.batch_size, state)
     if scores is not None:
         _write(options, scores, generated, reference, extractor)
@@ -190,7 +189,7 @@ def _write(
     for warning in scores["warnings"]:
         print(f"warning: {warning}")
     if options.output is not None:
-        replace_text(options.output, json.dumps(scores, indent=2) + "\n")
+        write_json(options.output, scores)
     if options.report is not None:
         images = reference if not isinstance(reference, Reference) else None
         write_report(options.report, scores, generated, images, extractor, options.output)

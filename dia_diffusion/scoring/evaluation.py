@@ -1,8 +1,6 @@
 """Scores of generated images against real ones."""
 
-import hashlib
 import itertools
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from ..data.pixels import PixelDataset
 from ..errors import UsageError, nearest
+from ..files import json_digest
 from .features.extractor import FeatureExtractor
 from .frechet import GROUPS, FrechetDistanceTo, Moments, frechet_uncertainty, is_uncertainty_too_long
 from .images import FolderImages, PipelineImages
@@ -176,11 +175,10 @@ def _score(
     if {"precision", "recall"} & set(metrics):
         both = dict(zip(("precision", "recall"), precision_recall(reference.features, sample.features), strict=True))
         scores |= {name: value for name, value in both.items() if name in metrics}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return scores | {
         "num_images": len(sample.moments),
         "features": extractor.name,
-        "settings_hash": digest[:12],
+        "settings_hash": json_digest(settings)[:12],
         "settings": settings,
     }
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..data.decoding import UNREADABLE, image_to_pixels
 from ..data.pixels import PixelDataset
-from ..errors import UsageError
-from ..files import replace_file, replace_text, weights_checksum
+from ..errors import UsageError, first_line
+from ..files import replace_file, weights_digest, write_json
 from ..sampling.numbered import check_sampling, sample_batch
 
 SAMPLES = "arr_0"
@@ -58,10 +58,10 @@ def array_names(path: Path) -> Sequence[str]:
 
 def unreadable(path: Path, error: Exception) -> UsageError:
     """What to say of an `.npz` file that cannot be read."""
-    reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+    reason = "there is no such file" if isinstance(error, FileNotFoundError) else first_line(error)
     return UsageError(
         f"'{path}' is not a readable .npz file with the arrays 'mu' and 'sigma' (statistics) or 'arr_0' (images): "
-        f"{reason.splitlines()[0]}. If it was downloaded, download it again."
+        f"{reason}. If it was downloaded, download it again."
     )
 
 
@@ -118,7 +118,7 @@ class ArchiveImages:
 
 
 def _map(path: Path) -> tuple[np.ndarray, str]:
-    """The array, and a checksum of its bytes, which are all read once: a file that lacks some is noticed here."""
+    """The array, and a digest of its bytes, which are all read once: a file that lacks some is noticed here."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{SAMPLES}.npy")
@@ -208,7 +208,7 @@ class PipelineImages:
             if isinstance(component, nn.Module)
             for key, tensor in component.state_dict().items()
         }
-        return {"pipeline": type(self.pipeline).__name__, "weights": weights_checksum(weights), "seed": self.seed}
+        return {"pipeline": type(self.pipeline).__name__, "weights": weights_digest(weights), "seed": self.seed}
 
     def numbered(self, numbers: range) -> Tensor:
         """These images, uint8 of shape `(B, C, R, R)` on the CPU: the middle of those that are not square, as
@@ -242,7 +242,7 @@ class PipelineImages:
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"'{folder}' is not empty and has no {_RECORD} of earlier scoring; choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(record, json.dumps(mine, indent=2) + "\n")
+        write_json(record, mine)
 
 
 class FolderImages:

@@ -3,7 +3,6 @@
 What generated images are compared with: statistics of real images, computed once and then cached, or published."""
 
 import hashlib
-import json
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ..data.pixels import PixelDataset
 from ..errors import UsageError
-from ..files import cache_dir, replace_file
+from ..files import cache_dir, json_digest, replace_file
 from ..process.progress import progress_bar
 from .features.extractor import FeatureExtractor
 from .frechet import Gaussian, Moments
@@ -126,7 +125,7 @@ def make_reference(
     """Statistics of all images of a data set, from the cache where they are there already.
 
     They are cached by the fingerprint of the data, which changes with its files and its preparation, and by the
-    settings of the extractor, a checksum of its weights included.
+    settings of the extractor, a digest of its weights included.
 
     Args:
         data (`PixelDataset` or `ArchiveImages`): The images.
@@ -136,7 +135,7 @@ def make_reference(
         state (`PartialState`, *optional*): Processes that share the work.
     """
     settings = {"fingerprint": data.fingerprint, "extractor": extractor.settings, "version": _VERSION}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    key = json_digest(settings)[:32]
     kept = f"{'-features' if with_features else ''}{'-logits' if with_logits else ''}"
     is_part = bool(kept) and len(data) > MOST_KEPT
     kept += f"-{MOST_KEPT}" if is_part else ""

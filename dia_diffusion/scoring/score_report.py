@@ -1,6 +1,5 @@
 """Scores as a table, and as a page with the pictures that they stand for."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from PIL import Image
 
 from ..data.grid import image_grid
 from ..data.pixels import PixelDataset
+from ..files import to_json
 from ..page import folded, heading, markdown, picture, prose, write_page
 from .features.extractor import FeatureExtractor
 from .reference import Images
@@ -125,6 +125,6 @@ def write_report(
     parts += [
         heading("Settings"),
         prose(f"`{scores['command']}`") if "command" in scores else "",
-        folded("What the figures depend on", json.dumps(details, indent=2)),
+        folded("What the figures depend on", to_json(details, indent=2)),
     ]
     write_page(path, "Scores", parts, [] if raw is None else [raw])

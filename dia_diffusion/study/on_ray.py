@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .. import __version__
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..files import replace_files
 from .description import StudyRun
 from .engine import Ended, Task, last_words, work
@@ -90,9 +90,9 @@ class RayEngine:
         try:
             status, files = ray.get(ref)
         except RayTaskError as error:
-            return Ended(task, str(error.cause).splitlines()[0])
+            return Ended(task, first_line(error.cause))
         except RayError as error:
-            return Ended(task, f"lost by Ray ({type(error).__name__}): {str(error).splitlines()[0]}")
+            return Ended(task, f"lost by Ray ({type(error).__name__}): {first_line(error)}")
         if files is not None:
             _write_files(task.run.folder, files, sent)
         return Ended(task, last_words(task.run, status) if status else None)
@@ -121,7 +121,7 @@ def connect(
             _knock(address)
             ray.init(address, log_to_driver=False, logging_level="error")
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UsageError(
                 f"there is no Ray cluster to use at '{address}': {reason}. (ray start --head starts one.)"
             ) from error

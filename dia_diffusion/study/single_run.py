@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ..errors import NotFiniteError, NotFiniteImagesError, UsageError
-from ..files import replace_text
+from ..files import write_json
 from ..latents.space import load_data
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
 from ..scoring.evaluation import evaluate
@@ -174,4 +174,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    replace_text(path, json.dumps(content, indent=2) + "\n")
+    write_json(path, content)

@@ -1,6 +1,5 @@
 """What a study says: statistics over seeds, a table, a picture."""
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import numpy as np
 import yaml
 from scipy import stats
 
-from ..files import replace_text
+from ..files import replace_text, write_json
 from ..objectives import OBJECTIVES
 from ..page import folded, heading, markdown, picture, write_page
 from .description import Study, StudyRun
@@ -109,7 +108,7 @@ def _interval(values: Sequence[float]) -> list[float] | None:
 def write_report(summary: dict[str, Any], folder: Path) -> None:
     """Writes `study.json`, `study.md`, `study.png`, and all of them as a page, `study.html`."""
     table, figure = format_table(summary), folder / "study.png"
-    replace_text(folder / "study.json", json.dumps(summary, indent=2) + "\n")
+    write_json(folder / "study.json", summary)
     replace_text(folder / "study.md", table)
     save_figure(summary, figure)
     parts = [markdown(table)]

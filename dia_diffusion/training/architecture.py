@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, first_line, nearest, why_not_loaded
 from ..models.unet import DIAUNet2DModel
 from ..options.fields import read_value
 from ..options.model import ModelOptions
@@ -110,10 +110,10 @@ def _try(
     except UsageError:
         raise
     except Exception as error:  # Whatever the arguments made diffusers or torch do.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UsageError(
-            f"no UNet can be built as asked: {reason}. Look at --block_out_channels (multiples of norm_num_groups, "
-            f"{arguments.get('norm_num_groups', 32)} here), and at --unet_arguments or the model's configuration."
+            f"no UNet can be built as asked: {first_line(error)}. Look at --block_out_channels (multiples of "
+            f"norm_num_groups, {arguments.get('norm_num_groups', 32)} here), and at --unet_arguments or the "
+            "model's configuration."
         ) from error
 
 
@@ -203,7 +203,7 @@ def _load_unet(name_or_path: str, flags: dict[str, Any]) -> DIAUNet2DModel:
     except UsageError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UsageError(f"cannot load a UNet from '{name_or_path}': {str(error).splitlines()[0]}") from error
+        raise UsageError(f"cannot load a UNet from '{name_or_path}': {why_not_loaded(name_or_path, error)}.") from error
 
 
 def _check_flags(unet: UNet2DModel, flags: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, upload_folder
 
 from ..data.sources import EMBEDDED
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..options.data import DataOptions
 from ..options.output import OutputOptions
 from ..scoring.score_report import format_scores
@@ -170,7 +170,7 @@ def make_hub_repository(options: OutputOptions) -> str | None:
         return create_repo(name, token=options.hub_token, private=options.hub_private_repo, exist_ok=True).repo_id
     except Exception as error:  # Of several libraries' kinds: no connection, no token, a bad name.
         raise UsageError(
-            f"cannot use the repository '{name}' on the Hub: {_first_line(error)} Log in with "
+            f"cannot use the repository '{name}' on the Hub: {first_line(error)} Log in with "
             "`hf auth login` or give --hub_token, check --hub_model_id, or omit --push_to_hub."
         ) from error
 
@@ -188,9 +188,5 @@ def push_run(options: OutputOptions, hub_id: str) -> None:
         excluded = " ".join(f'--exclude "{pattern}"' for pattern in rest)
         raise UsageError(
             f"the run is finished and saved in '{options.folder}', but could not be pushed to '{hub_id}': "
-            f"{_first_line(error)} To try again: hf upload {hub_id} {options.folder} {excluded}"
+            f"{first_line(error)}. To try again: hf upload {hub_id} {options.folder} {excluded}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

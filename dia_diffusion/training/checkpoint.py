@@ -1,6 +1,5 @@
 """Checkpoints that can be trusted: written beside their place, verified, then renamed; never pickled."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UsageError
-from ..files import flush, set_aside
+from ..files import file_digest, flush, follow_umask, set_aside, to_json
 
 CHECKPOINTS = "checkpoints"
 _MANIFEST = "manifest.json"
@@ -44,12 +43,13 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, total_limit
         partial.mkdir(parents=True)
         for name, tensors in checkpoint.tensors.items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors")
-        (partial / _STATE).write_text(json.dumps(checkpoint.state))
+        (partial / _STATE).write_text(to_json(checkpoint.state))
+        follow_umask(partial)
         digests = {}
         for path in sorted(partial.iterdir()):
             flush(path)
-            digests[path.name] = _digest(path)
-        (partial / _MANIFEST).write_text(json.dumps({"step": step, "sha256": digests}, indent=1))
+            digests[path.name] = file_digest(path)
+        (partial / _MANIFEST).write_text(to_json({"step": step, "sha256": digests}, indent=1))
         flush(partial / _MANIFEST)
         flush(partial)
         if final.exists():
@@ -112,12 +112,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or `None` if all of its files are there and have their checksums."""
+    """What is wrong with a checkpoint, or `None` if all of its files are there and have their digests."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         for name, digest in manifest["sha256"].items():
-            if _digest(path / name) != digest:
-                return f"{name} does not have its checksum"
+            if file_digest(path / name) != digest:
+                return f"{name} does not have its digest"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -153,11 +153,3 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UsageError(f"'{path}' is not a usable checkpoint: {damage}. Resume from another one, or from 'latest'.")
     tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
     return Checkpoint(tensors, json.loads((path / _STATE).read_text()))
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from ..errors import NotFiniteError, UsageError
-from ..files import replace_text
+from ..errors import NotFiniteError, UsageError, first_line
+from ..files import replace_text, to_json
 from ..process.progress import progress_bar
 
 METRICS_LOG = "metrics.jsonl"
@@ -66,7 +66,7 @@ class RunLog:
         if accelerator.is_main_process:
             # What an interrupted run logged after the checkpoint will be logged again.
             kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
-            replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            replace_text(path, "".join(to_json(line) + "\n" for line in kept))
 
     def add(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
         """Notes the figures of step number `step` (counted from 1), without waiting for the device."""
@@ -108,7 +108,7 @@ class RunLog:
         """Adds a line to metrics.jsonl and to the trackers."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(to_json(line) + "\n")
         self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
 
     def close(self) -> None:
@@ -130,10 +130,9 @@ def start_trackers(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
         accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, (int, float, str))})
     except Exception as error:  # Of several packages' kinds: a folder that refuses, no login, no connection.
         name = str(accelerator.log_with[0])
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"--logger {name} cannot start: {first_line}. Set it up as its package says, choose another --logger, or "
-            "another --logging_dir."
+            f"--logger {name} cannot start: {first_line(error)}. Set it up as its package says, choose another "
+            "--logger, or another --logging_dir."
         ) from error
 
 

@@ -4,7 +4,6 @@ What came out of a run, as a page.
 
 What a run leaves in its output directory."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from PIL.Image import Image
 
 from ..data.grid import image_grid
 from ..data.pixels import PixelDataset
-from ..files import replace_file, replace_files, replace_text, set_aside
+from ..files import replace_file, replace_files, set_aside, write_json
 from ..latents.autoencoder import load_vae
 from ..latents.space import VAE_FOLDER, LatentDataset
 from ..models.unet import DIAUNet2DModel
@@ -147,7 +146,7 @@ class RunResults:
                 (best / "metrics.json").unlink(missing_ok=True)
                 _save(pipeline, best)
                 record = {"step": step, "fid": scores["fid"], "settings_hash": settings}
-                replace_text(best / "metrics.json", json.dumps(record))
+                write_json(best / "metrics.json", record)
         return {"fid": scores["fid"]}
 
     def finish(self, step: int, global_batch_size: int) -> dict[str, Any]:
@@ -165,7 +164,7 @@ class RunResults:
             if options.score_features is not None:
                 held_out = None if self.held_out is None else self.held_out.pixels
                 figures |= self._score(pipeline, options.score_num_images, DEFAULT_METRICS, held_out)
-            replace_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
+            write_json(folder / "metrics.json", figures)
             write_run_report(folder, figures)
         return figures
 

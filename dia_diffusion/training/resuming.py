@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from ..errors import UsageError
 from ..models.unet import DIAUNet2DModel
 from ..options.output import OutputOptions
 from ..options.training import TrainingConfig
+from ..process.distributed import print_main
 from .checkpoint import CHECKPOINTS, Checkpoint, find_latest, list_checkpoints, load_checkpoint
 
 # What a resumed run may have otherwise than the one it goes on from: its length, its output, how the global batch is
@@ -43,7 +42,7 @@ def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
     Raises:
         UsageError: if there is none of that name, or all there are lie beyond the end of the run.
     """
-    say, folder = PartialState().print, options.folder / CHECKPOINTS
+    folder = options.folder / CHECKPOINTS
     if options.resume_from_checkpoint is None:
         return None
     names = [path.name for path in list_checkpoints(folder)]
@@ -63,7 +62,7 @@ def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
         return asked
     path, remarks = find_latest(folder, total_steps)
     for remark in remarks:
-        say(remark)
+        print_main(remark)
     if path is not None:
         return path
     if any("is to end" in remark for remark in remarks):
@@ -71,7 +70,7 @@ def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
             f"no checkpoint in '{folder}' can be used for a run of {total_steps} steps ({'; '.join(remarks)}). Give "
             "a larger --max_train_steps, or start anew in another --output_dir."
         )
-    say(f"no checkpoint in '{options.output_dir}' to resume from: starting anew.")
+    print_main(f"no checkpoint in '{options.output_dir}' to resume from: starting anew.")
     return None
 
 
@@ -100,7 +99,7 @@ def load_to_resume(
             "--max_train_steps, or an earlier checkpoint."
         )
     end = "; nothing is left to train, its results are written anew" if step == total_steps else ""
-    PartialState().print(f"resuming from {path} at step {step}{end}.")
+    print_main(f"resuming from {path} at step {step}{end}.")
     return checkpoint
 
 
@@ -120,7 +119,7 @@ def check_same_experiment(before: dict[str, Any], now: dict[str, Any]) -> None:
     refused = {name: change for name, change in changed.items() if name not in MAY_CHANGE}
     for name, (old, new) in changed.items():
         if name not in refused and not name.startswith("resume"):
-            PartialState().print(f"resuming with another {name}: {new}, before {old}.")
+            print_main(f"resuming with another {name}: {new}, before {old}.")
     if refused:
         lines = "; ".join(_describe(name, old, new, before, now) for name, (old, new) in refused.items())
         raise UsageError(

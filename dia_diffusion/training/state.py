@@ -11,7 +11,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from ..errors import NotFiniteError, UsageError
+from ..errors import NotFiniteError, UsageError, first_line
 from ..models.unet import DIAUNet2DModel
 from ..options.optimisation import OptimisationOptions
 from .checkpoint import Checkpoint
@@ -44,7 +44,7 @@ class TrainingState:
             try:
                 unet.enable_xformers_memory_efficient_attention()
             except (ImportError, ValueError) as error:
-                raise UsageError(f"xformers cannot be used here: {str(error).splitlines()[0]}") from error
+                raise UsageError(f"xformers cannot be used here: {first_line(error)}.") from error
         # Convolutions are faster in this format, on CPUs and on GPUs.
         unet.to(memory_format=torch.channels_last)
         if options.compile:

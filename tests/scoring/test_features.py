@@ -118,7 +118,7 @@ def test_unknown_names_and_sizes_are_refused():
 
 
 @pytest.mark.parametrize("name", EXTRACTORS)
-def test_checksum_follows_the_weights_and_nothing_else(name):
+def test_digest_follows_the_weights_and_nothing_else(name):
     first, second = get_extractor(name), get_extractor(name)
     assert first.settings == second.settings
     for weight in first.parameters():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...files import weights_checksum
+from ...files import weights_digest
 
 # Luma of ITU-R BT.601, with which Pillow turns colour into grey.
 _LUMA = (0.299, 0.587, 0.114)
@@ -54,13 +54,13 @@ class FeatureExtractor(nn.Module):
             "channels": self.channels,
             "value_range": list(self.value_range),
             "resizing": self.resizing,
-            "weights": self.checksum(),
+            "weights": self.digest(),
         }
 
-    def checksum(self) -> str | None:
+    def digest(self) -> str | None:
         """SHA-256 of all weights, by name; `None` where there are none."""
         weights = self.state_dict()
-        return weights_checksum(weights) if weights else None
+        return weights_digest(weights) if weights else None
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import UsageError
+from ...errors import UsageError, first_line
 from ...files import cache_dir
 from .extractor import FeatureExtractor
 
@@ -69,7 +69,7 @@ class _TorchScriptInception(nn.Module):
         try:
             self.script = torch.jit.load(path, map_location="cpu")
         except (RuntimeError, ValueError, OSError) as error:
-            reason = "there is no such file" if not path.is_file() else str(error).splitlines()[0]
+            reason = "there is no such file" if not path.is_file() else first_line(error)
             raise UsageError(f"cannot read the TorchScript file '{path}': {reason}.") from error
 
     def forward(self, images: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class VisionModelFeatures(FeatureExtractor):
         except (OSError, ValueError, ImportError) as error:
             raise UsageError(
                 f"'{name_or_path}' is neither the name of features (digits, inception, pixels) nor a vision model of "
-                f"transformers that can be loaded: {str(error).splitlines()[0].split('. ')[0]}."
+                f"transformers that can be loaded: {first_line(error).split('. ')[0]}."
             ) from error
         self.requires_grad_(False).eval()
         self.num_features = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[1]
@@ -143,7 +143,7 @@ class VisionModelFeatures(FeatureExtractor):
             "num_features": self.num_features,
             "channels": self.channels,
             "processor": json.loads(json.dumps(told, default=str, sort_keys=True)),
-            "weights": self.checksum(),
+            "weights": self.digest(),
         }
 
     def convert(self, images: Tensor) -> Tensor:
