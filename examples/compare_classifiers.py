@@ -18,13 +18,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-import flags
 import image_classification
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text, write_json
 from dia_diffusion.options.training import read_yaml
 from dia_diffusion.process.startup import end_with_parent
 from dia_diffusion.study.study_report import compare
+from helpers import flags
 
 
 def load(path: Path) -> dict:

@@ -31,14 +31,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import flags
-from cifar_resnet import BasicBlock, Bottleneck, ResNet
 from dia_diffusion import attach
 from dia_diffusion.data.sources import EMBEDDED, load_dataset_splits
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import write_json
-from images_in_memory import Images
-from trained_classifier import correlate_maps, save_classifier
+from helpers import flags
+from helpers.cifar_resnet import BasicBlock, Bottleneck, ResNet
+from helpers.images_in_memory import Images
+from helpers.trained_classifier import correlate_maps, save_classifier
 
 # Arguments of `attach`: SE in each block; the paper's DIA, one cell a stage from state zero; one cell for the whole
 # network, whose state is carried from stage to stage, with the paper's gates; the same with gates that start at 1. (A

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
-import flags
-from average_precision import mean_average_precision
 from dia_diffusion import attach
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import write_json
+from helpers import flags
+from helpers.average_precision import mean_average_precision
 
 CANVAS, CLASSES = 64, 10
 

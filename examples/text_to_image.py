@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-import flags
 from dia_diffusion import attach
 from dia_diffusion.data.decoding import to_unit_range
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.errors import UsageError, first_line
+from helpers import flags
 
 
 @torch.no_grad()

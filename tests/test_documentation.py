@@ -146,7 +146,7 @@ def known_options(capsys):
         parse_arguments(["--help"])
     known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     for folder in ("examples", "benchmarks", "tools", "studies"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             known |= set(re.findall(r'"(--[\w-]+)"', path.read_text()))
     return known.union(*OTHERS.values())
 

@@ -146,7 +146,8 @@ def test_maps_are_correlated_over_all_images_and_within_classes(example, tmp_pat
     model = classification.make_model(options, 8, 1, 10).eval()
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     train, test = (
-        example("images_in_memory").Images(split, 8, torch.device("cpu")) for split in load_dataset_splits("digits")
+        example("helpers.images_in_memory").Images(split, 8, torch.device("cpu"))
+        for split in load_dataset_splits("digits")
     )
     std, mean = torch.std_mean(train.pixels.float(), (0, 2, 3), keepdim=True)
     count = min(100, *(int((test.labels == label).sum()) for label in range(10)))

@@ -26,7 +26,7 @@ def classify(example, tmp_path):
 
 @pytest.mark.parametrize(("name", "depths"), [("BasicBlock", (8, 20, 32)), ("Bottleneck", (11, 20, 164))])
 def test_a_resnet_has_the_depth_that_it_is_given(example, name, depths):
-    resnet = example("cifar_resnet")
+    resnet = example("helpers.cifar_resnet")
     block = getattr(resnet, name)
     for depth in depths:
         model = resnet.ResNet(block, depth, channels=3, classes=10)
@@ -43,14 +43,14 @@ def test_a_resnet_has_the_depth_that_it_is_given(example, name, depths):
 
 def test_resnet20_has_the_parameters_of_the_literature(example):
     """269,722 (Idelbayev's table of ResNets for CIFAR-10), and two projections, which it does without."""
-    resnet = example("cifar_resnet")
+    resnet = example("helpers.cifar_resnet")
     model = resnet.ResNet(resnet.BasicBlock, 20, channels=3, classes=10)
     assert sum(p.numel() for p in model.parameters()) == 269_722 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)
 
 
 @pytest.mark.parametrize(("name", "depth", "end"), [("BasicBlock", 8, "bn2"), ("Bottleneck", 11, "bn3")])
 def test_gates_are_behind_the_last_norm_and_before_the_shortcut(example, name, depth, end):
-    resnet = example("cifar_resnet")
+    resnet = example("helpers.cifar_resnet")
     model = resnet.ResNet(getattr(resnet, name), depth, channels=3, classes=10).eval()
     dia = attach(model, **example("image_classification").ATTENTIONS["dia_paper"])
     assert list(dia.config.ends) == [f"layer{stage}.0.{end}" for stage in (1, 2, 3)]
@@ -68,7 +68,7 @@ def test_gates_are_behind_the_last_norm_and_before_the_shortcut(example, name, d
 
 def test_augmentation_cuts_out_of_a_black_border_and_flips(example):
     pixels = torch.arange(1, 3 * 4 * 4 * 20 + 1).reshape(20, 3, 4, 4) % 251 + 1
-    images = example("images_in_memory").Images.__new__(example("images_in_memory").Images)
+    images = example("helpers.images_in_memory").Images.__new__(example("helpers.images_in_memory").Images)
     images.pixels, images.labels = pixels.to(torch.uint8), torch.arange(20)
     rows = torch.randperm(20)
     plain = list(images.batches(rows, 8, None))
@@ -147,7 +147,7 @@ def test_a_branch_scale_is_for_resnets(example, capsys):
 def test_no_two_attentions_are_the_same_model(example):
     """Of the same weights each makes something else, but the one whose gates start at 1."""
     module, outputs = example("image_classification"), {}
-    resnet, images = example("cifar_resnet"), torch.randn(2, 3, 16, 16)
+    resnet, images = example("helpers.cifar_resnet"), torch.randn(2, 3, 16, 16)
     for name, arguments in module.ATTENTIONS.items():
         torch.manual_seed(0)
         model = resnet.ResNet(resnet.BasicBlock, 14, channels=3, classes=10).eval()
@@ -198,5 +198,5 @@ def test_grey_images_are_tested_as_the_colour_images_that_were_trained_on(exampl
     grey = Pillow.fromarray(np.full((8, 8), 7, dtype=np.uint8))
     features = Features({"image": Image(), "label": Value("int64")})
     split = Dataset.from_dict({"image": [grey] * 2, "label": [0, 1]}, features)
-    images = example("images_in_memory").Images(split, 8, torch.device("cpu"), channels=3)
+    images = example("helpers.images_in_memory").Images(split, 8, torch.device("cpu"), channels=3)
     assert torch.equal(images.pixels, torch.full((2, 3, 8, 8), 7, dtype=torch.uint8))

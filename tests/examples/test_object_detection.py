@@ -11,7 +11,7 @@ from dia_diffusion import attach
 
 @pytest.fixture
 def score(example):
-    return example("average_precision")
+    return example("helpers.average_precision")
 
 
 def detections(*found):

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, ViTImageProcessorPil
 
 from dia_diffusion import detach
 from dia_diffusion.analysis.similarity import VIEWS, channel_correlations, describe
-from images_in_memory import Images
+
+from .images_in_memory import Images
 
 
 @torch.no_grad()
