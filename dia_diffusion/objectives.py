@@ -20,6 +20,9 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .options.objective import OBJECTIVE_DEFAULTS, ObjectiveOptions, check_zero_snr
+
+_DDPM, _EDM, _FLOW = OBJECTIVE_DEFAULTS["ddpm"], OBJECTIVE_DEFAULTS["edm"], OBJECTIVE_DEFAULTS["flow"]
 
 
 class NoisedBatch(NamedTuple):
@@ -111,18 +114,14 @@ class DDPM(Objective):
 
     title = "denoising diffusion (DDPM, arXiv 2006.11239)"
 
-    prediction_type: str = "epsilon"
-    ddpm_num_steps: int = 1000
-    ddpm_beta_schedule: str = "linear"
-    rescale_betas_zero_snr: bool = False
-    snr_gamma: float | None = None
+    prediction_type: str = _DDPM["prediction_type"]
+    ddpm_num_steps: int = _DDPM["ddpm_num_steps"]
+    ddpm_beta_schedule: str = _DDPM["ddpm_beta_schedule"]
+    rescale_betas_zero_snr: bool = _DDPM["rescale_betas_zero_snr"]
+    snr_gamma: float | None = _DDPM["snr_gamma"]
 
     def __post_init__(self) -> None:
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise UsageError(
-                "rescale_betas_zero_snr leaves no signal at the last timestep, where noise says nothing about the "
-                "image: use it with --prediction_type v_prediction or sample."
-            )
+        check_zero_snr(self.rescale_betas_zero_snr, self.prediction_type)
 
     @property
     def num_timesteps(self) -> int:
@@ -173,9 +172,9 @@ class EDM(Objective):
 
     title = "EDM (arXiv 2206.00364)"
 
-    sigma_data: float | None = None
-    p_mean: float = -1.2
-    p_std: float = 1.2
+    sigma_data: float | None = _EDM["sigma_data"]
+    p_mean: float = _EDM["p_mean"]
+    p_std: float = _EDM["p_std"]
 
     def fitted(self, measure_std: Callable[[], float]) -> "EDM":
         if self.sigma_data is not None:
@@ -211,9 +210,9 @@ class Flow(Objective):
 
     title = "flow matching (rectified flow, arXiv 2209.03003)"
 
-    weighting_scheme: str = "logit_normal"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
+    weighting_scheme: str = _FLOW["weighting_scheme"]
+    logit_mean: float = _FLOW["logit_mean"]
+    logit_std: float = _FLOW["logit_std"]
 
     @cached_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
@@ -231,3 +230,10 @@ class Flow(Objective):
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"ddpm": DDPM, "edm": EDM, "flow": Flow}
+
+
+def make_objective(options: ObjectiveOptions) -> Objective:
+    """Return the objective that the options describe."""
+    return OBJECTIVES[options.objective](
+        **{name: getattr(options, name) for name in OBJECTIVE_DEFAULTS[options.objective]}
+    )

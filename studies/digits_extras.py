@@ -30,6 +30,7 @@ from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.data.decoding import to_unit_range
 from dia_diffusion.data.loading import load_pixels
 from dia_diffusion.files import write_json
+from dia_diffusion.objectives import make_objective
 from dia_diffusion.options.fields import COUNT, SEED, number_type
 from dia_diffusion.options.training import TrainingConfig
 from dia_diffusion.scoring.evaluation import evaluate
@@ -58,7 +59,7 @@ class Trained(NamedTuple):
 def train(config: TrainingConfig, augmented: bool = False) -> Trained:
     optimisation, steps = config.optimisation, config.optimisation.max_train_steps
     data, _ = load_pixels(config.data)
-    objective, size, seed = config.objective.make(), optimisation.train_batch_size, optimisation.seed
+    objective, size, seed = make_objective(config.objective), optimisation.train_batch_size, optimisation.seed
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(seed)
@@ -156,7 +157,7 @@ def measure(config: TrainingConfig, images: int, sampling_steps: int) -> dict[st
     """Fréchet distances of a seed, by what was done."""
     data, _ = load_pixels(config.data)
     extractor = get_extractor("digits", data.resolution, data.channels)
-    scheduler = DDIMScheduler.from_config(config.objective.make().scheduler.config)
+    scheduler = DDIMScheduler.from_config(make_objective(config.objective).scheduler.config)
 
     def distance(model: nn.Module) -> float:
         made = PipelineImages(

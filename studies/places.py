@@ -29,6 +29,7 @@ from dia_diffusion.data.loading import load_pixels
 from dia_diffusion.data.pixels import PixelDataset
 from dia_diffusion.errors import UsageError
 from dia_diffusion.files import write_json
+from dia_diffusion.objectives import make_objective
 from dia_diffusion.options.fields import COUNT, SEED, number_type
 from dia_diffusion.options.training import TrainingConfig
 from dia_diffusion.study.description import Study, load_study
@@ -130,7 +131,7 @@ def train(study: Study, variant: str, seed: int, steps: int) -> dict:
     accelerator = Accelerator()
     device = accelerator.device
     training = TrainingState(optimisation, accelerator, unet, steps)
-    objective, size = config.objective.make(), optimisation.train_batch_size
+    objective, size = make_objective(config.objective), optimisation.train_batch_size
     shape = (size, data.channels, data.resolution, data.resolution)
     order = torch.Generator().manual_seed(seed)
     rows = torch.cat([torch.randperm(len(data), generator=order) for _ in range(-(-steps * size // len(data)))])

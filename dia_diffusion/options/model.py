@@ -1,11 +1,14 @@
 """Options that say which UNet."""
 
-import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
-from ..models.unet import DIAUNet2DModel
+from .attention import AttentionOptions
 from .fields import Count, Location, Options, Range, option
+
+# What a `dia_` argument of the UNet is by default.
+DIA_DEFAULTS = {f"dia_{item.name}": item.default for item in fields(AttentionOptions)} | {"dia_time_conditioned": True}
 
 
 @dataclass
@@ -48,7 +51,7 @@ class ModelOptions(Options):
             # A model that is named may have an attention of its own: there, what was not given stays open.
             for name in self.dia_names():
                 if getattr(self, name) is None:
-                    setattr(self, name, inspect.signature(DIAUNet2DModel.__init__).parameters[name].default)
+                    setattr(self, name, DIA_DEFAULTS[name])
 
     @classmethod
     def dia_names(cls) -> list[str]:
@@ -59,6 +62,6 @@ class ModelOptions(Options):
         names = ["block_out_channels", "layers_per_block", "dropout", "resnet_time_scale_shift", *self.dia_names()]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def as_built(self, unet: DIAUNet2DModel) -> "ModelOptions":
-        """What was given, completed by what the model is: for the record."""
-        return replace(self, **{name: unet.config[name] for name in self.dia_names()})
+    def as_built(self, config: Mapping[str, Any]) -> "ModelOptions":
+        """Return the options completed by the configuration of the UNet that was built, for the record."""
+        return replace(self, **{name: config[name] for name in self.dia_names()})

@@ -1,18 +1,30 @@
 """Options that say what the UNet learns."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from ..errors import UsageError
-from ..objectives import OBJECTIVES, Objective
 from .fields import Options, Range, Share, option
+
+# The options that belong to each objective, with their defaults. An option that is not there is `None`.
+OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ddpm": {
+        "prediction_type": "epsilon",
+        "ddpm_num_steps": 1000,
+        "ddpm_beta_schedule": "linear",
+        "rescale_betas_zero_snr": False,
+        "snr_gamma": None,
+    },
+    "edm": {"sigma_data": None, "p_mean": -1.2, "p_std": 1.2},
+    "flow": {"weighting_scheme": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0},
+}
 
 
 @dataclass
 class ObjectiveOptions(Options):
     """What the UNet learns. Options that belong to one objective have its default, and are `None` for the others."""
 
-    objective: Literal[tuple(OBJECTIVES)] = option(
+    objective: Literal["ddpm", "edm", "flow"] = option(
         "ddpm", "ddpm: noise by a schedule of betas. edm: Karras et al. 2022. flow: flow matching on straight paths."
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = option(
@@ -52,32 +64,32 @@ class ObjectiveOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.of_others(self.objective):
+        for name in options_of_other_objectives(self.objective):
             if (value := getattr(self, name)) is not None:
-                owners = [key for key, kind in OBJECTIVES.items() if name in kind.option_names()]
+                owner = next(key for key, defaults in OBJECTIVE_DEFAULTS.items() if name in defaults)
                 raise UsageError(
-                    f"{name} {value} has no meaning with --objective {self.objective}: it belongs to "
-                    f"{', '.join(owners)}. Leave it out."
+                    f"{name} {value} has no meaning with --objective {self.objective}: it belongs to {owner}. Leave it "
+                    "out."
                 )
-        for name, value in asdict(self.make()).items():
-            setattr(self, name, value)
+        for name, default in OBJECTIVE_DEFAULTS[self.objective].items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        check_zero_snr(self.rescale_betas_zero_snr, self.prediction_type)
 
-    @staticmethod
-    def of_others(objective: str) -> list[str]:
-        """The options that belong to other objectives than this one."""
-        names = [name for kind in OBJECTIVES.values() for name in kind.option_names()]
-        return [name for name in names if name not in OBJECTIVES[objective].option_names()]
 
-    def make(self) -> Objective:
-        """The objective that they describe.
+def check_zero_snr(rescaled: bool | None, prediction_type: str | None) -> None:
+    """Refuse to predict noise where the last timestep has no signal.
 
-        Raises:
-            UsageError: if the options do not go together.
-        """
-        kind = OBJECTIVES[self.objective]
-        given = {name: getattr(self, name) for name in kind.option_names()}
-        return kind(**{name: value for name, value in given.items() if value is not None})
+    Raises:
+        UsageError: for `rescale_betas_zero_snr` with the prediction type `epsilon`.
+    """
+    if rescaled and prediction_type == "epsilon":
+        raise UsageError(
+            "rescale_betas_zero_snr leaves no signal at the last timestep, where noise says nothing about the image: "
+            "use it with --prediction_type v_prediction or sample."
+        )
 
-    def as_built(self, objective: Objective) -> "ObjectiveOptions":
-        """What was given, completed by what the objective is: for the record."""
-        return replace(self, **asdict(objective))
+
+def options_of_other_objectives(objective: str) -> list[str]:
+    """Return the names of the options that belong to other objectives than this one."""
+    return [name for key, defaults in OBJECTIVE_DEFAULTS.items() if key != objective for name in defaults]

@@ -13,12 +13,10 @@ from typing import Any
 
 import yaml
 
-from ..data.sources import DIGITS
 from ..errors import UsageError, first_line, nearest
-from ..files import replace_text
 from .data import DataOptions
 from .model import ModelOptions
-from .objective import ObjectiveOptions
+from .objective import ObjectiveOptions, options_of_other_objectives
 from .optimisation import OptimisationOptions
 from .output import OutputOptions
 from .parser import SuggestingParser
@@ -37,7 +35,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.model.dia_attention == "srm" and self.optimisation.train_batch_size == 1:
             raise UsageError("dia_attention 'srm' normalises over the batch: it needs a train_batch_size of 2 or more.")
-        steps, most = self.output.ddpm_num_inference_steps, self.objective.make().num_timesteps
+        steps, most = self.output.ddpm_num_inference_steps, self.objective.ddpm_num_steps
         if most is not None and steps > most:
             raise UsageError(
                 f"ddpm_num_inference_steps {steps} is more than ddpm_num_steps {most}: a sampler has no more steps "
@@ -134,7 +132,7 @@ def _for_objective(options: dict[str, Any], objective: str | None) -> dict[str, 
     """What a configuration says of its own objective was not said of another that is named instead."""
     if objective is None:
         return options
-    of_others = ObjectiveOptions.of_others(objective)
+    of_others = options_of_other_objectives(objective)
     left_out = [f"{name} {options[name]}" for name in of_others if options.get(name) is not None]
     if left_out:
         print(f"Of another objective, and left out: {', '.join(left_out)}.")
@@ -146,7 +144,7 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
     if "config" in given:
         return load_recipe(given["config"])
     no_data = "dataset_name" not in given and "train_data_dir" not in given
-    if not no_data and given.get("dataset_name") != DIGITS:
+    if not no_data and given.get("dataset_name") != "digits":
         return {}
     recipe = load_recipe(RECIPES / "digits.yaml")
     if given.keys() & {"init_from", "model_config_name_or_path"}:
@@ -155,6 +153,6 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def save_config(config: TrainingConfig, path: Path) -> None:
-    """Writes the record of a run: YAML that `--config` reads again."""
-    replace_text(path, yaml.safe_dump(json.loads(json.dumps(config.public_dict())), sort_keys=False))
+def as_yaml(config: TrainingConfig) -> str:
+    """Return the record of a run: YAML that `--config` reads again."""
+    return yaml.safe_dump(json.loads(json.dumps(config.public_dict())), sort_keys=False)

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from ..errors import NotFiniteError, NotFiniteImagesError, UsageError
 from ..files import write_json
 from ..latents.space import load_data
+from ..objectives import make_objective
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
 from ..scoring.evaluation import evaluate
 from ..scoring.features.named import get_extractor
@@ -98,7 +99,7 @@ def _score(run: StudyRun) -> dict[str, Any]:
         raise UsageError("a study needs held-out images, and this data set has none.")
     loss = held_out_loss(
         unet,
-        config.objective.make().fitted(partial(measure_std, data)),
+        make_objective(config.objective).fitted(partial(measure_std, data)),
         held_out,
         _BATCH_SIZE,
         limit=MOST_HELD_OUT,
@@ -127,7 +128,7 @@ def make_step(run: StudyRun) -> Callable[[], None]:
     # Another variant, of another precision perhaps, may have been made in this process.
     AcceleratorState._reset_state()
     accelerator = make_accelerator(config.optimisation.mixed_precision, config.output)
-    objective = config.objective.make().fitted(partial(measure_std, data))
+    objective = make_objective(config.objective).fitted(partial(measure_std, data))
     unet = build_unet(config.model, data.resolution, data.channels, data.num_classes, objective.num_timesteps)
     training = TrainingState(config.optimisation, accelerator, unet, 10_000)
     batch = data.fetch(range(config.optimisation.train_batch_size))

@@ -4,7 +4,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from torch import Tensor
 from ..data.loading import describe_data, load_pixels
 from ..data.pixels import PixelDataset
 from ..errors import NotFiniteError
+from ..files import replace_text
 from ..latents.space import LatentSpace
-from ..objectives import Objective
+from ..objectives import Objective, make_objective
 from ..options.data import DataOptions
-from ..options.training import CONFIG, TrainingConfig, save_config
+from ..options.training import CONFIG, TrainingConfig, as_yaml
 from ..process.startup import Interrupted, catch_interrupts
 from .accelerator import StopAgreement, check_same_start, make_accelerator
 from .architecture import build_unet
@@ -61,7 +62,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
 
 def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     # 1. set up
-    optimisation, objective, output = config.optimisation, config.objective.make(), config.output
+    optimisation, objective, output = config.optimisation, make_objective(config.objective), config.output
     folder, main, device, seed = output.folder, accelerator.is_main_process, accelerator.device, optimisation.seed
     with accelerator.main_process_first():
         data, held_out = load_pixels(config.data)
@@ -89,7 +90,9 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
         data, held_out = space.encode_all(data, held_out)
         accelerator.print(space.describe_scale(measure_std(data, most=1000)))
     objective = objective.fitted(partial(measure_std, data))
-    config = replace(config, model=config.model.as_built(unet), objective=config.objective.as_built(objective))
+    config = replace(
+        config, model=config.model.as_built(unet.config), objective=replace(config.objective, **asdict(objective))
+    )
     accelerator.print(f"Objective: {objective.describe()}.")
 
     # 2. go on where an earlier run stopped
@@ -109,7 +112,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
         prepare_output_dir(output, path)
         if space is not None:
             space.keep(folder)
-        save_config(config, folder / CONFIG)
+        replace_text(folder / CONFIG, as_yaml(config))
         set_aside_later_steps(folder, start)
     start_trackers(accelerator, record)
     log = RunLog(folder / METRICS_LOG, accelerator, output.logging_steps, plan.images, start, total_steps, pending)
@@ -174,7 +177,8 @@ def _digest_without_labels(data: PixelDataset, options: DataOptions) -> str | No
 def accumulate_gradients(
     training: TrainingState, objective: Objective, batches: Iterator[Batch], micro_batches: int
 ) -> Tensor:
-    """The gradient of a step, from its next `micro_batches` batches. Returns the loss on this process, on the device."""
+    """Accumulate the gradient of a step from its next `micro_batches` batches. Return this process's loss, on the
+    device."""
     accelerator = training.accelerator
     loss = torch.zeros((), device=accelerator.device)
     for micro in range(micro_batches):

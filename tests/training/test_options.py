@@ -8,7 +8,7 @@ import yaml
 
 from dia_diffusion.errors import UsageError
 from dia_diffusion.options.model import ModelOptions
-from dia_diffusion.options.training import RECIPES, TrainingConfig, load_recipe, parse_arguments, save_config
+from dia_diffusion.options.training import RECIPES, TrainingConfig, as_yaml, load_recipe, parse_arguments
 from dia_diffusion.training.architecture import build_unet
 
 # The options of diffusers' examples/unconditional_image_generation/train_unconditional.py, each with a value.
@@ -63,7 +63,7 @@ def test_without_data_the_recipe_for_digits_gives_the_defaults():
 
 def test_the_saved_record_is_a_configuration_without_the_token(tmp_path):
     config = parse_arguments(["--hub_token", "secret", "--block_out_channels", "32", "32", "64"])
-    save_config(config, tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(as_yaml(config))
     assert "secret" not in (tmp_path / "run.yaml").read_text()
     again = parse_arguments(["--config", str(tmp_path / "run.yaml"), "--hub_token", "secret"])
     assert again == config
@@ -127,7 +127,7 @@ def test_any_argument_of_unet2dmodel_can_be_given(tmp_path):
     unet = build_unet(config.model, 64, 1, None)
     assert unet.conv_norm_out.num_groups == 4
     assert unet.config.down_block_types == ["AttnDownBlock2D", "DownBlock2D"]
-    save_config(config, tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(as_yaml(config))
     assert parse_arguments(["--config", str(tmp_path / "run.yaml")]) == config
     for text, words in (
         ("[1", "unet_arguments must be a mapping"),
