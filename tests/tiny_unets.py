@@ -7,8 +7,8 @@ import torch
 
 from dia_diffusion import DIAUNet2DModel
 from dia_diffusion.attention.modules import ATTENTIONS
-from dia_diffusion.attention.sharing import BRIDGES, INITS, SHARINGS
 from dia_diffusion.errors import UsageError
+from dia_diffusion.options.attention import BRIDGES, INITS, SHARINGS
 
 TINY = {
     "sample_size": 8,

@@ -8,17 +8,14 @@ al., arXiv 2210.16101 and 1905.10671.
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..options.attention import AttentionOptions, with_attention_options
 from .modules import ATTENTIONS, CBAMSpatialAttention, CellMatrices
-
-SHARINGS = ("network", "level", "block")
-BRIDGES = ("carry", "skip", "reset")
-INITS = ("identity", "paper")
 
 # The largest number of float16.
 _LARGE = 65504.0
@@ -87,30 +84,23 @@ class SharedAttention(nn.Module):
         UsageError: for an unknown name, and for combinations that have no meaning.
     """
 
+    @with_attention_options
     def __init__(
         self,
         widths: Sequence[int],
-        attention: str = "lstm",
-        sharing: str = "network",
-        bridge: str = "carry",
-        hidden_size: int = 64,
-        reduction: int = 4,
-        init: str = "identity",
-        gate_slope: float = 1.0,
         context_size: int | None = None,
         levels: Sequence[str] | None = None,
         joins: Mapping[str, str] | None = None,
         channel_dim: int = 1,
+        **options: Any,
     ):
         super().__init__()
-        _check_choices(
-            attention=(attention, ATTENTIONS), sharing=(sharing, SHARINGS), bridge=(bridge, BRIDGES), init=(init, INITS)
-        )
-        _check_numbers(hidden_size, reduction, gate_slope)
-        _check_meaning(attention, sharing, bridge, context_size, channel_dim)
+        chosen = AttentionOptions(**options)
+        chosen.check_place(context_size is not None, channel_dim)
+        attention, sharing, init, hidden_size = chosen.attention, chosen.sharing, chosen.init, chosen.hidden_size
         self.recurrent = attention == "lstm"
-        self.bridge = bridge
-        self.gate_scale, self.gate_slope = (2.0, gate_slope) if init == "identity" else (1.0, 1.0)
+        self.bridge = chosen.bridge
+        self.gate_scale, self.gate_slope = (2.0, chosen.gate_slope) if init == "identity" else (1.0, 1.0)
         self.widths = tuple(widths)
         self.levels = ("",) * len(self.widths) if levels is None else tuple(levels)
         self.joins = dict(joins or {})
@@ -121,7 +111,7 @@ class SharedAttention(nn.Module):
             for key, width in zip(self.keys, self.widths, strict=True)
         }
         make = ATTENTIONS[attention]
-        self.shared = nn.ModuleDict({key: make(size, reduction) for key, size in sizes.items()})
+        self.shared = nn.ModuleDict({key: make(size, chosen.reduction) for key, size in sizes.items()})
         self.statistics = ("mean",) if self.recurrent else make.statistics
 
         by_width = sorted(set(self.widths)) if sharing == "network" else []
@@ -137,7 +127,7 @@ class SharedAttention(nn.Module):
             else {}
         )
         # Per channel, the logit of the share that the state of the matching earlier level has in the joined state.
-        self.skip_logits = nn.Parameter(torch.zeros(2, hidden_size)) if bridge == "skip" else None
+        self.skip_logits = nn.Parameter(torch.zeros(2, hidden_size)) if chosen.bridge == "skip" else None
         if init == "identity":
             self._close_gates()
 
@@ -277,40 +267,3 @@ def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 def _module_key(sharing: str, position: int, width: int) -> str:
     return {"network": "network", "level": str(width), "block": str(position)}[sharing]
-
-
-def _check_choices(**choices: tuple[str, Sequence[str]]) -> None:
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise UsageError(f"unknown {name} '{value}'. Choose one of: {', '.join(known)}.")
-
-
-def _check_numbers(hidden_size: int, reduction: int, gate_slope: float) -> None:
-    for name, size in (("hidden_size", hidden_size), ("reduction", reduction)):
-        if size < 1:
-            raise UsageError(f"{name} must be at least 1, but is {size}.")
-    if not gate_slope > 0:
-        raise UsageError(f"gate_slope must be above 0, but is {gate_slope}.")
-
-
-def _check_meaning(attention: str, sharing: str, bridge: str, context_size: int | None, channel_dim: int) -> None:
-    """Refuses combinations that mean nothing."""
-    recurrent = attention == "lstm"
-    if recurrent and sharing == "block":
-        raise UsageError(
-            "attention 'lstm' with sharing 'block' has no meaning: the LSTM's state passes between blocks that "
-            "share one cell. Use sharing 'network' or 'level', or another attention."
-        )
-    if not recurrent and bridge != "carry":
-        raise UsageError(f"bridge '{bridge}' has no meaning for attention '{attention}': only 'lstm' has a state.")
-    if sharing == "level" and bridge == "skip":
-        raise UsageError(
-            "bridge 'skip' with sharing 'level' has no meaning: each width keeps a state of its own, which the up "
-            "path takes up where the down path left it. Use bridge 'carry' or 'reset', or sharing 'network'."
-        )
-    if attention == "time" and context_size is None:
-        raise UsageError(
-            "attention 'time' sees the time embedding alone, so it cannot do without: set time_conditioned."
-        )
-    if attention == "cbam" and channel_dim != 1:
-        raise UsageError("attention 'cbam' convolves over pixels, and these branches hold tokens: use another.")

@@ -1,6 +1,5 @@
 """Shared attention attached to a model that has none, and taken off again."""
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ..attention.forward_pass import record_maps
 from ..attention.sharing import SharedAttention
 from ..errors import UsageError
+from ..options.attention import with_attention_options
 from .families import Backbone, find_backbone, named_backbone
 from .hooks import NAME, ModelHooks
 
@@ -32,6 +32,7 @@ class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
+    @with_attention_options
     def __init__(
         self,
         family: str,
@@ -42,29 +43,10 @@ class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
         joins: dict[str, str],
         channel_dim: int,
         context_size: int | None,
-        attention: str = "lstm",
-        sharing: str = "network",
-        bridge: str = "carry",
-        hidden_size: int = 64,
-        reduction: int = 4,
-        init: str = "identity",
-        gate_slope: float = 1.0,
+        **options: Any,
     ):
-        SharedAttention.__init__(
-            self,
-            widths,
-            attention=attention,
-            sharing=sharing,
-            bridge=bridge,
-            hidden_size=hidden_size,
-            reduction=reduction,
-            init=init,
-            gate_slope=gate_slope,
-            context_size=context_size,
-            levels=levels,
-            joins=joins,
-            channel_dim=channel_dim,
-        )
+        place = {"context_size": context_size, "levels": levels, "joins": joins, "channel_dim": channel_dim}
+        SharedAttention.__init__(self, widths, **place, **options)
 
     def record(self) -> AbstractContextManager[dict[str, Tensor]]:
         """A context that gives a dictionary, which after each forward pass of the model inside of it holds the channel
@@ -72,18 +54,13 @@ class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
         return record_maps(self._hooks.blocks)
 
 
+@with_attention_options
 def attach(
     model: nn.Module,
-    attention: str = "lstm",
-    sharing: str = "network",
-    bridge: str = "carry",
-    hidden_size: int = 64,
-    reduction: int = 4,
-    init: str = "identity",
-    gate_slope: float = 1.0,
     time_conditioned: bool | None = None,
     branches: Sequence[str] | None = None,
     pretrained: str | PathLike | None = None,
+    **options: Any,
 ) -> AttachedAttention:
     """Gates the residual branches of a model with shared attention (arXiv 2210.16101), which becomes its submodule
     `dia`. With the default `init` the model computes what it computed before, to the last bit, until `dia` is trained.
@@ -112,17 +89,9 @@ def attach(
             of model, and for arguments without a meaning.
     """
     _check_free(model)
-    arguments = {
-        "attention": attention,
-        "sharing": sharing,
-        "bridge": bridge,
-        "hidden_size": hidden_size,
-        "reduction": reduction,
-        "init": init,
-        "gate_slope": gate_slope,
-    }
     if pretrained is not None:
-        _check_alone(arguments | {"time_conditioned": time_conditioned}, str(pretrained))
+        own = {} if time_conditioned is None else {"time_conditioned": time_conditioned}
+        _check_alone(options | own, str(pretrained))
     backbone = find_backbone(model) if branches is None else named_backbone(model, branches)
     if time_conditioned is None:
         time_conditioned = backbone.context is not None
@@ -138,7 +107,7 @@ def attach(
         dia = AttachedAttention(
             **_made_for(backbone),
             context_size=backbone.context.size if time_conditioned else None,
-            **arguments,
+            **options,
         )
     reference = next(model.parameters())
     dia.to(reference.device).train(model.training)
@@ -184,12 +153,10 @@ def _check_free(model: nn.Module) -> None:
         )
 
 
-def _check_alone(arguments: dict[str, Any], source: str) -> None:
-    """Refuses arguments that a saved attention answers itself."""
-    known = inspect.signature(attach).parameters
-    given = [name for name, value in arguments.items() if value != known[name].default]
-    if given:
-        raise UsageError(f"the attention in '{source}' brings its own {', '.join(given)}: leave that out.")
+def _check_alone(options: dict[str, Any], source: str) -> None:
+    """Refuse options beside a saved attention, which has its own."""
+    if options:
+        raise UsageError(f"the attention in '{source}' brings its own {', '.join(options)}: leave that out.")
 
 
 def _made_for(backbone: Backbone) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..attention.forward_pass import CarryState, ContextHook, ForwardPass, record_maps
 from ..attention.sharing import SharedAttention
 from ..errors import UsageError
+from ..options.attention import ATTENTION_OPTIONS, attention_parameters
 from .branches import Branch, fuse_resnets, gate_branches, resnet_branches
 
 # Of weights, and of arguments.
@@ -29,17 +30,13 @@ UP_BLOCK_TYPES = tuple(
 )
 
 
-def with_arguments_of(parent: Callable) -> Callable[[Callable], Callable]:
-    """A decorator for an `__init__` that takes `*args` and `**kwargs` for its parent's and arguments of its own by
-    name: its signature names them all, which is what diffusers' configurations go by."""
-
-    def decorate(init: Callable) -> Callable:
-        inherited = inspect.signature(parent).parameters.values()
-        own = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        init.__signature__ = inspect.Signature([*inherited, *own])
-        return init
-
-    return decorate
+def with_all_arguments(init: Callable) -> Callable:
+    """Decorate the `__init__` of a UNet2DModel with attention, so that its signature names the arguments of the
+    UNet2DModel and of the attention beside its own: diffusers' configurations go by the signature."""
+    inherited = inspect.signature(UNet2DModel.__init__).parameters.values()
+    own = [p for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    init.__signature__ = inspect.Signature([*inherited, *attention_parameters(_DIA_ARGUMENTS), *own])
+    return init
 
 
 class DIAUNet2DModel(UNet2DModel):
@@ -76,20 +73,10 @@ class DIAUNet2DModel(UNet2DModel):
     """
 
     @register_to_config
-    @with_arguments_of(UNet2DModel.__init__)
-    def __init__(
-        self,
-        *args: Any,
-        dia_attention: str = "lstm",
-        dia_sharing: str = "network",
-        dia_bridge: str = "carry",
-        dia_hidden_size: int = 64,
-        dia_reduction: int = 4,
-        dia_time_conditioned: bool = True,
-        dia_init: str = "identity",
-        dia_gate_slope: float = 1.0,
-        **kwargs: Any,
-    ):
+    @with_all_arguments
+    def __init__(self, *args: Any, dia_time_conditioned: bool = True, **kwargs: Any):
+        own = {_DIA_ARGUMENTS + name for name in ATTENTION_OPTIONS}
+        kwargs = {name: value for name, value in kwargs.items() if name not in own}
         unet = inspect.signature(UNet2DModel.__init__).bind(self, *args, **kwargs)
         unet.apply_defaults()
         arguments = {name: value for name, value in unet.arguments.items() if name != "self"}
@@ -97,7 +84,7 @@ class DIAUNet2DModel(UNet2DModel):
         super().__init__(**arguments)
         fuse_resnets(self)
         self.dia = None
-        if dia_attention == "none":
+        if self.config.dia_attention == "none":
             return
         branches = self._branches()
         self.dia = self._make_attention(branches)

@@ -1,13 +1,19 @@
 """The rules of sharing: what the gates are, who shares a module, and how the state passes."""
 
+import inspect
 import itertools
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import nn
 
-from dia_diffusion.attention.sharing import BRIDGES, AttentionState, SharedAttention
+from dia_diffusion import DIAUNet2DModel, attach
+from dia_diffusion.attention.modules import ATTENTIONS
+from dia_diffusion.attention.sharing import AttentionState, SharedAttention
 from dia_diffusion.errors import UsageError
+from dia_diffusion.options.attention import ATTENTION_NAMES, BRIDGES, AttentionOptions
+from tiny_unets import TINY
 
 WIDTHS = (8, 8, 16, 16, 8)
 
@@ -229,3 +235,16 @@ def test_two_blocks_of_half_precision_do_not_overflow():
         for gate in run(attention, [branch, branch]):
             assert gate.dtype == torch.float16
             assert gate.isfinite().all()
+
+
+def test_the_attention_is_described_once():
+    """The modules, the signatures of all that takes an attention, and the description of its options agree."""
+    assert tuple(ATTENTIONS) == ATTENTION_NAMES
+    for function, prefix in ((SharedAttention.__init__, ""), (attach, ""), (DIAUNet2DModel.__init__, "dia_")):
+        parameters = inspect.signature(function).parameters
+        for option in fields(AttentionOptions):
+            assert parameters[prefix + option.name].default == option.default
+    with pytest.raises(TypeError, match="dia_atention"):
+        DIAUNet2DModel(**TINY, dia_atention="se")
+    with pytest.raises(TypeError, match="atention"):
+        attach(nn.Linear(2, 2), atention="se")
