@@ -1,10 +1,13 @@
 # Two targets do everything, set-up included: `make demo` and `make test`. Both are quick when run again.
-# `make benchmark` measures speed and memory; it needs a machine that does nothing else.
+# `make help` lists the others.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Markers, written last, so that an installation that was cut off starts again: the package, and the extra `test`.
 READY := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
+SITE_TOOLS := $(VENV)/.site-tools
 PEERS := .venv-peers
 WHEEL := build/wheel
 DEMO := runs/digits
@@ -12,7 +15,21 @@ BENCHMARKS := attention_cost training_throughput scaling data_scale peer_trainin
 # What accelerate would otherwise assume, with a warning for each.
 ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test lint wheel benchmark peers test-peers clean
+.PHONY: help demo test lint wheel docs release benchmark peers test-peers clean
+
+demo: ## train on handwritten digits, sample and score them
+test: ## lint and run all tests
+lint: ## ruff and mypy
+wheel: ## build the wheel and try it in an environment of its own
+docs: ## build the site of the documentation in site/
+release: ## build the distributions and check them with twine; nothing is uploaded
+benchmark: ## measure speed and memory, on a machine that does nothing else
+peers: ## install the trainer and the models that some benchmarks and tests compare with
+test-peers: ## tests with torchvision, timm and diffusers' own tests
+clean: ## remove environments, runs and builds
+
+help:
+	@grep -E '^[a-z-]+: ## ' Makefile | sed 's/: ## /\t/' | expand -t 12
 
 demo: $(READY)
 	@test -f $(DEMO)/metrics.json || $(BIN)/accelerate launch $(ONE_PROCESS) train_unet.py --resume_from_checkpoint latest
@@ -27,7 +44,7 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-lint: $(READY)
+lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -64,11 +81,33 @@ peers:
 test-peers: peers
 	$(PEERS)/bin/python -m pytest --noconftest tests/models/test_torchvision_resnets.py
 
-# The marker is written last, so that an installation that was cut off starts again.
+# The site is built in an environment of its own, so that `make test` needs no tools for it. mkdocstrings reads the
+# source; nothing is imported.
+docs:
+	test -x /bin/mkdocs || { $(PYTHON) -m venv  && /bin/python -m pip install --quiet $(SITE_TOOLS); }
+	$(DOCS)/bin/python tools/site.py
+	$(DOCS)/bin/mkdocs build --strict
+
+release: $(TOOLS)
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 $(READY): pyproject.toml constraints.txt
+	@echo "Installing torch, diffusers and what else the demo needs into $(VENV): once, some minutes."
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	@touch $@
+
+$(TOOLS): $(READY)
+	@echo "Adding what the tests need: ruff, mypy, pytest, Ray, Gradio, Playwright and others."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	@touch $(READY)
+	@touch $@
+
+$(SITE_TOOLS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) runs build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) runs build dist site *.egg-info
