@@ -37,7 +37,7 @@ demo: $(READY)
 	@echo
 	@echo "Made: $(DEMO)/report.html (open it in a browser: samples, scores, curves) and 100 digits in $(DEMO)/images/."
 	@echo "Next, after \`. $(BIN)/activate\`:"
-	@echo "  dia app $(DEMO)                    try the model in a browser"
+	@echo "  pip install --editable .[app] && dia app $(DEMO)    try the model in a browser"
 	@echo "  dia sample $(DEMO) --class_label 7 --num_images 16 --output_dir sevens"
 	@echo "  dia train --help                       train on your own images"
 

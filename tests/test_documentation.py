@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 OTHERS = {
     "accelerate": {"--num_processes", "--num_machines", "--mixed_precision", "--dynamo_backend", "--cpu", "--quiet"},
     "ray": {"--head", "--address"},
-    "pip": {"--index-url"},
+    "pip": {"--index-url", "--editable"},
     "hf": {"--exclude"},
 }
 
@@ -108,6 +108,7 @@ READERS = {
     "python": read_script,
     "make": read_make,
     "pip": read_install,
+    "git": lambda arguments: None,
     "ray": lambda arguments: None,
 }
 

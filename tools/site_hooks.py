@@ -1,6 +1,6 @@
 """Hooks of mkdocs: pages from the root of the repository, and links that leave the site.
 
-README.md, CONTRIBUTING.md and CHANGELOG.md become pages of the site. Links from a page to a file that is no page point to
+README.md, CONTRIBUTING.md and CHANGELOG.md become pages of the site. Links to a file that is no page point to
 the repository, whose address is read from pyproject.toml.
 """
 
