@@ -162,3 +162,35 @@ def test_no_page_names_an_option_that_there_is_not(capsys, monkeypatch):
     # `--dia_*` stands for all that begin so.
     unknown = {(page, name) for page, name in named if name not in known and name != "--dia_"}
     assert not unknown
+
+
+def mapped_modules():
+    """The modules that CONTRIBUTING.md's map names, with their paths from the indentation."""
+    block = re.search(r"^## The rooms.*?```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)[1]
+    folders = {}
+    for line in block.splitlines():
+        depth = len(line) - len(line.lstrip())
+        if folder := re.match(r" *(\w+)/(?!\w)", line):
+            folders = {indent: name for indent, name in folders.items() if indent < depth} | {depth: folder[1]}
+        names = re.match(r" *(\w+\.py(?:, \w+\.py)*)(?:  | *$)", line)
+        for name in names[1].split(", ") if names else ():
+            yield "/".join([folders[indent] for indent in sorted(folders) if indent < depth] + [name])
+
+
+def test_the_map_names_every_module():
+    package = {path for folder in ("dia_diffusion", "pipelines") for path in (ROOT / folder).rglob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in package if path.name != "__init__.py"}
+    mapped = {path.replace("dia_diffusion/pipelines/", "pipelines/") for path in mapped_modules()} - {"train_unet.py"}
+    assert not modules - mapped, "name these in the map of CONTRIBUTING.md"
+    assert not mapped - modules, "take these off the map of CONTRIBUTING.md"
+
+
+def test_the_address_of_the_repository_is_that_of_the_project():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 does not read TOML")
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    for page in PAGES:
+        assert set(re.findall(r"https://\S+/dia-diffusion\b", page.read_text())) <= {address}, page
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
