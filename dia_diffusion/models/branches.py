@@ -55,6 +55,8 @@ class Branch(NamedTuple):
     end: str  # of the submodule whose output it is
     width: int  # number of channels of that
     level: str  # of the part of the network that it belongs to
+    channel_dim: int = 1  # the dimension that holds the channels
+    element: int | None = None  # its number where the submodule puts out several tensors
 
 
 def resnet_branches(model: nn.Module, levels: Sequence[str]) -> list[Branch]:

@@ -20,14 +20,19 @@ class ContextPlace(NamedTuple):
     Attributes:
         module (`str`): Name of a submodule.
         argument (`str`, *optional*): Name of that of its arguments which is the context; `None` for its output.
-        index (`int`): Number of the argument, or of the part of the output.
+        index (`int`, *optional*): Number of the argument, or of the element of the output; `None` for all of it.
         size (`int`): Width of the context.
     """
 
     module: str
     argument: str | None
-    index: int
+    index: int | None
     size: int
+
+    def describe(self) -> str:
+        """Return words for messages."""
+        part = "the output" if self.argument is None else f"the argument '{self.argument}'"
+        return f"{part} of '{self.module}'"
 
 
 class Family(NamedTuple):

@@ -1,0 +1,375 @@
+"""Find the residual branches of any model by watching one forward pass.
+
+A residual block shows itself: two tensors of one shape are added, and one of them came through more layers than the
+other. That one is the branch F(x) of x + F(x) (arXiv 2210.16101, eq. 1); the other is the shortcut, with no layer or
+with one, a projection. From the addition the search walks back to the module that put out the branch.
+"""
+
+import contextlib
+import heapq
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import UsageError
+from .branches import Branch
+from .families import ContextPlace
+from .watch import Addition, ForwardWatch, Output, Step
+
+# Layers and norms by the dimension that they leave their channels in.
+_LAST = set("linear addmm matmul rmatmul mm bmm baddbmm einsum embedding multi_head_attention_forward".split())
+_LAST |= set("layer_norm rms_norm scaled_dot_product_attention lstm gru".split())
+_SECOND = {f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)}
+_SECOND |= {"batch_norm", "group_norm", "instance_norm"}
+# What a gate of channels may stand before as well as behind: each channel comes out of it scaled as it went in.
+_RESHAPES = set("reshape view view_as reshape_as flatten unflatten unsqueeze squeeze expand expand_as".split())
+_MOVES = set("permute transpose swapaxes swapdims movedim moveaxis".split())
+_CUTS = set("getitem narrow chunk split tensor_split split_with_sizes unbind select".split())
+_SCALES = set("mul rmul imul multiply div truediv neg dropout dropout1d dropout2d dropout3d feature_dropout".split())
+_SCALES |= set("to type type_as float half bfloat16 contiguous clone detach roll flip masked_fill alias".split())
+# Parts of a path that are levels wherever they come; `layer1` is that of ResNets.
+_LEVEL = re.compile(r"^(?:.*\.)?(?:down_blocks\.\d+|mid_block|up_blocks\.\d+|stages\.\d+|layer\d+)(?=\.|$)")
+
+
+class FoundBranches(Sequence[Branch]):
+    """The residual branches that one forward pass of a model has shown, in order of execution.
+
+    Args:
+        model (`str`): The class of the model.
+        branches (`Sequence[Branch]`): What can be gated.
+        not_gated (`Sequence[str]`): For each residual addition that cannot be gated, a line that says why.
+        context (`ContextPlace`, *optional*): Where an embedding `(B, E)` passes that all blocks are given.
+        embeddings (`dict[str, ContextPlace]`): All that `context` of `attach` may name.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        branches: Sequence[Branch],
+        not_gated: Sequence[str],
+        context: ContextPlace | None,
+        embeddings: Mapping[str, ContextPlace],
+    ):
+        self.model, self.branches, self.not_gated = model, list(branches), list(not_gated)
+        self.context, self.embeddings = context, dict(embeddings)
+
+    def without(self, pattern: str) -> "FoundBranches":
+        """Return the branches whose name does not contain a match of a regular expression."""
+        kept = [branch for branch in self.branches if not re.search(pattern, branch.name)]
+        return FoundBranches(self.model, kept, self.not_gated, self.context, self.embeddings)
+
+    def __len__(self) -> int:
+        return len(self.branches)
+
+    @overload
+    def __getitem__(self, index: int) -> Branch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Branch]: ...
+    def __getitem__(self, index: int | slice) -> Branch | list[Branch]:
+        return self.branches[index]
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self)} residual branches of {self.model}:"]
+        width = max((len(branch.name) for branch in self), default=0)
+        for branch in self:
+            place = f"{branch.width} channels in dimension {branch.channel_dim}"
+            lines.append(f"  {branch.name:{width}}  {place}, level {branch.level}")
+        if self.context is not None:
+            lines.append(f"  Context: {self.context.describe()}, of width {self.context.size}.")
+        return "\n".join([*lines, *(f"  not gated: {line}" for line in self.not_gated)])
+
+
+def find_branches(model: nn.Module, *args: Any, **kwargs: Any) -> FoundBranches:
+    """Run a model once and return its residual branches.
+
+    The model runs in evaluation mode and without gradients. Its modes, buffers and attributes and the random state are
+    restored. A model on the `meta` device runs there, so that a large one costs nothing. All intermediate tensors of
+    the pass are held in memory until it ends.
+
+    Args:
+        model (`nn.Module`): Any model whose forward pass calls functions and modules of torch from Python.
+        args, kwargs:
+            Inputs for its `forward`. The batch must be the first dimension of the largest one (by its number of
+            dimensions).
+
+    Returns:
+        [`FoundBranches`]: a sequence of `Branch` with `not_gated`, the additions that cannot be gated and why.
+    """
+    watch = ForwardWatch(model)
+    with _restored(model), torch.no_grad(), watch.watching():
+        model(*args, **kwargs)
+    return _Search(model, watch, batch_size(args, kwargs)).find()
+
+
+def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Return the number of samples in the inputs of a forward pass: the first dimension of the largest tensor."""
+    tensors = [value for value in tree_leaves((tuple(args), dict(kwargs))) if isinstance(value, Tensor) and value.ndim]
+    if not tensors:
+        raise UsageError("the inputs hold no tensor, so that the size of the batch is unknown: give the model's inputs.")
+    return max(tensors, key=lambda tensor: tensor.ndim).shape[0]
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; afterwards restore all that belongs to it, and the random state."""
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    registries = [
+        (registry, dict(registry))
+        for _, own in attributes
+        for registry in (own["_parameters"], own["_buffers"], own["_modules"])
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        try:
+            model.eval()
+            yield
+        finally:
+            for current, saved in [*((vars(module), own) for module, own in attributes), *registries]:
+                current.clear()
+                current.update(saved)
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    if buffer.device.type != "meta" and not torch.equal(buffer, saved):
+                        buffer.copy_(saved)
+
+
+class _Found(NamedTuple):
+    """A branch with what its level and the context are told by."""
+
+    branch: Branch
+    order: int  # of the end of the call of its module
+    modules: tuple[str, ...]  # that were running at the addition
+    tokens: int  # pixels or tokens of one sample
+
+
+class _Reason(Exception):
+    """Why an addition cannot be gated."""
+
+
+class _Search:
+    """The search for branches in the notes of one forward pass.
+
+    Args:
+        model (`nn.Module`), watch (`ForwardWatch`), batch (`int`): What ran, the notes, and the number of samples.
+    """
+
+    def __init__(self, model: nn.Module, watch: ForwardWatch, batch: int):
+        self.model, self.watch, self.batch = model, watch, batch
+        self.steps = watch.steps
+        # Sums of two sides with layers, by number: neither is a shortcut, but both may be branches of a later addition.
+        self.sums: dict[int, tuple[Addition, str]] = {}
+        # Layers of torch that hold the samples in dimension 1.
+        self.second = {
+            name.rpartition(".")[0]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first
+        }
+
+    def find(self) -> FoundBranches:
+        found: dict[tuple[str, int | None], _Found] = {}
+        reasons = []
+        for addition in self.watch.additions:
+            try:
+                branch = self._branch_side(addition)
+                for item in self._walk_back(branch, addition) if branch is not None else ():
+                    found.setdefault((item.branch.end, item.branch.element), item)
+            except _Reason as reason:
+                reasons.append((addition, str(reason)))
+        in_order = sorted(found.values(), key=lambda item: (item.order, item.branch.element or 0))
+        reasons = sorted([*reasons, *self.sums.values()], key=lambda pair: pair[0].total)
+        not_gated = [self._line(addition, reason) for addition, reason in reasons]
+        embeddings = self._embeddings(in_order)
+        context = self._context(in_order)
+        return FoundBranches(type(self.model).__name__, _with_levels(in_order), not_gated, context, embeddings)
+
+    def _line(self, addition: Addition, reason: str) -> str:
+        shape = tuple(self.steps[addition.total].shape)
+        return f"{addition.modules[-1] or type(self.model).__name__}, sum of shape {shape}: {reason}"
+
+    def _branch_side(self, addition: Addition) -> int | None:
+        """Return the side of an addition that is a residual branch; None if neither is.
+
+        Both sides are followed back to what they have in common. The tensors are numbered in the order in which they
+        were made, so the highest number is always taken next, and all that depends on it has been seen.
+        """
+        if len(self.steps[addition.total].shape) < 3 or self._in_adapter(addition):
+            return None
+        one, two = addition.sides
+        colours, layers, common = {one: 1}, [0, 0, 0, 0], False
+        colours[two] = colours.get(two, 0) | 2
+        heap = [-number for number in colours]
+        heapq.heapify(heap)
+        apart = sum(colour != 3 for colour in colours.values())
+        while heap and apart:
+            number = -heapq.heappop(heap)
+            colour, step = colours[number], self.steps[number]
+            apart -= colour != 3
+            common |= colour == 3
+            layers[colour] += step.weight
+            for source in step.inputs:
+                before = colours.get(source, 0)
+                colours[source] = before | colour
+                apart += (colours[source] != 3) - (before in (1, 2))
+                if not before:
+                    heapq.heappush(heap, -source)
+        common |= bool(heap)
+        fewer, more = sorted(layers[1:3])
+        if not common or more == 0:
+            return None
+        if fewer == more or fewer > 1:
+            words = f"both sides come through layers ({layers[1]} and {layers[2]}), so neither is a shortcut"
+            self.sums[addition.total] = (addition, words)
+            return None
+        return one if layers[1] > layers[2] else two
+
+    def _in_adapter(self, addition: Addition) -> bool:
+        """Tell whether a layer of peft adds its update to the layer that it wraps."""
+        return hasattr(self.model.get_submodule(addition.modules[-1]), "base_layer")
+
+    def _walk_back(self, number: int, addition: Addition) -> list[_Found]:
+        """Return the ends of the branch that this side of an addition is: one, or several that were added before."""
+        if any(name in self.second for name in addition.modules):
+            raise _Reason("its samples are in dimension 1 (batch_first=False)")
+        seen = None
+        while True:
+            step = self.steps[number]
+            outputs = [output for output in self.watch.outputs.get(number, ()) if output.module not in addition.modules]
+            once = [output for output in outputs if self.watch.calls[output.module] == 1]
+            if once and step.shape[0] == self.batch:
+                return [self._end(number, once, addition)]
+            if outputs and not once:
+                last = outputs[-1].module
+                seen = f"'{last}' runs {self.watch.calls[last]} times in a forward pass"
+            elif once:
+                seen = f"'{once[-1].module}' puts out {step.shape[0]} rows for {self.batch} samples"
+            if number in self.sums:
+                del self.sums[number]
+                return [found for source in step.inputs for found in self._walk_back(source, addition)]
+            number = self._source(step, seen)
+
+    def _source(self, step: Step, seen: str | None) -> int:
+        """Return the tensor that a gate may stand at as well as at this one."""
+        size = math.prod(step.shape)
+        full = [source for source in step.inputs if math.prod(self.steps[source].shape) >= size]
+        if step.weight or not step.inputs:
+            raise _Reason(seen or "no module puts out its branch")
+        if step.name not in _SCALES | _RESHAPES | _MOVES | _CUTS:
+            raise _Reason(seen or f"'{step.name}' stands between its last module and the addition")
+        if len(full) != 1:
+            raise _Reason(seen or "its branch is a product of tensors of full size")
+        return full[0]
+
+    def _end(self, number: int, outputs: list[Output], addition: Addition) -> _Found:
+        # The outermost module that puts out this tensor alone, or else the one nearest to the layer.
+        output = next((output for output in reversed(outputs) if output.element is None), outputs[0])
+        shape = self.steps[number].shape
+        dim = self._channel_dim(number)
+        if dim is None:
+            raise _Reason(f"no layer tells which dimension of the output of '{output.module}' holds channels")
+        label = output.module if output.element is None else f"{output.module}[{output.element}]"
+        last = dim == len(shape) - 1 and dim != 1
+        branch = Branch(label, output.module, shape[dim], "", -1 if last else dim, output.element)
+        tokens = math.prod(shape[1:]) // shape[dim]
+        return _Found(branch, output.order, addition.modules, tokens)
+
+    def _channel_dim(self, number: int) -> int | None:
+        """Return the dimension of a tensor that holds its channels, from the layer or norm that made it."""
+        step = self.steps[number]
+        if step.name in _SECOND:
+            return 1
+        if step.name in _LAST:
+            return len(step.shape) - 1
+        by_size = sorted(step.inputs, key=lambda source: -math.prod(self.steps[source].shape))
+        for source in by_size:
+            dim = self._channel_dim(source)
+            if dim is not None:
+                return _dim_after(step, self.steps[source].shape, dim)
+        return None
+
+    def _embeddings(self, found: Sequence[_Found]) -> dict[str, ContextPlace]:
+        """Return the vectors `(B, E)` that modules put out once, before the first branch ends."""
+        first = min((item.order for item in found), default=0)
+        places: dict[str, ContextPlace] = {}
+        for number, outputs in self.watch.outputs.items():
+            shape = self.steps[number].shape
+            for output in outputs:
+                if len(shape) == 2 and shape[0] == self.batch and output.order < first:
+                    if self.watch.calls[output.module] == 1:
+                        places.setdefault(output.module, ContextPlace(output.module, None, output.element, shape[1]))
+        return places
+
+    def _context(self, found: Sequence[_Found]) -> ContextPlace | None:
+        """Return where the one vector passes that all blocks are given and that layers have made, if there is one."""
+        given = [{n for name in item.modules[1:] for n in self.watch.given.get(name, ())} for item in found]
+        shared = [number for number in set.intersection(*given) if self._is_embedding(number)] if given else []
+        if len(shared) != 1:
+            return None
+        size = self.steps[shared[0]].shape[1]
+        for output in reversed(self.watch.outputs.get(shared[0], ())):
+            if self.watch.calls[output.module] == 1:
+                return ContextPlace(output.module, None, output.element, size)
+        block = next(name for name in found[0].modules[1:] if shared[0] in self.watch.given.get(name, ()))
+        argument = self.watch.given[block][shared[0]]
+        return ContextPlace(block, argument.argument, argument.index, size)
+
+    def _is_embedding(self, number: int) -> bool:
+        shape, above, seen = self.steps[number].shape, [number], {number}
+        while above:
+            step = self.steps[above.pop()]
+            if step.weight:
+                return shape[0] == self.batch
+            above += (new := set(step.inputs) - seen)
+            seen |= new
+        return False
+
+
+def _dim_after(step: Step, before: tuple[int, ...], dim: int) -> int | None:
+    """Return the dimension of the result of a step that dimension `dim` of its input, of shape `before`, has become."""
+    after = step.shape
+    if step.name in _MOVES:
+        numbers = [value % len(before) for value in tree_leaves(step.arguments[1:]) if isinstance(value, int)]
+        if step.name == "permute":
+            return numbers.index(dim)
+        if step.name.startswith("move"):
+            return None
+        swap = dict(zip(numbers, reversed(numbers), strict=True))
+        return swap.get(dim, dim)
+    if step.name in _RESHAPES:
+        for place, size in enumerate(after):
+            if size == before[dim] and math.prod(after[:place]) == math.prod(before[:dim]):
+                return place
+        # Heads that are joined.
+        return len(after) - 1 if dim == len(before) - 1 else None
+    return dim if len(after) == len(before) else None
+
+
+def _with_levels(found: Sequence[_Found]) -> list[Branch]:
+    """Give each branch its level: the container that repeats, divided where widths or numbers of tokens differ."""
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    branches = []
+    for item in found:
+        block, width = item.modules[-1], item.branch.width
+        name = _level_name(block) or str(width)
+        seen = kinds.setdefault(name, [])
+        if (width, item.tokens) not in seen:
+            seen.append((width, item.tokens))
+        number = seen.index((width, item.tokens)) + 1
+        branches.append(item.branch._replace(level=name if number == 1 else f"{name} ({number})"))
+    return branches
+
+
+def _level_name(block: str) -> str:
+    """Return the level of the block of this name: `down_blocks.0` of `down_blocks.0.resnets.1`, `layers` of `layers.3`."""
+    known = _LEVEL.match(block)
+    if known:
+        return known.group()
+    parts = block.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return ""
+    return ".".join(parts[: numbers[-2] + 1] if len(numbers) > 1 else parts[: numbers[0]])

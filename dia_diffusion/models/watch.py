@@ -1,0 +1,175 @@
+"""Watch one forward pass: how each tensor was made, through which weights, and which module put it out.
+
+Two things see everything: a `TorchFunctionMode` sees every call of a function of torch, and hooks see every call of a
+module. Nothing is computed again and no value is read, so tensors on `meta` and fake tensors serve as well.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_ADDITIONS = {"add", "radd", "iadd", "addcmul"}
+# What a parameter does in these is to scale or to shift: a layer scale or a position embedding is no layer.
+_POINTWISE = {"add", "radd", "iadd", "mul", "rmul", "imul", "sub", "rsub", "isub", "div", "truediv", "addcmul", "cat"}
+
+
+class Step(NamedTuple):
+    """One tensor, as one call made it."""
+
+    name: str  # of the function, without underscores; "" for what came from outside
+    inputs: tuple[int, ...]  # numbers of the tensors that it was made of, without parameters and buffers
+    weight: bool  # whether a parameter of two or more dimensions took part, as in a layer
+    arguments: tuple  # of the function
+    shape: tuple[int, ...]
+
+
+class Output(NamedTuple):
+    """A tensor that a module put out."""
+
+    module: str
+    element: int | None  # its number where the module puts out several; None where the tensor is all
+    order: int  # number of calls of modules that had ended before
+
+
+class Given(NamedTuple):
+    """A tensor that a module was given."""
+
+    argument: str | None  # its name, or None where it came by position
+    index: int
+
+
+class Addition(NamedTuple):
+    """A sum of two tensors of one shape."""
+
+    sides: tuple[int, int]
+    total: int
+    modules: tuple[str, ...]  # those that were running, from the outside
+
+
+class ForwardWatch(TorchFunctionMode):
+    """Notes of one forward pass.
+
+    Args:
+        model (`nn.Module`): The model that is watched.
+
+    Attributes:
+        steps (list of `Step`): By number; a tensor that is changed in place gets another number.
+        outputs (`dict[int, list[Output]]`): The modules that put out a tensor, from the inside.
+        given (`dict[str, dict[int, Given]]`): For each module the vectors `(B, E)` that it was given.
+        calls (`Counter`): How often each module was called.
+        additions (list of `Addition`): In order of execution.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.steps: list[Step] = []
+        self.outputs: dict[int, list[Output]] = {}
+        self.given: dict[str, dict[int, Given]] = {}
+        self.calls: Counter[str] = Counter()
+        self.additions: list[Addition] = []
+        self._names = {module: name for name, module in model.named_modules()}
+        self._running: list[str] = []
+        self._ended = 0
+        self._numbers: dict[int, int] = {}  # by the identity of a tensor
+        self._alive: list[Any] = []  # or an identity would come a second time
+        # Tensors that depend on no input, and whether they are or come from a parameter of several dimensions.
+        self._constants = {id(buffer): False for buffer in model.buffers()}
+        self._constants |= {id(parameter): parameter.ndim > 1 for parameter in model.parameters()}
+
+    def number(self, tensor: Tensor) -> int:
+        """The number of a tensor as it is now."""
+        if id(tensor) not in self._numbers:
+            self._add(tensor, "", (), False, ())
+        return self._numbers[id(tensor)]
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        # Offloading fetches parameters as new ones.
+        return id(tensor) in self._constants or isinstance(tensor, nn.Parameter)
+
+    def _add(self, tensor: Tensor, name: str, inputs: tuple[int, ...], weight: bool, arguments: tuple) -> None:
+        self._numbers[id(tensor)] = len(self.steps)
+        self._alive.append(tensor)
+        self.steps.append(Step(name, inputs, weight, arguments, tuple(tensor.shape)))
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        constants = [tensor for tensor in tensors if self._is_constant(tensor)]
+        inputs = tuple(self.number(tensor) for tensor in tensors if not self._is_constant(tensor))
+        weighted = any(self._constants.get(id(tensor), tensor.ndim > 1) for tensor in constants)
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "").strip("_")
+        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        if name == "setitem":
+            made = [args[0]]
+        if not tensors or not made:
+            return result
+        if not inputs:
+            self._constants |= {id(tensor): weighted for tensor in made}
+            self._alive += made
+            return result
+        weight = weighted and name not in _POINTWISE
+        sides = self._sides(name, args, kwargs)
+        for tensor in made:
+            self._constants.pop(id(tensor), None)
+            self._add(tensor, name, inputs, weight, args)
+        if sides is not None and len(made) == 1 and made[0].is_floating_point():
+            shapes = {self.steps[side].shape for side in sides}
+            if shapes == {tuple(made[0].shape)}:
+                self.additions.append(Addition(sides, self.number(made[0]), tuple(self._running)))
+        return result
+
+    def _sides(self, name: str, args: tuple, kwargs: dict) -> tuple[int, int] | None:
+        """The two sides of an addition that both depend on the inputs."""
+        if name not in _ADDITIONS or len(args) + len(kwargs.keys() & {"other"}) < 2:
+            return None
+        first, second = args[0], args[1] if len(args) > 1 else kwargs["other"]
+        if name == "addcmul":
+            # input + tensor1 * tensor2: the product is a side that no call made.
+            if len(args) < 3 or self._is_constant(first):
+                return None
+            factors = tuple(self.number(factor) for factor in args[1:3] if not self._is_constant(factor))
+            shape = tuple(torch.broadcast_shapes(*(factor.shape for factor in args[1:3])))
+            self.steps.append(Step("mul", factors, False, args[1:3], shape))
+            return self.number(first), len(self.steps) - 1
+        if not all(isinstance(side, Tensor) and not self._is_constant(side) for side in (first, second)):
+            return None
+        return self.number(first), self.number(second)
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        name = self._names[module]
+        self._running.append(name)
+        self.calls[name] += 1
+        given = [(Given(None, index), value) for index, value in enumerate(args)]
+        given += [(Given(key, len(args) + index), value) for index, (key, value) in enumerate(kwargs.items())]
+        vectors = [(place, value) for place, value in given if isinstance(value, Tensor) and value.ndim == 2]
+        numbered = {self.number(value): place for place, value in vectors if value.is_floating_point()}
+        self.given.setdefault(name, {}).update(numbered)
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        name = self._running.pop()
+        for index, value in enumerate(tree_leaves(output)):
+            if isinstance(value, Tensor) and not self._is_constant(value):
+                element = None if isinstance(output, Tensor) else index
+                self.outputs.setdefault(self.number(value), []).append(Output(name, element, self._ended))
+        self._ended += 1
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the model's forward pass inside of this context."""
+        handles = []
+        for module in self._names:
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
