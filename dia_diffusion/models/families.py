@@ -177,3 +177,38 @@ def _find_context(model: nn.Module) -> ContextPlace | None:
     if hasattr(model, "adaln_single"):
         return ContextPlace("adaln_single", None, 1, model.adaln_single.linear.in_features)
     return None
+
+
+def with_levels(model: nn.Module, found: Sequence[tuple[Branch, str, int]]) -> list[Branch]:
+    """Give branches their levels: the container that repeats, divided where widths or numbers of tokens differ.
+
+    Args:
+        model (`nn.Module`): The model.
+        found: Branches in order of execution, each with the name of its block and its number of tokens or pixels.
+    """
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    branches = []
+    for branch, block, tokens in found:
+        level = _level_name(model, block) or str(branch.width)
+        seen = kinds.setdefault(level, [])
+        if (branch.width, tokens) not in seen:
+            seen.append((branch.width, tokens))
+        number = seen.index((branch.width, tokens)) + 1
+        branches.append(branch._replace(level=level if number == 1 else f"{level} ({number})"))
+    return branches
+
+
+def _level_name(model: nn.Module, block: str) -> str:
+    """Return the level of a block: `down_blocks.0` for `down_blocks.0.resnets.1`, `layers` for `layers.3`."""
+    known = _LEVEL.match(f"{block}.")
+    if known:
+        return known.group()
+    parts, repeated = block.split("."), []
+    for index, part in enumerate(parts):
+        # A list of unlike modules is one block.
+        container = model.get_submodule(".".join(parts[:index]))
+        if part.isdigit() and len({type(child) for child in container.children()}) == 1:
+            repeated.append(index)
+    if not repeated:
+        return ""
+    return ".".join(parts[: repeated[-2] + 1] if len(repeated) > 1 else parts[: repeated[0]])

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError
 from .branches import Branch
-from .families import ContextPlace
+from .families import ContextPlace, with_levels
 from .watch import Addition, ForwardWatch, Output, Step
 
 # Layers and norms by the dimension that they leave their channels in.
@@ -32,8 +32,6 @@ _MOVES = set("permute transpose swapaxes swapdims movedim moveaxis".split())
 _CUTS = set("getitem narrow chunk split tensor_split split_with_sizes unbind select".split())
 _SCALES = set("mul rmul imul multiply div truediv neg dropout dropout1d dropout2d dropout3d feature_dropout".split())
 _SCALES |= set("to type type_as float half bfloat16 contiguous clone detach roll flip masked_fill alias".split())
-# Parts of a path that are levels wherever they come; `layer1` is that of ResNets.
-_LEVEL = re.compile(r"^(?:.*\.)?(?:down_blocks\.\d+|mid_block|up_blocks\.\d+|stages\.\d+|layer\d+)(?=\.|$)")
 
 
 class FoundBranches(Sequence[Branch]):
@@ -110,7 +108,9 @@ def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Return the number of samples in the inputs of a forward pass: the first dimension of the largest tensor."""
     tensors = [value for value in tree_leaves((tuple(args), dict(kwargs))) if isinstance(value, Tensor) and value.ndim]
     if not tensors:
-        raise UsageError("the inputs hold no tensor, so that the size of the batch is unknown: give the model's inputs.")
+        raise UsageError(
+            "the inputs hold no tensor, so that the size of the batch is unknown: give the model's inputs."
+        )
     return max(tensors, key=lambda tensor: tensor.ndim).shape[0]
 
 
@@ -161,6 +161,7 @@ class _Search:
     def __init__(self, model: nn.Module, watch: ForwardWatch, batch: int):
         self.model, self.watch, self.batch = model, watch, batch
         self.steps = watch.steps
+        self.dimensions = 3
         # Sums of two sides with layers, by number: neither is a shortcut, but both may be branches of a later addition.
         self.sums: dict[int, tuple[Addition, str]] = {}
         # Layers of torch that hold the samples in dimension 1.
@@ -171,6 +172,18 @@ class _Search:
         }
 
     def find(self) -> FoundBranches:
+        found, reasons = self._search(3)
+        if not found and not reasons:
+            # A network of vectors (B, C).
+            found, reasons = self._search(2)
+        not_gated = [self._line(addition, reason) for addition, reason in reasons]
+        branches = with_levels(self.model, [(item.branch, item.modules[-1], item.tokens) for item in found])
+        name = type(self.model).__name__
+        return FoundBranches(name, branches, not_gated, self._context(found), self._embeddings(found))
+
+    def _search(self, dimensions: int) -> tuple[list[_Found], list[tuple[Addition, str]]]:
+        """Return the branches in order of execution, and the additions that cannot be gated, of this many dimensions."""
+        self.dimensions, self.sums = dimensions, {}
         found: dict[tuple[str, int | None], _Found] = {}
         reasons = []
         for addition in self.watch.additions:
@@ -181,11 +194,7 @@ class _Search:
             except _Reason as reason:
                 reasons.append((addition, str(reason)))
         in_order = sorted(found.values(), key=lambda item: (item.order, item.branch.element or 0))
-        reasons = sorted([*reasons, *self.sums.values()], key=lambda pair: pair[0].total)
-        not_gated = [self._line(addition, reason) for addition, reason in reasons]
-        embeddings = self._embeddings(in_order)
-        context = self._context(in_order)
-        return FoundBranches(type(self.model).__name__, _with_levels(in_order), not_gated, context, embeddings)
+        return in_order, sorted([*reasons, *self.sums.values()], key=lambda pair: pair[0].total)
 
     def _line(self, addition: Addition, reason: str) -> str:
         shape = tuple(self.steps[addition.total].shape)
@@ -197,10 +206,10 @@ class _Search:
         Both sides are followed back to what they have in common. The tensors are numbered in the order in which they
         were made, so the highest number is always taken next, and all that depends on it has been seen.
         """
-        if len(self.steps[addition.total].shape) < 3 or self._in_adapter(addition):
+        if len(self.steps[addition.total].shape) < self.dimensions or self._in_adapter(addition):
             return None
         one, two = addition.sides
-        colours, layers, common = {one: 1}, [0, 0, 0, 0], False
+        colours, layers, common = {one: 1}, [0, 0, 0, 0], set()
         colours[two] = colours.get(two, 0) | 2
         heap = [-number for number in colours]
         heapq.heapify(heap)
@@ -209,7 +218,7 @@ class _Search:
             number = -heapq.heappop(heap)
             colour, step = colours[number], self.steps[number]
             apart -= colour != 3
-            common |= colour == 3
+            common |= {number} if colour == 3 else set()
             layers[colour] += step.weight
             for source in step.inputs:
                 before = colours.get(source, 0)
@@ -217,15 +226,36 @@ class _Search:
                 apart += (colours[source] != 3) - (before in (1, 2))
                 if not before:
                     heapq.heappush(heap, -source)
-        common |= bool(heap)
+        common |= {-number for number in heap}
+        # Two embeddings of one number have that in common, and no features.
+        if layers[1] == layers[2] == 0 or not any(len(self.steps[n].shape) >= self.dimensions for n in common):
+            return None
         fewer, more = sorted(layers[1:3])
-        if not common or more == 0:
-            return None
-        if fewer == more or fewer > 1:
-            words = f"both sides come through layers ({layers[1]} and {layers[2]}), so neither is a shortcut"
-            self.sums[addition.total] = (addition, words)
-            return None
+        if fewer > 1 or fewer == more:
+            # A side that holds the common input itself is a shortcut, whatever was added to it before.
+            least = [self._least_layers(side, common) for side in (one, two)]
+            if min(least) > 0 or max(least) == 0:
+                words = f"both sides come through layers ({layers[1]} and {layers[2]}), so neither is a shortcut"
+                self.sums[addition.total] = (addition, words)
+                return None
+            return one if least[0] > 0 else two
         return one if layers[1] > layers[2] else two
+
+    def _least_layers(self, side: int, common: set[int]) -> float:
+        """Return the number of layers on the shortest way to the common input, through tensors of full size."""
+        least, heap, best, size = {side: 0}, [-side], math.inf, math.prod(self.steps[side].shape)
+        while heap:
+            number = -heapq.heappop(heap)
+            if number in common:
+                best = min(best, least[number])
+                continue
+            step = self.steps[number]
+            for source in step.inputs:
+                if math.prod(self.steps[source].shape) >= size:
+                    if source not in least:
+                        heapq.heappush(heap, -source)
+                    least[source] = min(least.get(source, math.inf), least[number] + step.weight)
+        return best
 
     def _in_adapter(self, addition: Addition) -> bool:
         """Tell whether a layer of peft adds its update to the layer that it wraps."""
@@ -314,8 +344,8 @@ class _Search:
             if self.watch.calls[output.module] == 1:
                 return ContextPlace(output.module, None, output.element, size)
         block = next(name for name in found[0].modules[1:] if shared[0] in self.watch.given.get(name, ()))
-        argument = self.watch.given[block][shared[0]]
-        return ContextPlace(block, argument.argument, argument.index, size)
+        given_as = self.watch.given[block][shared[0]]
+        return ContextPlace(block, given_as.argument, given_as.index, size)
 
     def _is_embedding(self, number: int) -> bool:
         shape, above, seen = self.steps[number].shape, [number], {number}
@@ -345,31 +375,23 @@ def _dim_after(step: Step, before: tuple[int, ...], dim: int) -> int | None:
                 return place
         # Heads that are joined.
         return len(after) - 1 if dim == len(before) - 1 else None
+    if step.name == "getitem":
+        return _dim_of_item(step.arguments[1], len(before), dim)
     return dim if len(after) == len(before) else None
 
 
-def _with_levels(found: Sequence[_Found]) -> list[Branch]:
-    """Give each branch its level: the container that repeats, divided where widths or numbers of tokens differ."""
-    kinds: dict[str, list[tuple[int, int]]] = {}
-    branches = []
-    for item in found:
-        block, width = item.modules[-1], item.branch.width
-        name = _level_name(block) or str(width)
-        seen = kinds.setdefault(name, [])
-        if (width, item.tokens) not in seen:
-            seen.append((width, item.tokens))
-        number = seen.index((width, item.tokens)) + 1
-        branches.append(item.branch._replace(level=name if number == 1 else f"{name} ({number})"))
-    return branches
-
-
-def _level_name(block: str) -> str:
-    """Return the level of the block of this name: `down_blocks.0` of `down_blocks.0.resnets.1`, `layers` of `layers.3`."""
-    known = _LEVEL.match(block)
-    if known:
-        return known.group()
-    parts = block.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return ""
-    return ".".join(parts[: numbers[-2] + 1] if len(numbers) > 1 else parts[: numbers[0]])
+def _dim_of_item(index: Any, dimensions: int, dim: int) -> int | None:
+    """Return the dimension of `x[index]` that dimension `dim` of x has become."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(item, Tensor | list) for item in items):
+        return None
+    if Ellipsis in items:
+        here, taken = items.index(Ellipsis), sum(item is not None for item in items) - 1
+        items[here : here + 1] = [slice(None)] * (dimensions - taken)
+    before = after = 0
+    for item in items:
+        if item is not None and before == dim:
+            return after if isinstance(item, slice) else None
+        before += item is not None
+        after += not isinstance(item, int)
+    return after + dim - before

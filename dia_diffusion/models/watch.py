@@ -5,6 +5,7 @@ module. Nothing is computed again and no value is read, so tensors on `meta` and
 """
 
 import contextlib
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,6 +18,10 @@ from torch.utils._pytree import tree_leaves
 _ADDITIONS = {"add", "radd", "iadd", "addcmul"}
 # What a parameter does in these is to scale or to shift: a layer scale or a position embedding is no layer.
 _POINTWISE = {"add", "radd", "iadd", "mul", "rmul", "imul", "sub", "rsub", "isub", "div", "truediv", "addcmul", "cat"}
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Step(NamedTuple):
@@ -40,7 +45,7 @@ class Output(NamedTuple):
 class Given(NamedTuple):
     """A tensor that a module was given."""
 
-    argument: str | None  # its name, or None where it came by position
+    argument: str  # its name
     index: int
 
 
@@ -77,6 +82,7 @@ class ForwardWatch(TorchFunctionMode):
         self._running: list[str] = []
         self._ended = 0
         self._numbers: dict[int, int] = {}  # by the identity of a tensor
+        self._versions: dict[int, int] = {}  # how often it had been changed in place
         self._alive: list[Any] = []  # or an identity would come a second time
         # Tensors that depend on no input, and whether they are or come from a parameter of several dimensions.
         self._constants = {id(buffer): False for buffer in model.buffers()}
@@ -94,6 +100,7 @@ class ForwardWatch(TorchFunctionMode):
 
     def _add(self, tensor: Tensor, name: str, inputs: tuple[int, ...], weight: bool, arguments: tuple) -> None:
         self._numbers[id(tensor)] = len(self.steps)
+        self._versions[id(tensor)] = _version(tensor)
         self._alive.append(tensor)
         self.steps.append(Step(name, inputs, weight, arguments, tuple(tensor.shape)))
 
@@ -105,9 +112,9 @@ class ForwardWatch(TorchFunctionMode):
         weighted = any(self._constants.get(id(tensor), tensor.ndim > 1) for tensor in constants)
         result = function(*args, **kwargs)
         name = getattr(function, "__name__", "").strip("_")
-        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        if name == "setitem":
-            made = [args[0]]
+        made = [args[0]] if name == "setitem" else [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        # A cast to the type that it has returns the tensor itself.
+        made = [tensor for tensor in made if self._versions.get(id(tensor), -1) != _version(tensor)]
         if not tensors or not made:
             return result
         if not inputs:
@@ -146,8 +153,9 @@ class ForwardWatch(TorchFunctionMode):
         name = self._names[module]
         self._running.append(name)
         self.calls[name] += 1
-        given = [(Given(None, index), value) for index, value in enumerate(args)]
-        given += [(Given(key, len(args) + index), value) for index, (key, value) in enumerate(kwargs.items())]
+        names = [*inspect.signature(module.forward).parameters][: len(args)]
+        names += [str(index) for index in range(len(names), len(args))]
+        given = [(Given(key, index), value) for index, (key, value) in enumerate([*zip(names, args), *kwargs.items()])]
         vectors = [(place, value) for place, value in given if isinstance(value, Tensor) and value.ndim == 2]
         numbered = {self.number(value): place for place, value in vectors if value.is_floating_point()}
         self.given.setdefault(name, {}).update(numbered)
