@@ -122,8 +122,8 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.add_argument(
         "--dataset",
         type=os.path.expanduser,
-        default="digits",
-        help="what to compare with: digits, mnist5k, a folder, a Hub id, or statistics or samples (.npz)",
+        help="what to compare with: digits, mnist5k, a folder, a Hub id, or statistics or samples (.npz); by default "
+        "the data that the training run of the pipeline records",
     )
     evaluate.add_argument("--dataset_config_name", help="configuration of a data set that has several")
     evaluate.add_argument("--image_column", help="column of the images, where it cannot be guessed")
@@ -142,7 +142,15 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.add_argument(
         "--save_images", type=_path, metavar="DIR", help="write the images there; interrupted scoring goes on with them"
     )
+    evaluate.add_argument(
+        "--class_proportions",
+        choices=("reference", "even"),
+        help="how often a class-conditional model draws each class: as often as the reference has it (default), or all "
+        "alike",
+    )
     _add_sampling_options(evaluate, num_images=10000)
+    # Left open: for images in files they have no meaning, and are refused where they are given.
+    evaluate.set_defaults(num_images=None, steps=None, seed=None, guidance_scale=None)
 
 
 def _add_analyze(commands: Commands) -> None:
@@ -161,8 +169,8 @@ def _add_analyze(commands: Commands) -> None:
     analyze.add_argument(
         "--dataset",
         type=os.path.expanduser,
-        default="digits",
-        help="images to look at: digits, mnist5k, a folder or a Hub id",
+        help="images to look at: digits, mnist5k, a folder or a Hub id; by default the data that the training run of "
+        "the model records",
     )
     analyze.add_argument(
         "--num_images", type=number_type(int, COUNT), default=512, help="how many, held-out if there are (default: 512)"

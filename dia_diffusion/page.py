@@ -5,7 +5,7 @@ import html
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,6 +20,9 @@ body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; p
 h1, h2 { line-height: 1.2; text-wrap: balance }
 h2 { margin-top: 2.5rem; font-size: 1.25rem }
 a { color: var(--accent) }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem }
+dt { font-weight: 600 }
+dd { margin: 0 }
 .wide { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
 td, th { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
@@ -33,6 +36,9 @@ pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--line); border-ra
 summary { cursor: pointer }
 @media (max-width: 40rem) {
   table { font-size: .85rem }
+  .plot img { max-width: none; width: 44rem }
+  dl { display: block }
+  dd { margin: 0 0 .5rem }
   td, th { padding: .25rem .4rem }
   td:first-child, th { white-space: normal; overflow-wrap: normal }
 }
@@ -93,6 +99,12 @@ def prose(text: str) -> str:
     return f"<p>{text}</p>"
 
 
+def definitions(facts: Mapping[str, str]) -> str:
+    """Return a list of facts, each under its title."""
+    lines = [f"<dt>{html.escape(title)}</dt><dd>{html.escape(text)}</dd>" for title, text in facts.items()]
+    return "<dl>" + "\n".join(lines) + "</dl>"
+
+
 def folded(title: str, text: str) -> str:
     """A text as it is, to be unfolded."""
     return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
@@ -108,6 +120,11 @@ def picture(image: Image.Image | Path, description: str, pixels: bool = False) -
         data = buffer.getvalue()
     kind, text = " class='pixels'" if pixels else "", html.escape(description, quote=True)
     return f"<img{kind} alt='{text}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
+
+
+def plot(path: Path, description: str) -> str:
+    """Return a picture of a plot, which scrolls inside of the page where the page is narrow."""
+    return f"<div class='wide plot'>{picture(path, description)}</div>"
 
 
 def markdown(text: str, sortable: bool = True) -> str:

@@ -139,8 +139,9 @@ def test_mistakes_end_with_status_2_and_a_line_that_says_what_to_do(model, tmp_p
         (main, ["sample", model, "--scheduler", "fast"], "Choose one of: ddpm"),
         (main, ["sample", model, "--class_label", "12"], "must lie between 0 and 10"),
         (main, ["sample", model, "--device", "cuda:99"], "cuda:99"),
-        (main, ["evaluate", model, "--metrics", "fiddle"], "choose from: fid"),
-        (main, ["evaluate", model, "--features", "inception9"], "'inception9' is neither"),
+        (main, ["evaluate", model], "does not record which data it was trained on: name the data to compare with"),
+        (main, ["evaluate", model, "--dataset", "digits", "--metrics", "fiddle"], "choose from: fid"),
+        (main, ["evaluate", model, "--dataset", "digits", "--features", "inception9"], "'inception9' is neither"),
         (main, ["evaluate", model, "--dataset", empty], "name the features to compare in: --features digits"),
         (main, ["evaluate", model, "--dataset", empty, "--features", "pixels"], "cannot load images from"),
     ]
@@ -205,9 +206,10 @@ def test_a_number_out_of_its_range_is_refused_where_it_is_read(arguments, words,
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
 def test_a_device_that_does_not_compute_is_refused(device, model, tmp_path, capsys):
     for command in ("sample", "evaluate", "analyze"):
-        assert main([command, model, "--device", device]) == 2
+        data = [] if command == "sample" else ["--dataset", "digits"]
+        assert main([command, model, *data, "--device", device]) == 2
         assert f"error: --device {device} cannot be used here" in capsys.readouterr().err
-    assert main(["evaluate", lonely(tmp_path)[0], "--device", device]) == 2
+    assert main(["evaluate", lonely(tmp_path)[0], "--dataset", "digits", "--device", device]) == 2
 
 
 def save_pipeline(folder, sample_size=8, out_channels=3, **scheduler):
@@ -230,7 +232,7 @@ def test_a_pipeline_that_learned_its_variance_is_sampled_as_diffusers_does(tmp_p
     options = ["--steps", "2", "--num_images", "4"]
     assert main(["sample", model, *options, "--output_dir", str(tmp_path / "out")]) == 0
     assert [image.shape for image in images_in(tmp_path / "out")] == [(8, 8, 3)] * 4
-    assert main(["evaluate", model, *options, "--features", "pixels", "--metrics", "fid"]) == 0
+    assert main(["evaluate", model, *options, "--dataset", "digits", "--features", "pixels", "--metrics", "fid"]) == 0
     assert main(["sample", model, *options, "--scheduler", "ddim"]) == 2
     assert "predicts the variance besides the noise, which DDIMScheduler cannot use" in capsys.readouterr().err
 
@@ -238,7 +240,7 @@ def test_a_pipeline_that_learned_its_variance_is_sampled_as_diffusers_does(tmp_p
 def test_a_pipeline_that_does_not_say_its_size_is_refused_by_all_commands(tmp_path, capsys):
     model = save_pipeline(tmp_path / "m", sample_size=None)
     for command in ("sample", "evaluate", "analyze"):
-        assert main([command, model]) == 2
+        assert main([command, model, *([] if command == "sample" else ["--dataset", "digits"])]) == 2
         assert "set sample_size in its unet/config.json" in capsys.readouterr().err
 
 

@@ -60,7 +60,7 @@ def test_places_that_cannot_be_written_are_noticed_before_the_work(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["another", "file", "folder", "new"]
     with pytest.raises(UsageError, match="is a folder: name the file to write"):
         check_output_file(tmp_path / "new")
-    with pytest.raises(UsageError, match="'.*file' is a file, and a folder is needed"):
+    with pytest.raises(UsageError, match=r"'.*file' is a file, and a folder is needed"):
         check_output_file(tmp_path / "file" / "x.json")
     with pytest.raises(UsageError, match="nothing can be written in '/proc/1': "):
         check_output_folder(Path("/proc/1"))

@@ -1,18 +1,26 @@
-"""What `dia analyze` does: reads the attention maps of a model for real images, and reports on them."""
+"""Run `dia analyze`: read the attention maps of a model for real images, and report on them."""
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..data.pixels import describe_images
+from ..data.loading import load_pixels
+from ..data.pixels import PixelDataset, describe_images
 from ..data.preparation import prepare_pixels
+from ..data.recorded import choose_data
 from ..data.sources import load_dataset_splits
 from ..errors import UsageError
+from ..files import check_output_folder
 from ..latents.autoencoder import downsampling_factor, encode_posterior
 from ..latents.scaling import scale_latents
-from ..process.distributed import find_device, make_state
+from ..process.distributed import find_device, make_state, say
 from ..sampling.loading import load_pipeline
 from ..sampling.schedulers import make_noising_scheduler
 from .analysis_report import format_analysis, report
@@ -20,11 +28,12 @@ from .maps import collect_classifier_maps, collect_maps, load_classifier, place_
 
 
 def analyze(options: argparse.Namespace) -> None:
-    """Runs `dia analyze` with its parsed options.
+    """Run `dia analyze` with its parsed options.
 
     Raises:
         UsageError: for a model without attention maps, or options that cannot work.
     """
+    check_output_folder(options.output_dir)
     if options.attention is not None:
         analyze_classifier(options)
         return
@@ -34,10 +43,44 @@ def analyze(options: argparse.Namespace) -> None:
         raise UsageError(f"'{options.model}' has no attention maps: it was trained without DIA (dia_attention).")
     if not isinstance(unet.config.sample_size, int):
         raise UsageError(f"only models of square images can be analyzed, not of {unet.config.sample_size}.")
-    names = getattr(pipeline, "class_names", None)
-    with_labels = unet.config.num_class_embeds is not None
-    train, held_out = load_dataset_splits(options.dataset, with_labels=with_labels)
+    dataset, recorded = choose_data(options.model, options.dataset)
     resolution, channels, encode = _find_images(pipeline)
+    with_labels = unet.config.num_class_embeds is not None
+    if recorded is not None and recorded.class_conditional == with_labels:
+        train, held_out = load_pixels(replace(recorded, resolution=resolution, channels=channels))
+        pixels = train if held_out is None else held_out
+    else:
+        pixels = _prepare(dataset, resolution, channels, with_labels, getattr(pipeline, "class_names", None))
+    if with_labels and pixels.labels.max() >= unet.config.num_class_embeds - 1:
+        raise UsageError(
+            f"'{dataset}' has {pixels.num_classes} classes; the model knows no more than "
+            f"{unet.config.num_class_embeds - 1}."
+        )
+    facts = _describe(options.model, unet, unet.dia, pixels, dataset, pipeline.device)
+    scheduler = make_noising_scheduler(pipeline.scheduler.config)
+    maps, timesteps = collect_maps(
+        unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size, encode
+    )
+    _finish(report(maps, timesteps, options.output_dir, facts=facts), options.output_dir)
+
+
+def analyze_classifier(options: argparse.Namespace) -> None:
+    """Analyse an image classifier of transformers with its attention, which has no timesteps."""
+    device = find_device(options.device, make_state())
+    model = load_classifier(options.model, options.attention, device)
+    size, mean, std = read_processor(options.model, model.config)
+    dataset, _ = choose_data(options.model, options.dataset)
+    pixels = _prepare(dataset, size, model.config.num_channels)
+    facts = _describe(options.model, model, model.dia, pixels, dataset, device)
+    maps = collect_classifier_maps(model, pixels, mean, std, options.num_images, options.batch_size)
+    _finish(report(maps, [], options.output_dir, place_branches(model), facts), options.output_dir)
+
+
+def _prepare(
+    dataset: str, resolution: int, channels: int, with_labels: bool = False, names: list[str] | None = None
+) -> PixelDataset:
+    """Load the held-out images of a data set, or its training images where none are held out."""
+    train, held_out = load_dataset_splits(dataset, with_labels=with_labels)
     pixels = prepare_pixels(
         train if held_out is None else held_out,
         resolution,
@@ -47,23 +90,31 @@ def analyze(options: argparse.Namespace) -> None:
         trained=(names, range(len(names))) if with_labels and names else None,
     )
     if len(pixels) == 0:
-        raise UsageError(f"no image of '{options.dataset}' can be used: {'; '.join(pixels.left_out)}.")
-    if with_labels and pixels.labels.max() >= unet.config.num_class_embeds - 1:
-        raise UsageError(
-            f"'{options.dataset}' has {pixels.num_classes} classes; the model knows no more than "
-            f"{unet.config.num_class_embeds - 1}."
-        )
-    print(f"Images: {describe_images(pixels, options.dataset)} Device: {pipeline.device}.")
-    scheduler = make_noising_scheduler(pipeline.scheduler.config)
-    maps, timesteps = collect_maps(
-        unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size, encode
-    )
-    print(format_analysis(report(maps, timesteps, options.output_dir)))
-    print(f"The report is {options.output_dir}/report.html; all figures and the pictures lie beside it.")
+        raise UsageError(f"no image of '{dataset}' can be used: {'; '.join(pixels.left_out)}.")
+    return pixels
+
+
+def _describe(
+    name: str, model: nn.Module, attention: nn.Module, pixels: PixelDataset, dataset: str, device: torch.device
+) -> dict[str, str]:
+    """Return what is analysed, by title, and print it."""
+    parameters, own = (sum(weights.numel() for weights in part.parameters()) for part in (model, attention))
+    facts = {
+        "Model": f"{name}: {type(model).__name__}, {parameters:,} parameters, {own:,} of them its attention.",
+        "Images": describe_images(pixels, dataset),
+    }
+    for title, text in facts.items():
+        say(f"{title}: {text}")
+    return facts | {"Device": str(device), "Date": f"{date.today():%d %B %Y}"}
+
+
+def _finish(figures: dict[str, Any], folder: Path) -> None:
+    say(format_analysis(figures))
+    say(f"The report is {folder}/report.html; all figures and the pictures lie beside it.")
 
 
 def _find_images(pipeline: DiffusionPipeline) -> tuple[int, int, Callable[[Tensor], Tensor] | None]:
-    """Resolution and channels of the images that a model is for, and how its VAE encodes them, if it has one."""
+    """Return resolution and channels of the images of a model, and how its VAE encodes them, if it has one."""
     config, vae = pipeline.unet.config, getattr(pipeline, "vae", None)
     if vae is None:
         return config.sample_size, config.in_channels, None
@@ -73,19 +124,3 @@ def _find_images(pipeline: DiffusionPipeline) -> tuple[int, int, Callable[[Tenso
         return scale_latents(means, vae.config).cpu()
 
     return config.sample_size * downsampling_factor(vae), vae.config.in_channels, encode
-
-
-def analyze_classifier(options: argparse.Namespace) -> None:
-    """The same for an image classifier of transformers with its attention, which has no timesteps."""
-    device = find_device(options.device, make_state())
-    model = load_classifier(options.model, options.attention, device)
-    size, mean, std = read_processor(options.model, model.config)
-    train, held_out = load_dataset_splits(options.dataset)
-    images = train if held_out is None else held_out
-    pixels = prepare_pixels(images, size, model.config.num_channels, on_bad_image="skip")
-    if len(pixels) == 0:
-        raise UsageError(f"no image of '{options.dataset}' can be used: {'; '.join(pixels.left_out)}.")
-    print(f"Images: {describe_images(pixels, options.dataset)} Device: {device}.")
-    maps = collect_classifier_maps(model, pixels, mean, std, options.num_images, options.batch_size)
-    print(format_analysis(report(maps, [], options.output_dir, place_branches(model))))
-    print(f"The report is {options.output_dir}/report.html; all figures and the pictures lie beside it.")

@@ -82,15 +82,21 @@ def _pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def group_pairs(blocks: Sequence[Block], pairs: Iterable[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
-    """Pairs of blocks by where they stand; a pair may stand in several groups."""
+    """Group pairs of blocks by where they stand; a pair may stand in several groups.
+
+    Returns:
+        `dict`: Every pair, pairs within each level from full resolution down, between levels, and by path, in order of
+        execution.
+    """
     place = {block.name: block for block in blocks}
-    groups: dict[str, list[tuple[str, str]]] = {}
+    levels = [f"level {level}" for level in sorted({block.level for block in blocks})]
+    groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("every pair", *levels, "between levels")}
     for pair in pairs:
         a, b = (place[name] for name in pair)
         level = f"level {a.level}" if a.level == b.level else "between levels"
         for group in ("every pair", level, f"{a.path}-{b.path}"):
             groups.setdefault(group, []).append(pair)
-    return groups
+    return {group: pairs for group, pairs in groups.items() if pairs}
 
 
 def describe(values: np.ndarray) -> dict[str, Any]:

@@ -38,8 +38,12 @@ def choose_data(
         data or nothing.
 
     Raises:
-        UsageError: if no data is named and none is recorded, or if the recorded data is not here.
+        UsageError: if no data is named and none is recorded, or if the data is not here.
     """
+    if dataset is not None and Path(dataset).expanduser().is_file() and not dataset.endswith(".npz"):
+        raise UsageError(
+            f"--dataset '{dataset}' is a file: name a folder, a data set, or samples or statistics (.npz)."
+        )
     recorded = find_recorded_data(model)
     if recorded is not None:
         origin = recorded.dataset_name or recorded.train_data_dir or ""
@@ -49,8 +53,11 @@ def choose_data(
                     f"'{model}' was trained on the images in '{origin}', and there is no such folder here: name the "
                     "data to compare with, --dataset FOLDER."
                 )
-            given = {"dataset_config_name": config_name, "image_column": image_column}
-            return origin, replace(recorded, **{name: value for name, value in given.items() if value is not None})
+            return origin, replace(
+                recorded,
+                dataset_config_name=config_name or recorded.dataset_config_name,
+                image_column=image_column or recorded.image_column,
+            )
     if dataset is None:
         raise UsageError(
             f"'{model}' does not record which data it was trained on: name the data to compare with, for example "

@@ -29,7 +29,7 @@ def sample_batch(
     numbers: Sequence[int],
     steps: int,
     seed: int = 0,
-    class_label: int | None = None,
+    class_label: int | Sequence[int] | None = None,
     guidance_scale: float = 1.0,
 ) -> Tensor:
     """Generates the images of these numbers: image i is the same whatever else is in its batch.
@@ -38,8 +38,8 @@ def sample_batch(
         pipeline (`DiffusionPipeline`): A DIAUNetPipeline, or any unconditional pipeline of diffusers.
         numbers (`Sequence[int]`): Which images.
         steps, seed (`int`): Denoising steps, the seed.
-        class_label (`int`, *optional*):
-            The class of all images. By default a class-conditional pipeline takes its classes in turn.
+        class_label (`int` or sequence of `int`, *optional*):
+            The class of all images, or of each. By default a class-conditional pipeline takes its classes in turn.
         guidance_scale (`float`, *optional*, defaults to 1.0): Strength of guidance, by a guide or classifier-free.
 
     Returns:

@@ -1,51 +1,147 @@
-"""What `dia evaluate` does: finds the images and the reference, scores, and writes the results."""
+"""Run `dia evaluate`: find the images and the reference, score, and write the results."""
 
 import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
+from torch import nn
 
+from ..data.loading import load_pixels
 from ..data.pixels import PixelDataset, describe_images
 from ..data.preparation import prepare_at_own_size, prepare_pixels
+from ..data.recorded import choose_data
 from ..data.sources import DIGITS, load_all_images, load_images
 from ..errors import UsageError
+<<<<<<< HEAD
 from ..files import write_json
 from ..process.distributed import find_device, make_state, print_main
+=======
+from ..files import check_output_file, check_output_folder, write_json
+from ..options.data import DataOptions
+from ..process.distributed import find_device, make_state, say
+>>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 from ..sampling.loading import check_guide, load_pipeline
 from ..sampling.numbered import check_sampling, describe_guidance, sample_batch
-from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
+from .archives import SAMPLES, STATISTICS, ArchiveImages, array_names
+from .evaluation import DEFAULT_METRICS, check_metric_names, check_metrics, evaluate
 from .features.extractor import FeatureExtractor
 from .features.named import FEATURES, get_extractor
-from .images import SAMPLES, STATISTICS, ArchiveImages, FolderImages, PipelineImages, array_names, check_one_size
+from .images import FolderImages, PipelineImages, check_one_size, shares_in_dataset, shares_of_labels
 from .reference import Reference, read_published
 from .score_report import format_scores, write_report
 
 ARCHIVE = ".npz"
+# Defaults of what only pipelines take; images that lie in files are made already.
+_SAMPLING = {"num_images": 10_000, "steps": 25, "seed": 0, "guidance_scale": 1.0}
+_OF_PIPELINES = (*_SAMPLING, "scheduler", "guide", "compile_mode", "save_images", "class_proportions")
 
 
-def score(options: argparse.Namespace) -> None:
-    """Runs `dia evaluate` with its parsed options.
+class RealImages(NamedTuple):
+    """What generated images are compared with.
+
+    Attributes:
+        images (`PixelDataset` or `ArchiveImages`): The reference.
+        held_out (`PixelDataset`, *optional*): Images that are not among them, for the floor.
+        class_shares (list of `float`, *optional*): How often the reference has each class of the model, where it says.
+    """
+
+    images: PixelDataset | ArchiveImages
+    held_out: PixelDataset | None = None
+    class_shares: list[float] | None = None
+
+
+def score(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Score what the options of `dia evaluate` name.
+
+    Returns:
+        `dict`: The scores, as `evaluate` returns them; None on processes other than the main one.
 
     Raises:
         UsageError: for options that do not fit each other or the data.
     """
-    reference_file = Path(options.dataset) if options.dataset.endswith(ARCHIVE) else None
-    published = reference_file is not None and not _are_images(reference_file)
-    metrics = _parse_metrics(options.metrics, ("fid",) if published else DEFAULT_METRICS)
-    name = options.features or (DIGITS if options.dataset == DIGITS else None)
+    options = _settle(options)
+    _check_outputs(options)
+    state = make_state()
+    device = find_device(options.device, state)
+    pixels = _load_scored(options.what, state)
+    pipeline = None
+    if pixels is None:
+        pipeline = load_pipeline(options.what, options.scheduler, device, options.compile_mode, options.guide)
+        check_sampling(pipeline, options.steps)
+    dataset, recorded = choose_data(options.what, options.dataset, options.dataset_config_name, options.image_column)
+    archive = Path(dataset).expanduser() if dataset.endswith(ARCHIVE) else None
+    published = archive if archive is not None and not _holds_images(archive) else None
+    metrics = _parse_metrics(options.metrics, DEFAULT_METRICS if published is None else ("fid",))
+    name = options.features or (DIGITS if dataset == DIGITS else None)
     if name is None:
         raise UsageError(f"name the features to compare in: --features {', '.join(FEATURES)}.")
+    resolution, channels = _shape(pipeline) if pixels is None else (pixels.resolution, pixels.channels)
+    real = None
+    if published is None:
+        with state.main_process_first():
+            real = _load_real(options, dataset, recorded, resolution, pipeline)
+    extractor = _make_extractor(name, options.inception_path, resolution, channels, real).to(device)
+    check_metrics(metrics, extractor)
+    reference = read_published(published, extractor) if real is None else real.images
+    held_out = None if real is None else real.held_out
+    # The first process adopts the folder of images, the others find it adopted.
+    with state.main_process_first():
+        generated = FolderImages(pixels) if pixels is not None else _make_images(options, pipeline, real)
+    facts = {
+        "Generated images": _describe_generated(generated, options),
+        "Reference": _describe(reference, dataset),
+        "Held-out images": "none." if held_out is None else describe_images(held_out, dataset),
+        "Features": f"{name}. Device: {device}.",
+    }
+    if pipeline is not None:
+        facts = {"Model": _describe_model(pipeline)} | facts
+    for title, text in facts.items():
+        say(f"{title}: {text}")
+    scores = evaluate(generated, reference, extractor, metrics, held_out, options.batch_size, state)
+    if scores is not None:
+        command = shlex.join(["dia", *sys.argv[1:]])
+        scores = {"command": command, "what": options.what, "dataset": dataset} | scores
+        _write(options, scores, facts, generated, reference, extractor)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return scores
+
+
+def _settle(options: argparse.Namespace) -> argparse.Namespace:
+    """Return the options with the defaults of sampling, or refuse these where no pipeline is scored."""
+    options = argparse.Namespace(**vars(options))
+    if _holds_files(options.what):
+        given = [f"--{name.removesuffix('_mode')}" for name in _OF_PIPELINES if getattr(options, name) is not None]
+        if given:
+            says, them = ("says", "it") if len(given) == 1 else ("say", "them")
+            raise UsageError(
+                f"{' and '.join(given)} {says} how a pipeline makes images, and those in '{options.what}' are made "
+                f"already: leave {them} out."
+            )
+    for name, value in _SAMPLING.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if options.batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, but is {options.batch_size}.")
+    check_metric_names(_parse_metrics(options.metrics, DEFAULT_METRICS))
+    check_guide(options.guide, options.guidance_scale)
+    return options
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Notice before a long run what cannot be written after it."""
     places = [path.resolve() for path in (options.output, options.report, options.save_images) if path is not None]
     if len(set(places)) < len(places):
         raise UsageError("output, report and save_images must be different places.")
     for path in (options.output, options.report):
         if path is not None:
+<<<<<<< HEAD
             # Not at the end of a long run.
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
@@ -103,30 +199,115 @@ def score(options: argparse.Namespace) -> None:
         _write(options, scores, generated, reference, extractor)
     state.wait_for_everyone()
     state.destroy_process_group()
+=======
+            check_output_file(path)
+    if options.save_images is not None:
+        check_output_folder(options.save_images)
+>>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 
 
-def _what_is_used(
+def _holds_files(what: str) -> bool:
+    """Whether the images to score lie in files, rather than being made by a pipeline."""
+    path = Path(what).expanduser()
+    if path.is_file() and path.suffix != ARCHIVE:
+        raise UsageError(f"'{what}' is a file: name a pipeline, a folder of images, or samples (.npz).")
+    return what.endswith(ARCHIVE) or (path.is_dir() and not (path / DiffusionPipeline.config_name).is_file())
+
+
+def _load_scored(what: str, state: PartialState) -> PixelDataset | ArchiveImages | None:
+    """Return the images to score that lie in files; None for a pipeline."""
+    if not _holds_files(what):
+        return None
+    if what.endswith(ARCHIVE):
+        return ArchiveImages(Path(what).expanduser())
+    with state.main_process_first():
+        images = load_all_images(what)
+        check_one_size(images)
+        return prepare_at_own_size(images)
+
+
+def _load_real(
     options: argparse.Namespace,
-    generated: FolderImages | PipelineImages,
-    pixels: PixelDataset | ArchiveImages | None,
-    reference: PixelDataset | ArchiveImages | Reference,
-    held_out: PixelDataset | None,
-    features: str,
-    device: object,
-) -> list[str]:
-    """What scoring says at its start."""
-    if isinstance(generated, PipelineImages):
-        guidance = describe_guidance(generated.pipeline, options.guidance_scale)
-        how = f"{options.steps} steps of {type(generated.pipeline.scheduler).__name__}{guidance}"
-        images = f"{len(generated):,} of '{options.what}', in {how}, seed {options.seed}."
+    dataset: str,
+    recorded: DataOptions | None,
+    resolution: int,
+    pipeline: DiffusionPipeline | None,
+) -> RealImages:
+    """Load the images to compare with: as the training run loads them where it recorded these, else as they are."""
+    if recorded is not None:
+        train, held_out = load_pixels(replace(recorded, resolution=resolution))
+        return RealImages(train, held_out, shares_of_labels(train.labels, train.num_classes))
+    if dataset.endswith(ARCHIVE):
+        return RealImages(ArchiveImages(Path(dataset).expanduser(), resolution))
+    rows, held_out_rows = load_images(dataset, options.dataset_config_name)
+    reference, held_out = prepare_pixels(rows, resolution, image_column=options.image_column), None
+    if held_out_rows is not None:
+        held_out = prepare_pixels(held_out_rows, resolution, reference.channels, options.image_column)
+    classes = getattr(pipeline, "null_class", None)
+    shares = shares_in_dataset(rows, pipeline.class_names, classes) if pipeline is not None and classes else None
+    return RealImages(reference, held_out, shares)
+
+
+def _make_extractor(
+    name: str, inception_path: str | None, resolution: int, channels: int, real: RealImages | None
+) -> FeatureExtractor:
+    # Without colour a grey copy of a colour image would be the image itself.
+    wanted = channels if real is None else max(channels, real.images.channels)
+    extractor = get_extractor(name, resolution, wanted, inception_path)
+    if real is not None and real.images.channels != channels and extractor.channels == 3:
+        grey, other = ("images to score", "reference images")[:: 1 if channels == 1 else -1]
+        say(f"The {grey} are grey and those of the {other} have colour: they are compared as colour images.")
+    return extractor
+
+
+def _make_images(options: argparse.Namespace, pipeline: DiffusionPipeline, real: RealImages | None) -> PipelineImages:
+    """Return the images of a pipeline, and say how often each class is drawn."""
+    shares, even = None, options.class_proportions == "even"
+    if not getattr(pipeline, "null_class", None):
+        if options.class_proportions is not None:
+            raise UsageError("--class_proportions needs a class-conditional pipeline, which this is not.")
     else:
-        images = _describe(pixels, options.what)
-    return [
-        f"Generated images: {images}",
-        f"Reference: {_describe(reference, options.dataset)}",
-        f"Held-out images: {'none.' if held_out is None else describe_images(held_out, options.dataset)}",
-        f"Features: {features}. Device: {device}.",
-    ]
+        # Other classes than the model's say nothing.
+        known = real is not None and real.class_shares is not None and len(real.class_shares) == pipeline.null_class
+        shares = real.class_shares if real is not None and known and not even else None
+        unknown = "" if even or known else ", since the reference does not say how often it has each of them"
+        if shares is None or len(set(shares)) == 1:
+            say(f"Classes: all are drawn alike{unknown}.")
+        else:
+            names = pipeline.class_names or range(len(shares))
+            shown = [f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True)]
+            few = ", ".join(shown[:10]) + (", ..." if shown[10:] else "")
+            say(f"Classes: drawn as often as the reference has them ({few}); --class_proportions even draws all alike.")
+    return PipelineImages(
+        pipeline,
+        options.num_images,
+        options.steps,
+        options.seed,
+        options.guidance_scale,
+        options.save_images,
+        shares,
+    )
+
+
+def _describe_model(pipeline: DiffusionPipeline) -> str:
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    sizes = {name: sum(weights.numel() for weights in part.parameters()) for name, part in networks.items()}
+    attention = sum(
+        weights.numel()
+        for name, weights in networks.get("unet", nn.Module()).named_parameters()
+        if name.startswith("dia.")
+    )
+    of_attention = f" ({attention:,} of its attention)" if attention else ""
+    parts = [f"{size:,} parameters in '{name}'{of_attention if name == 'unet' else ''}" for name, size in sizes.items()]
+    return f"{type(pipeline).__name__}, {', '.join(parts)}."
+
+
+def _describe_generated(generated: FolderImages | PipelineImages, options: argparse.Namespace) -> str:
+    if isinstance(generated, FolderImages):
+        return _describe(generated.pixels, options.what)
+    guidance = describe_guidance(generated.pipeline, options.guidance_scale)
+    how = f"{options.steps} steps of {type(generated.pipeline.scheduler).__name__}{guidance}"
+    return f"{len(generated):,} of '{options.what}', in {how}, seed {options.seed}."
 
 
 def _describe(images: PixelDataset | ArchiveImages | Reference, name: str) -> str:
@@ -142,13 +323,8 @@ def _parse_metrics(text: str | None, default: Sequence[str]) -> list[str]:
     return list(default) if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _is_images(what: str) -> bool:
-    folder = Path(what).expanduser()
-    return what.endswith(ARCHIVE) or (folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file())
-
-
 def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
-    """Resolution (the shorter side) and number of channels of the images of a pipeline."""
+    """Return the resolution (the shorter side) and the number of channels of the images of a pipeline."""
     if {name for name, part in pipeline.components.items() if part is not None} - {"guide"} == {"unet", "scheduler"}:
         size = pipeline.unet.config.sample_size
         return size if isinstance(size, int) else min(size), pipeline.unet.config.in_channels
@@ -157,39 +333,41 @@ def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
     return min(image.shape[2:]), image.shape[1]
 
 
-def _are_images(path: Path) -> bool:
+def _holds_images(path: Path) -> bool:
     """Whether an `.npz` file is there for its images. Where it has statistics too, these count."""
     names = array_names(path)
     return SAMPLES in names and not set(STATISTICS) <= set(names)
 
 
-def _load_reference(options: argparse.Namespace, resolution: int) -> tuple[PixelDataset, PixelDataset | None]:
-    train, held_out = load_images(options.dataset, options.dataset_config_name)
-    train = prepare_pixels(train, resolution, image_column=options.image_column)
-    if held_out is not None:
-        held_out = prepare_pixels(held_out, resolution, train.channels, options.image_column)
-    return train, held_out
-
-
 def _write(
     options: argparse.Namespace,
     scores: dict[str, Any],
+    facts: dict[str, str],
     generated: FolderImages | PipelineImages,
     reference: PixelDataset | ArchiveImages | Reference,
     extractor: FeatureExtractor,
 ) -> None:
-    scores = {"command": shlex.join(["dia", *sys.argv[1:]]), "what": options.what, "dataset": options.dataset} | scores
-    print(format_scores(scores))
+    """Write the files, and then print the scores: an output that nobody reads any more costs no figures."""
+    if options.output is not None:
+        write_json(options.output, scores)
+    if options.report is not None:
+        images = reference if not isinstance(reference, Reference) else None
+        write_report(options.report, scores, facts, generated, images, extractor, options.output)
     seconds = scores["seconds"]
     outside = 1 - seconds["sampling"] / seconds["total"]
-    print(
+    say(format_scores(scores))
+    say(
         f"{seconds['total']:.0f} s in all, {outside:.0%} of it outside sampling; features and logits kept in memory: "
         f"{scores['bytes_kept'] / 1e6:.1f} MB."
     )
     for warning in scores["warnings"]:
+<<<<<<< HEAD
         print(f"warning: {warning}")
     if options.output is not None:
         write_json(options.output, scores)
     if options.report is not None:
         images = reference if not isinstance(reference, Reference) else None
         write_report(options.report, scores, generated, images, extractor, options.output)
+=======
+        say(f"warning: {warning}")
+>>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)

@@ -124,10 +124,8 @@ def evaluate(
     }
 
 
-def check_metrics(
-    metrics: Sequence[str], extractor: FeatureExtractor, reference: PixelDataset | Reference | None = None
-) -> None:
-    """Refuses metrics that are unknown, or that these features or this reference do not allow."""
+def check_metric_names(metrics: Sequence[str]) -> None:
+    """Refuse metrics that are unknown, and none at all."""
     if not metrics:
         raise UsageError(f"name at least one metric of: {', '.join(METRICS)}.")
     unknown = [name for name in metrics if name not in METRICS]
@@ -135,6 +133,13 @@ def check_metrics(
         raise UsageError(
             f"there is no metric named '{unknown[0]}'; choose from: {', '.join(METRICS)}.{nearest(unknown[0], METRICS)}"
         )
+
+
+def check_metrics(
+    metrics: Sequence[str], extractor: FeatureExtractor, reference: PixelDataset | Reference | None = None
+) -> None:
+    """Refuse metrics that are unknown, or that these features or this reference do not allow."""
+    check_metric_names(metrics)
     if "is" in metrics and extractor.num_classes is None:
         raise UsageError(f"the Inception Score needs a classifier, and the features '{extractor.name}' have none.")
     impossible = sorted(_NEED_FEATURES & set(metrics))

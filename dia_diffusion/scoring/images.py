@@ -1,13 +1,9 @@
-"""Samples in an `.npz` file, as the tools of ADM and EDM write them: `arr_0`, uint8 of shape `(N, H, W, C)`.
+"""Generated images by number: from a pipeline as they are asked for, or from files."""
 
-Generated images by number: from a pipeline as they are asked for, or from files."""
-
-import hashlib
 import io
 import json
-import struct
-import zipfile
-import zlib
+import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,8 +17,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.decoding import UNREADABLE, image_to_pixels
+from ..data.columns import find_image_column, find_label_column
+from ..data.decoding import UNREADABLE
 from ..data.pixels import PixelDataset
+<<<<<<< HEAD
 from ..errors import UsageError, first_line
 from ..files import replace_file, weights_digest, write_json
 from ..sampling.numbered import check_sampling, sample_batch
@@ -139,10 +137,18 @@ def _map(path: Path) -> tuple[np.ndarray, str]:
             raise ValueError("it holds Python objects, which are not loaded")
         return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C"), digest.hexdigest()
 
+=======
+from ..errors import UsageError
+from ..files import check_output_folder, replace_file, to_json, weights_checksum, write_json
+from ..sampling.numbered import check_sampling, sample_batch
+from .archives import ArchiveImages
+>>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 
 _RECORD = "settings.json"
 # The tag of EXIF that says how a picture is turned, and where that swaps height and width.
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
+# Multiples of it, modulo 1, fill [0, 1) evenly, however many there are.
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class PipelineImages:
@@ -152,6 +158,8 @@ class PipelineImages:
         pipeline (`DiffusionPipeline`): A DIAUNetPipeline, or any unconditional pipeline of diffusers.
         num_images, steps, seed (`int`): How many images, denoising steps, and the seed.
         guidance_scale (`float`, *optional*, defaults to 1.0): Strength of guidance, by a guide or classifier-free.
+        class_shares (sequence of `float`, *optional*):
+            How often a class-conditional pipeline draws each class; by default it takes its classes in turn.
         folder (`Path`, *optional*):
             Where to write each image as a PNG file. Images that are there already are read instead of generated.
 
@@ -167,6 +175,7 @@ class PipelineImages:
         seed: int = 0,
         guidance_scale: float = 1.0,
         folder: Path | None = None,
+        class_shares: Sequence[float] | None = None,
     ):
         if num_images < 2:
             raise UsageError(f"scores need at least 2 generated images, but num_images is {num_images}.")
@@ -177,31 +186,33 @@ class PipelineImages:
         self.seed = seed
         self.guidance_scale = guidance_scale
         self.folder = folder
+        # Classes that come up alike are taken in turn.
+        self.class_shares = list(class_shares) if class_shares and len(set(class_shares)) > 1 else None
         if folder is not None:
-            self._claim(folder)
+            self._adopt(folder)
 
     def __len__(self) -> int:
         return self.num_images
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes two sets of generated images comparable; ready for JSON."""
+        """Return what makes two sets of generated images comparable, ready for JSON."""
         scheduler = self.pipeline.scheduler
         config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-        return {
+        settings = {
             "scheduler": type(scheduler).__name__,
             "scheduler_config": json.loads(json.dumps(config, default=str)),
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
-        } | ({"guidance": "guide"} if self.guidance_scale != 1.0 and self._has_guide else {})
-
-    @property
-    def _has_guide(self) -> bool:
-        return getattr(self.pipeline, "guide", None) is not None
+        }
+        if self.guidance_scale != 1.0 and getattr(self.pipeline, "guide", None) is not None:
+            settings["guidance"] = "guide"
+        # Scores with classes in turn have no such key, as before there was a choice.
+        return settings if self.class_shares is None else settings | {"class_shares": self.class_shares}
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where these images come from; ready for JSON."""
+        """Return where these images come from, ready for JSON."""
         weights = {
             f"{name}.{key}": tensor
             for name, component in self.pipeline.components.items()
@@ -211,7 +222,7 @@ class PipelineImages:
         return {"pipeline": type(self.pipeline).__name__, "weights": weights_digest(weights), "seed": self.seed}
 
     def numbered(self, numbers: range) -> Tensor:
-        """These images, uint8 of shape `(B, C, R, R)` on the CPU: the middle of those that are not square, as
+        """Return these images, uint8 of shape `(B, C, R, R)` on the CPU: the middle of those that are not square, as
         `PixelDataset` cuts real ones."""
         images = self._whole(numbers)
         size = min(images.shape[2:])
@@ -225,24 +236,81 @@ class PipelineImages:
                 return torch.stack([_read(path) for path in paths])
             except UNREADABLE:
                 pass  # A broken file is written anew.
-        images = sample_batch(self.pipeline, numbers, self.steps, self.seed, guidance_scale=self.guidance_scale)
+        labels = None if self.class_shares is None else draw_classes(self.class_shares, numbers, self.seed)
+        images = sample_batch(self.pipeline, numbers, self.steps, self.seed, labels, self.guidance_scale)
         for path, image in zip(paths, images, strict=False):
             picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
             replace_file(path, partial(picture.save, format="PNG"))
         return images
 
-    def _claim(self, folder: Path) -> None:
-        """Images of another model or other settings must not be taken for those of this one."""
-        mine = {"sampling": self.settings, "origin": self.origin}
+    def _adopt(self, folder: Path) -> None:
+        """Refuse a folder with images of another model or other settings, and record those of this one."""
+        # As they will be read again.
+        mine = json.loads(to_json({"sampling": self.settings, "origin": self.origin}))
         record = folder / _RECORD
         if record.is_file():
-            if _load(record) != mine:
+            if json.loads(to_json(_load(record))) != mine:
                 raise UsageError(f"'{folder}' holds images of another model or other settings; choose another.")
             return
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"'{folder}' is not empty and has no {_RECORD} of earlier scoring; choose another folder.")
+<<<<<<< HEAD
         folder.mkdir(parents=True, exist_ok=True)
         write_json(record, mine)
+=======
+        check_output_folder(folder)
+        write_json(record, mine)
+
+
+def draw_classes(shares: Sequence[float], numbers: Sequence[int], seed: int) -> list[int]:
+    """Return the class of each image number: evenly spread points, moved by the seed, through the inverse CDF.
+
+    A class depends on the number of its image alone, and among any N images each class comes up about as often as its
+    share says, more exactly than by independent draws.
+
+    Args:
+        shares (sequence of `float`): How often each class is to come up; together 1.
+        numbers (sequence of `int`), seed (`int`): Which images of which seed.
+    """
+    points = (np.random.default_rng(seed).random() + np.asarray(numbers) * _GOLDEN_RATIO) % 1
+    edges = np.cumsum(shares) / np.sum(shares)
+    return np.searchsorted(edges, points, side="right").tolist()
+
+
+def shares_of_labels(labels: np.ndarray | None, num_classes: int | None) -> list[float] | None:
+    """Return the share of each class among labels, or None without labels.
+
+    Args:
+        labels (`np.ndarray` of shape `(N,)`, *optional*): Class numbers.
+        num_classes (`int`, *optional*): How many classes there are.
+    """
+    if labels is None or not num_classes or not len(labels):
+        return None
+    return (np.bincount(labels, minlength=num_classes) / len(labels)).tolist()
+
+
+def shares_in_dataset(dataset: Dataset, names: Sequence[str] | None, num_classes: int) -> list[float] | None:
+    """Return the share of each class of a model among the labels of a data set, or None where it has no such labels.
+
+    Args:
+        dataset (`datasets.Dataset`): The images with their labels.
+        names (sequence of `str`, *optional*): Of the classes of the model; by default the names in the data.
+        num_classes (`int`): How many classes the model has.
+    """
+    try:
+        column = find_label_column(dataset)
+    except UsageError:
+        return None
+    feature = dataset.features[column]
+    own = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    counted = Counter(
+        own[label] if own and label >= 0 else str(label) for label in dataset[column] if label is not None
+    )
+    counts = [counted[name] for name in names or own or map(str, range(num_classes))]
+    if len(counts) != num_classes or not sum(counts):
+        return None
+    return [count / sum(counts) for count in counts]
+>>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 
 
 class FolderImages:
@@ -256,6 +324,7 @@ class FolderImages:
         if len(pixels) < 2:
             raise UsageError(f"scores need at least 2 generated images, but there are {len(pixels)}.")
         self.numbered = pixels.numbered
+        self.pixels = pixels
         self._count = len(pixels)
         self.origin = {"digest": pixels.digest(with_classes=False)}
         self.settings: dict[str, Any] = {}
@@ -265,14 +334,15 @@ class FolderImages:
 
 
 def check_one_size(dataset: Dataset) -> None:
-    """Refuses a folder of generated images of several sizes: what the scores are would hang on one of them.
+    """Refuse generated images of several sizes: the scores would depend on which of them comes first.
 
     Raises:
         UsageError: with two of the sizes, and the names of two files.
     """
-    first = None
-    for number, cell in enumerate(dataset.with_format(None).cast_column("image", datasets.Image(decode=False))):
-        encoded = cell["image"]
+    first, column = None, find_image_column(dataset)
+    images = dataset.with_format(None).select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    for number, cell in enumerate(images):
+        encoded = cell[column]
         try:
             with Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]) as image:
                 size = image.size[::-1] if image.getexif().get(_ORIENTATION) in _TURNED else image.size

@@ -22,9 +22,9 @@ from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..files import cache_dir, json_digest, replace_file
 from ..process.progress import progress_bar
+from .archives import STATISTICS, UNREADABLE_ARCHIVE, ArchiveImages, unreadable
 from .features.extractor import FeatureExtractor
 from .frechet import Gaussian, Moments
-from .images import STATISTICS, UNREADABLE_ARCHIVE, ArchiveImages, unreadable
 
 
 class Images(Protocol):

@@ -1,5 +1,9 @@
 """Scores as a table, and as a page with the pictures that they stand for."""
 
+<<<<<<< HEAD
+=======
+from collections.abc import Mapping
+>>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,12 @@ from PIL import Image
 from ..data.grid import image_grid
 from ..data.pixels import PixelDataset
 from ..files import to_json
+<<<<<<< HEAD
 from ..page import folded, heading, markdown, picture, prose, write_page
+=======
+from ..page import definitions, folded, heading, markdown, picture, prose, write_page
+from .archives import ArchiveImages
+>>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 from .features.extractor import FeatureExtractor
 from .reference import Images
 
@@ -33,7 +42,7 @@ _BATCH_SIZE = 250
 
 
 def format_scores(scores: dict[str, Any]) -> str:
-    """A table of the scores with the floor beside them, for the terminal and the model card (Markdown).
+    """Return a table of the scores with the floor beside them, for the terminal and the model card (Markdown).
 
     Only figures in columns with the same settings, of this table or of another, can be compared.
     """
@@ -58,9 +67,9 @@ def _figure(value: float | int | str | list[float] | None) -> str:
 
 
 def nearest_images(
-    generated: Images, reference: PixelDataset, extractor: FeatureExtractor
+    generated: Images, reference: Images, extractor: FeatureExtractor
 ) -> tuple[Image.Image, list[float]]:
-    """Each of the first generated images in a row with the real images that are nearest to it in feature space.
+    """Draw each of the first generated images in a row with the real images that are nearest to it in feature space.
 
     A row of twins is a memorised image. Reads all of the reference once more, keeping the nearest only.
 
@@ -87,26 +96,30 @@ def nearest_images(
 def write_report(
     path: Path,
     scores: dict[str, Any],
+    facts: Mapping[str, str],
     generated: Images,
-    reference: PixelDataset | None,
+    reference: PixelDataset | ArchiveImages | None,
     extractor: FeatureExtractor,
     raw: Path | None = None,
 ) -> None:
-    """Writes one HTML file, pictures included, that needs nothing else: scores, settings, generated images, and beside
+    """Write one HTML file, pictures included, that needs nothing else: scores, settings, generated images, and beside
     some of these their nearest real ones.
 
     Args:
         path (`Path`): The file.
-        scores (`dict`): What `evaluate` returned.
+        scores (`dict`): What `evaluate` returned, with `what` was scored against which `dataset`.
+        facts (`dict`): What the scores are about, by title: the model, the images, the reference, the features.
         generated (`Images`), reference (`PixelDataset`, *optional*), extractor (`FeatureExtractor`): As for `evaluate`;
             without reference images no neighbours are shown.
         raw (`Path`, *optional*): The JSON file of the scores, for a link to it.
     """
     grid = image_grid(generated.numbered(range(min(_SHOWN, len(generated)))))
     parts = [
+        definitions(facts),
+        heading("Scores"),
         markdown(format_scores(scores), sortable=False),
+        *(prose(line) for line in _explain(scores)),
         *(prose(f"**Warning:** {warning}") for warning in scores["warnings"]),
-        prose("Figures can be compared where their settings are the same."),
         heading("Generated images"),
         picture(grid, "generated images", pixels=True),
     ]
@@ -122,9 +135,34 @@ def write_report(
             picture(neighbours, "generated images beside the nearest real images", pixels=True),
         ]
     details = {name: value for name, value in scores.items() if isinstance(value, dict) and name != "floor"}
+<<<<<<< HEAD
     parts += [
         heading("Settings"),
         prose(f"`{scores['command']}`") if "command" in scores else "",
         folded("What the figures depend on", to_json(details, indent=2)),
     ]
     write_page(path, "Scores", parts, [] if raw is None else [raw])
+=======
+    command = [prose(f"`{scores['command']}`")] if "command" in scores else []
+    parts += [heading("Settings"), *command, folded("What the figures depend on", to_json(details, indent=2))]
+    write_page(path, f"Scores of {scores['what']} against {scores['dataset']}", parts, [] if raw is None else [raw])
+
+
+def _explain(scores: dict[str, Any]) -> list[str]:
+    """Return what the figures of a table mean, a paragraph each."""
+    lines = []
+    if scores["fid"] is not None:
+        lines.append(
+            "Lower is better for the Fréchet distance and the KID, higher for Inception Score, precision and recall. "
+            "The interval covers the expected distance of as many images of this model."
+        )
+    floor = scores["floor"]
+    if floor is not None:
+        shown = f"{floor['fid']:.2f}: another" if floor["fid"] is not None else "another"
+        lines.append(
+            f"The floor is {shown} {floor['num_images']:,} real images, scored in the same way. A score of more images "
+            "can lie below it, since distances fall with the number of images: compare the figures for infinitely many "
+            "images."
+        )
+    return [*lines, "Figures can be compared where their settings are the same."]
+>>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)

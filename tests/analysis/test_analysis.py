@@ -185,7 +185,7 @@ def test_analyze_leaves_figures_and_pictures(tmp_path, capsys):
     DIAUNetPipeline(model, DDPMScheduler()).save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
     options = ["--num_images", "12", "--num_timesteps", "2", "--output_dir", str(out)]
-    assert main(["analyze", str(tmp_path / "model"), *options]) == 0
+    assert main(["analyze", str(tmp_path / "model"), "--dataset", "digits", *options]) == 0
     names = {"analysis.json", "correlation.png", "cka.png", "channels.png", "gates.png", "report.html"}
     assert {path.name for path in out.iterdir()} == names
     page = (out / "report.html").read_text()

@@ -39,7 +39,16 @@ def test_correlations_are_those_of_the_recorded_gates(name, tmp_path, capsys):
     (tmp_path / "model" / "preprocessor_config.json").write_text(
         json.dumps({"size": {"height": 8, "width": 8}, "image_mean": [0.3], "image_std": [0.4]})
     )
-    options = ["--attention", str(tmp_path / "attention"), "--num_images", "12", "--batch_size", "5"]
+    options = [
+        "--attention",
+        str(tmp_path / "attention"),
+        "--dataset",
+        "digits",
+        "--num_images",
+        "12",
+        "--batch_size",
+        "5",
+    ]
     assert main(["analyze", str(tmp_path / "model"), *options, "--output_dir", str(tmp_path / "out")]) == 0
     figures = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert figures["num_images"] == 12
@@ -65,7 +74,7 @@ def test_what_does_not_fit_is_told(tmp_path, capsys):
     vit, resnet = (MODELS[name]() for name in MODELS)
     vit.save_pretrained(tmp_path / "vit")
     attach(resnet).save_pretrained(tmp_path / "attention")
-    options = ["--attention", str(tmp_path / "attention"), "--output_dir", str(tmp_path / "out")]
+    options = ["--attention", str(tmp_path / "attention"), "--dataset", "digits", "--output_dir", str(tmp_path / "out")]
     assert main(["analyze", str(tmp_path / "vit"), *options]) == 2
     assert "made for transformers ResNet, and ViTForImageClassification is of ViT" in capsys.readouterr().err
     assert main(["analyze", str(tmp_path / "nowhere"), *options]) == 2

@@ -443,7 +443,10 @@ NETWORKS = {
             up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
             motion_max_seq_length=4,
         ),
-        lambda size: {"sample": noise(size, 4, 2, 8, 8), "timestep": timesteps(size)} | {"encoder_hidden_states": noise(2 * size, 5, 12)},
+        lambda size: (
+            {"sample": noise(size, 4, 2, 8, 8), "timestep": timesteps(size)}
+            | {"encoder_hidden_states": noise(2 * size, 5, 12)}
+        ),
         0,
         0,
     ),

@@ -125,7 +125,22 @@ def test_a_guide_on_the_command_line(tmp_path, capsys):
     assert np.abs(made["guided"] - expected).max() <= 1
     assert main(["sample", model, *guide, "--output_dir", str(tmp_path / "nothing")]) == 2
     assert "a guide does nothing at guidance_scale 1" in capsys.readouterr().err
-    assert main(["evaluate", str(tmp_path / "alone"), "--features", "pixels", *guide, "--guidance_scale", "2"]) == 2
+    assert (
+        main(
+            [
+                "evaluate",
+                str(tmp_path / "alone"),
+                "--dataset",
+                "digits",
+                "--features",
+                "pixels",
+                *guide,
+                "--guidance_scale",
+                "2",
+            ]
+        )
+        == 2
+    )
     assert "a guide belongs to a pipeline" in capsys.readouterr().err
 
 

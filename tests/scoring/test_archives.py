@@ -8,8 +8,8 @@ from PIL import Image
 
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
+from dia_diffusion.scoring.archives import ArchiveImages
 from dia_diffusion.scoring.features.named import get_extractor
-from dia_diffusion.scoring.images import ArchiveImages
 from dia_diffusion.scoring.reference import read_published
 
 

@@ -66,9 +66,9 @@ def test_a_memorised_image_has_a_twin(digits, extractor):
 
 def test_report_is_one_file_with_table_settings_and_pictures(digits, extractor, scores, tmp_path):
     train, test = digits
-    write_report(
-        tmp_path / "report.html", scores | {"command": "dia evaluate <x>"}, FolderImages(test), train, extractor
-    )
+    named = scores | {"what": "made", "dataset": "digits"}
+    facts, command = {"Reference": "all digits"}, {"command": "dia evaluate <x>"}
+    write_report(tmp_path / "report.html", named | command, facts, FolderImages(test), train, extractor)
     page = (tmp_path / "report.html").read_text()
     pictures = [
         Image.open(io.BytesIO(base64.b64decode(data)))
@@ -76,8 +76,17 @@ def test_report_is_one_file_with_table_settings_and_pictures(digits, extractor, 
     ]
     assert len(pictures) == 2
     assert pictures[0].tobytes() == image_grid(test.numbered(range(64))).tobytes()
-    for words in (f"{scores['fid']:.4f}", scores["settings_hash"], "dia evaluate &lt;x&gt;", "bilinear, antialiased"):
+    for words in (
+        f"{scores['fid']:.4f}",
+        scores["settings_hash"],
+        "dia evaluate &lt;x&gt;",
+        "bilinear, antialiased",
+        "all digits",
+    ):
         assert words in page
+    assert "<h1>Scores of made against digits</h1>" in page
+    assert f"The floor is {scores['floor']['fid']:.2f}: another 360 real images" in page
+    assert not re.search(r"<(p|td|th|dd)[^>]*></", page)
     assert "http" not in re.sub("base64,.*?'", "", page)
-    write_report(tmp_path / "bare.html", scores, FolderImages(test), None, extractor)
+    write_report(tmp_path / "bare.html", named, facts, FolderImages(test), None, extractor)
     assert (tmp_path / "bare.html").read_text().count("<img") == 1

@@ -60,7 +60,7 @@ def score(tmp_path, *arguments):
 def test_pipelines_are_scored_against_the_digits(models, name, tmp_path, capsys):
     report = tmp_path / "deep" / "report.html"
     options = ["--num_images", 20, "--steps", 2, "--metrics", "fid,kid", "--report", report]
-    scores = score(tmp_path, models / name, *options)
+    scores = score(tmp_path, models / name, "--dataset", "digits", *options)
     assert scores["precision"] is None
     assert scores["floor"]["num_images"] == 360
     assert 0 < scores["floor"]["fid"] < scores["fid"]
@@ -94,9 +94,9 @@ def test_a_folder_is_scored_against_published_statistics(images, tmp_path):
 
 
 def test_a_folder_of_images_and_the_pipeline_that_made_them_have_the_same_scores(models, tmp_path):
-    options = ["--num_images", 100, "--steps", 2, "--metrics", "fid,is,recall"]
+    options = ["--dataset", "digits", "--num_images", 100, "--steps", 2, "--metrics", "fid,is,recall"]
     made = score(tmp_path, models / "dia", *options, "--save_images", tmp_path / "made")
-    read = score(tmp_path, tmp_path / "made", "--metrics", "fid,is,recall")
+    read = score(tmp_path, tmp_path / "made", "--dataset", "digits", "--metrics", "fid,is,recall")
     for name in ("fid", "is_mean", "recall", "num_images"):
         assert read[name] == pytest.approx(made[name], rel=1e-5)
 
@@ -121,7 +121,19 @@ def launch(processes, arguments, cache):
 
 
 def test_two_processes_give_the_scores_of_one(models, tmp_path):
-    arguments = [models / "dia", "--num_images", 50, "--steps", 2, "--batch_size", 8, "--metrics", "fid,kid,is,recall"]
+    arguments = [
+        models / "dia",
+        "--dataset",
+        "digits",
+        "--num_images",
+        50,
+        "--steps",
+        2,
+        "--batch_size",
+        8,
+        "--metrics",
+        "fid,kid,is,recall",
+    ]
     one = score(tmp_path, *arguments)
     two = launch(2, [*arguments, "--output", tmp_path / "two.json", "--save_images", tmp_path / "made"], tmp_path / "c")
     assert two.returncode == 0, two.stderr
@@ -133,7 +145,7 @@ def test_two_processes_give_the_scores_of_one(models, tmp_path):
 
 
 def test_interrupted_scoring_goes_on_with_the_images_that_it_has_written(models, tmp_path):
-    arguments = [str(models / "dia"), "--num_images", "60", "--steps", "20", "--batch_size", "5"]
+    arguments = [str(models / "dia"), *"--dataset digits --num_images 60 --steps 20 --batch_size 5".split()]
     expected = score(tmp_path, *arguments)
     made = tmp_path / "made"
     command = [sys.executable, "-m", "dia_diffusion.cli", "evaluate", *arguments, "--save_images", str(made)]
@@ -156,18 +168,33 @@ def test_interrupted_scoring_goes_on_with_the_images_that_it_has_written(models,
 
 
 def test_mistakes_end_before_the_work_begins(models, images, tmp_path, capsys):
+    digits = ["--dataset", "digits"]
     cases = [
         (
             [models / "dia", "--dataset", images],
             "name the features to compare in: --features digits, pixels",
         ),
-        ([models / "dia", "--metrics", "is", "--features", "pixels"], "needs a classifier"),
-        ([models / "dia", "--metrics", ","], "name at least one metric of: fid, kid"),
-        ([models / "dia", "--output", tmp_path], "is a folder; name the file to write"),
+        ([models / "dia"], "does not record which data it was trained on: name the data to compare with"),
+        ([images], "does not record which data it was trained on"),
+        ([models / "dia", *digits, "--metrics", "is", "--features", "pixels"], "needs a classifier"),
+        ([models / "dia", *digits, "--metrics", ","], "name at least one metric of: fid, kid"),
+        ([models / "dia", "--output", tmp_path], "is a folder: name the file to write"),
         ([models / "dia", "--seed", "-1"], "--seed: it must be at least 0, but is -1"),
         ([tmp_path / "none" / "there"], "there is no such folder."),
         ([models / "dia", "--batch_size", "0"], "--batch_size: it must be at least 1"),
-        ([images, "--save_images", tmp_path / "x"], "these images lie in a folder already"),
+        (
+            [images, "--save_images", tmp_path / "x"],
+            f"--save_images says how a pipeline makes images, and those in '{images}'",
+        ),
+        ([images, *digits, "--steps", "9", "--seed", "0"], "--steps and --seed say how a pipeline makes images"),
+        ([images, *digits, "--scheduler", "ddim", "--guide", "g"], "--scheduler and --guide say how"),
+        ([images / "000.png", *digits], "000.png' is a file: name a pipeline, a folder of images, or samples"),
+        ([images, "--dataset", images / "000.png"], "000.png' is a file: name a folder, a data set"),
+        (
+            [models / "dia", *digits, "--output", images / "000.png" / "e.json"],
+            "000.png' is a file, and a folder is needed",
+        ),
+        ([models / "dia", *digits, "--class_proportions", "even"], "--class_proportions needs a class-conditional"),
         ([models / "dia", "--dataset", tmp_path / "no.npz", "--features", "digits"], "not a readable .npz file"),
     ]
     for arguments, words in cases:
