@@ -17,7 +17,7 @@ class OptimisationOptions(Options):
     max_train_steps: Count | None = option(None, "Optimizer steps, instead of --num_epochs.")
     train_batch_size: Count = option(16, "Images in a batch, on each process.")
     gradient_accumulation_steps: Count | None = option(
-        None, "Batches in an optimizer step; by default those of `accelerate launch`, or 1."
+        None, "Batches in an optimizer step; by default $ACCELERATE_GRADIENT_ACCUMULATION_STEPS, or 1."
     )
     train_only: Literal["all", "dia"] = option("all", "'dia' freezes everything but the shared attention.")
     learning_rate: Annotated[float, NATURAL] = option(1e-4, "Peak learning rate.")
@@ -25,6 +25,8 @@ class OptimisationOptions(Options):
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = option("cosine", "Schedule of the learning rate, as diffusers has it.")
     lr_warmup_steps: Natural = option(500, "Steps in which the learning rate rises.")
+    lr_num_cycles: Count = option(1, "Cycles of cosine_with_restarts.")
+    lr_power: Annotated[float, Range(above=0)] = option(1.0, "Power of polynomial; 1 is linear.")
     adam_beta1: Annotated[float, Range(least=0, below=1)] = option(0.95, "AdamW's first beta.")
     adam_beta2: Annotated[float, Range(least=0, below=1)] = option(0.999, "AdamW's second beta.")
     adam_weight_decay: Annotated[float, NATURAL] = option(1e-6, "AdamW's weight decay.")
@@ -52,3 +54,9 @@ class OptimisationOptions(Options):
             if getattr(self, name) is None:
                 setattr(self, name, os.environ.get(f"ACCELERATE_{name.upper()}", otherwise))
         super().__post_init__()
+        for name, scheduler, unset in (("lr_num_cycles", "cosine_with_restarts", 1), ("lr_power", "polynomial", 1.0)):
+            if getattr(self, name) != unset and self.lr_scheduler != scheduler:
+                raise UsageError(
+                    f"{name} {getattr(self, name)} has no effect with lr_scheduler {self.lr_scheduler}: it belongs to "
+                    f"--lr_scheduler {scheduler}. Leave it out."
+                )

@@ -68,6 +68,14 @@ def find_device(name: str | None, state: PartialState) -> torch.device:
     return torch.device(name)
 
 
+def memory_format(device: torch.device | str | None) -> torch.memory_format:
+    """Return the layout of images and weights in which convolutional networks run fastest on a device.
+
+    `channels_last` won on every CPU measured here, and is what the tensor cores of GPUs take.
+    """
+    return torch.channels_last
+
+
 def print_main(text: str) -> None:
     """Print on the main process of those that `accelerate` or `torchrun` launched."""
     if os.environ.get("RANK", "0") == "0":

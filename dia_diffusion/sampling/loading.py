@@ -13,6 +13,7 @@ from ..errors import UsageError, first_line, why_not_loaded
 from ..files import weights_digest
 from ..pipelines.noise import noise_kind
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
+from ..process.distributed import memory_format
 from .schedulers import find_family, make_scheduler
 
 
@@ -51,8 +52,7 @@ def load_pipeline(
         set_guide(pipeline, load_pipeline(guide), guide)
     unets = [unet for name in ("unet", "guide") if isinstance(unet := getattr(pipeline, name, None), nn.Module)]
     for unet in unets:
-        # Convolutions are faster in this format, and hand it on to their output.
-        unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=memory_format(device))
     if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
         # One image at a time: the memory of a decoder does not grow with the batch, and it takes no longer.
         pipeline.vae.enable_slicing()

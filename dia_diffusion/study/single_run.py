@@ -15,15 +15,16 @@ from accelerate.state import AcceleratorState
 
 from ..errors import NotFiniteError, NotFiniteImagesError, UsageError
 from ..files import write_json
-from ..latents.space import load_data
+from ..latents.space import load_data, measure_std
 from ..objectives import make_objective
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
+from ..process.distributed import memory_format
 from ..scoring.evaluation import evaluate
 from ..scoring.features.named import get_extractor
 from ..scoring.images import PipelineImages
 from ..training.accelerator import make_accelerator
 from ..training.architecture import build_unet
-from ..training.batches import draw_step, measure_std
+from ..training.batches import draw_step
 from ..training.checkpoint import CHECKPOINTS
 from ..training.held_out import held_out_loss
 from ..training.log import METRICS_LOG, read_metrics
@@ -133,7 +134,8 @@ def make_step(run: StudyRun) -> Callable[[], None]:
     training = TrainingState(config.optimisation, accelerator, unet, 10_000)
     batch = data.fetch(range(config.optimisation.train_batch_size))
     batch = {name: values.to(accelerator.device) for name, values in batch.items()}
-    images, labels = data.model_inputs(batch).contiguous(memory_format=torch.channels_last), batch.get("labels")
+    images = data.model_inputs(batch).contiguous(memory_format=memory_format(accelerator.device))
+    labels = batch.get("labels")
     draws = draw_step(0, 0, tuple(images.shape), objective, accelerator.device)
 
     def step() -> None:

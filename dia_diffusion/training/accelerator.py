@@ -1,11 +1,15 @@
-"""Several processes that train together: set up, and kept in agreement."""
+"""The processes that train together: their accelerator, and what they have to agree on."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DynamoBackend,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     is_tensorboard_available,
@@ -22,12 +26,36 @@ _SECONDS_BETWEEN_CHECKS = 2.0
 _MOST_STEPS_BETWEEN_CHECKS = 100
 
 
-def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerator:
-    """The accelerator of a run.
+@contextmanager
+def open_accelerator(mixed_precision: str, options: OutputOptions) -> Iterator[Accelerator]:
+    """Make the accelerator of a run, and end its trackers and its processes' connection after the run.
+
+    accelerate keeps one precision for a whole process. Each run gets its own here, and an accelerator that the caller
+    made before keeps what it had.
 
     Raises:
-        UsageError: for a tracker that is not installed, a precision that the device does not have, or processes that do
-            not know of each other or that would share a model in a way that is not supported.
+        UsageError: see `make_accelerator`.
+    """
+    before = dict(AcceleratorState._shared_state)
+    AcceleratorState._reset_state()
+    try:
+        accelerator = make_accelerator(mixed_precision, options)
+        yield accelerator
+        # The process group must outlive the distributed model: when that is the last to hold it, its threads are waited
+        # for with Python's lock held, which they may need to end.
+        accelerator.free_memory()
+        accelerator.end_training()
+    finally:
+        AcceleratorState._reset_state()
+        AcceleratorState._shared_state.update(before)
+
+
+def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerator:
+    """Make the accelerator of a run.
+
+    Raises:
+        UsageError: for a tracker that is not installed, a precision that the device lacks, processes that do not know
+            of each other, or an engine that divides the model between processes.
     """
     check_launcher()
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
@@ -37,6 +65,9 @@ def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerato
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
+            # The loop divides the loss itself. Without this accelerate reads a number of micro-batches from the
+            # environment and divides once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=options.logger,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / options.logging_dir)),
@@ -52,18 +83,24 @@ def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerato
 
 
 def check_same_start(accelerator: Accelerator, start: int) -> None:
-    """Processes on several machines may see different folders."""
+    """Check that all processes start at the same step: processes on several machines may see different folders.
+
+    Raises:
+        UsageError: if they do not.
+    """
     starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
     if len(set(starts)) > 1:
         raise UsageError(f"the processes would start at steps {starts}: --output_dir must be a folder that all share.")
 
 
 class StopAgreement:
-    """Whether any process wants to stop. They ask each other about every two seconds, because it makes them wait for
-    their devices: after as many steps as take that long by the clock of the main process.
+    """Agreement of all processes to stop after the same step.
+
+    Asking makes the processes wait for their devices, so they ask each other about every two seconds only: after as
+    many steps as take that long by the clock of the main process.
 
     Args:
-        accelerator (`Accelerator`): Of the processes.
+        accelerator (`Accelerator`): The accelerator of the run.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -72,7 +109,12 @@ class StopAgreement:
         self._next = 0
 
     def agreed(self, here: bool, step: int) -> bool:
-        """Called after each step, with whether this process wants to stop."""
+        """Return whether any process wants to stop. Call it after each step on every process.
+
+        Args:
+            here (`bool`): Whether this process wants to stop.
+            step (`int`): The step that is finished.
+        """
         accelerator = self.accelerator
         if accelerator.num_processes == 1 or step < self._next:
             return here and accelerator.num_processes == 1

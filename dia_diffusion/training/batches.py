@@ -1,10 +1,13 @@
-"""The randomness of a step, as a function of the seed and the step.
+"""The batches of a run: which images a process takes at a step, and the random numbers of a step.
 
-The batches of a run: which images a process takes at a step, and all that is random about them."""
+Everything here is a function of the seed, the step and the position in the global batch, so that a run can be resumed
+at any step and divided among any number of processes.
+"""
 
-import math
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import parent_process
 from typing import NamedTuple
 
 import torch
@@ -15,16 +18,28 @@ from ..data.pixels import EndlessShuffle, PixelDataset
 from ..latents.space import LatentDataset
 from ..objectives import Objective
 from ..options.data import DataOptions
+from ..process.distributed import memory_format
+from ..process.startup import end_with_parent
 from ..randomness import step_seed
+
+# Signals for the main process: workers go on, so that it can finish its step.
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class StepDraws(NamedTuple):
-    """What is random about a batch of B images."""
+    """The random numbers of a batch of B images.
 
-    levels: Tensor  # how far each is noised, as its objective has it, (B,)
-    noise: Tensor  # (B, C, H, W), standard normal
-    flips: Tensor  # bool (B,)
-    label_drops: Tensor  # uniform in [0, 1), (B,)
+    Attributes:
+        levels (`Tensor` of shape `(B,)`): Noise levels, in the measure of the objective.
+        noise (`Tensor` of shape `(B, C, H, W)`): Standard normal.
+        flips (bool `Tensor` of shape `(B,)`): Marks the images to flip, each with probability 0.5.
+        label_drops (`Tensor` of shape `(B,)`): Uniform in [0, 1): a label below the dropout rate is dropped.
+    """
+
+    levels: Tensor
+    noise: Tensor
+    flips: Tensor
+    label_drops: Tensor
 
     def rows(self, rows: slice) -> "StepDraws":
         return StepDraws(*(values[rows] for values in self))
@@ -33,24 +48,24 @@ class StepDraws(NamedTuple):
 def draw_step(
     seed: int, step: int, shape: tuple[int, int, int, int], objective: Objective, device: torch.device | str
 ) -> StepDraws:
-    """Draws for the whole global batch `(B, C, H, W)` of a step, of which each process takes its rows."""
+    """Draw the random numbers for the whole global batch `(B, C, H, W)` of a step; each process takes its rows."""
+    device = torch.device(device)
     generator = torch.Generator(device).manual_seed(step_seed(seed, step))
-    arguments = {"generator": generator, "device": device}
     return StepDraws(
-        objective.draw_levels(shape[0], **arguments),
-        torch.randn(shape, **arguments),
-        torch.rand(shape[:1], **arguments) < 0.5,
-        torch.rand(shape[:1], **arguments),
+        objective.draw_levels(shape[0], generator, device),
+        torch.randn(shape, generator=generator, device=device),
+        torch.rand(shape[:1], generator=generator, device=device) < 0.5,
+        torch.rand(shape[:1], generator=generator, device=device),
     )
 
 
 class BatchPlan(NamedTuple):
-    """How the global batch of a step is divided: into micro-batches, and each of these among the processes.
+    """The division of a step's global batch into micro-batches, and of each micro-batch among the processes.
 
     Attributes:
-        per_process (`int`): Images that a process takes at a time.
+        per_process (`int`): Images of a micro-batch on each process.
         micro_batches (`int`): Micro-batches in a step.
-        processes, process (`int`): How many processes there are, and which this one is.
+        processes, process (`int`): Number of processes, and index of this one.
     """
 
     per_process: int
@@ -60,35 +75,31 @@ class BatchPlan(NamedTuple):
 
     @property
     def images(self) -> int:
-        """Images in a step."""
+        """Images in a step: the size of the global batch."""
         return self.per_process * self.micro_batches * self.processes
 
-    def rows(self, micro: int) -> slice:
-        """The positions in the global batch that this process takes in a micro-batch."""
-        first = (micro * self.processes + self.process) * self.per_process
+    def rows(self, micro_batch: int) -> slice:
+        """Return the rows of the global batch that this process takes in a micro-batch."""
+        first = (micro_batch * self.processes + self.process) * self.per_process
         return slice(first, first + self.per_process)
 
 
 class Batch(NamedTuple):
-    """What the loss is computed from, for B images of one process, on its device."""
+    """The arguments of the loss for B images of one process, on its device.
 
-    images: Tensor  # in [-1, 1], or latents of about unit variance, (B, C, H, W)
-    noise: Tensor  # (B, C, H, W), standard normal
-    levels: Tensor  # of the noise, as the objective has it, (B,)
-    labels: Tensor | None  # int64 (B,)
-    seed: int  # of what is random inside of the model
+    Attributes:
+        images (`Tensor` of shape `(B, C, H, W)`): Pixels in [-1, 1], or latents of about unit variance.
+        noise (`Tensor` of shape `(B, C, H, W)`): Standard normal.
+        levels (`Tensor` of shape `(B,)`): Noise levels, in the measure of the objective.
+        labels (int64 `Tensor` of shape `(B,)`, *optional*): Classes.
+        seed (`int`): Seed of the dropout inside of the model.
+    """
 
-
-def measure_std(data: PixelDataset | LatentDataset, most: int = 10_000) -> float:
-    """The standard deviation of what a model sees, pixels in [-1, 1] or latents, of up to `most` images that are spread
-    evenly over the data."""
-    count, sums = min(len(data), most), torch.zeros(3, dtype=torch.float64)
-    for start in range(0, count, 500):
-        rows = [number * len(data) // count for number in range(start, min(start + 500, count))]
-        seen = data.model_inputs(data.fetch(rows), draws=data.draw(0, start, len(rows))).double()
-        sums += torch.stack([torch.tensor(seen.numel()), seen.sum(), seen.square().sum()])
-    number, total, squares = sums.tolist()
-    return math.sqrt(max(squares / number - (total / number) ** 2, 0.0))
+    images: Tensor
+    noise: Tensor
+    levels: Tensor
+    labels: Tensor | None
+    seed: int
 
 
 def make_loader(
@@ -99,25 +110,49 @@ def make_loader(
     steps: range,
     device: torch.device,
 ) -> DataLoader:
-    """The pixels (or latents) and labels of this process, micro-batch by micro-batch, for steps counted from 1."""
-    rows = [plan.rows(micro) for micro in range(plan.micro_batches)]
+    """Return a loader of this process's pixels (or latents) and labels, one micro-batch at a time.
+
+    Args:
+        steps (`range`): Steps to load for, counted from 1.
+        device (`torch.device`): Memory is pinned if it is a GPU.
+    """
+    rows = [plan.rows(micro_batch) for micro_batch in range(plan.micro_batches)]
     positions = ([(step - 1) * plan.images + row for row in range(r.start, r.stop)] for step in steps for r in rows)
     return DataLoader(
         EndlessShuffle(data, seed, options.center_crop),
         batch_sampler=positions,
         num_workers=options.dataloader_num_workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        collate_fn=_keep,
+        worker_init_fn=_prepare_worker,
         pin_memory=device.type == "cuda",
     )
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM):
+@contextmanager
+def running(loader: DataLoader) -> Iterator[Iterator[dict[str, Tensor]]]:
+    """Iterate over a loader and end its workers on leaving.
+
+    Without it the workers live until the iterator is collected. If that happens when the interpreter exits, the exit
+    waits for them forever.
+    """
+    loaded = iter(loader)
+    try:
+        yield loaded
+    finally:
+        # The method of torch's iterator with workers; the one without has none.
+        getattr(loaded, "_shutdown_workers", lambda: None)()
+
+
+def _prepare_worker(worker: int) -> None:
+    for signum in (getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)):
         signal.signal(signum, signal.SIG_IGN)
+    end_with_parent()
+    parent = parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit  # The main process was killed before this one asked to end with it.
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _keep(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
@@ -132,10 +167,14 @@ def prepare_batches(
     random_flip: bool = False,
     label_dropout: float = 0.0,
 ) -> Iterator[Batch]:
-    """Makes batches of what `make_loader` loads: flipped where asked for, latents drawn from their posterior, with
-    noise and its levels.
+    """Turn loaded micro-batches into batches for the loss: flip images, draw latents, noise, noise levels and labels.
 
-    What is random about a step is drawn for its global batch, of which each process takes its rows.
+    The random numbers of a step are drawn for its global batch; each process takes its rows.
+
+    Args:
+        loaded (iterator of `dict`): The micro-batches that `make_loader` loads.
+        random_flip (`bool`, *optional*, defaults to `False`): Whether half of the images are flipped.
+        label_dropout (`float`, *optional*, defaults to 0): Share of labels replaced by "no class".
     """
     shape = (plan.images, data.channels, data.resolution, data.resolution)
     for step in steps:
@@ -146,7 +185,7 @@ def prepare_batches(
             batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             drawn = None if posterior is None else posterior[rows]
             images = data.model_inputs(batch, draws.flips if random_flip else None, drawn)
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=memory_format(device))
             labels = None
             if data.num_classes is not None:
                 labels = batch["labels"].masked_fill(draws.label_drops < label_dropout, data.num_classes)

@@ -1,9 +1,10 @@
-"""The README.md that stands beside a trained pipeline, with the metadata that the Hub reads.
+"""The model card (README.md) of a trained pipeline, and the repository on the Hub that a run is pushed to."""
 
-The repository on the Hub that a run is pushed to."""
-
+import html
+import json
+import math
+import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +13,54 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, u
 
 from ..data.sources import EMBEDDED
 from ..errors import UsageError, first_line
+from ..files import replace_text
 from ..options.data import DataOptions
 from ..options.output import OutputOptions
+from ..options.training import CONFIG, RECIPES, TrainingConfig, load_recipe
 from ..scoring.score_report import format_scores
 from .checkpoint import CHECKPOINTS
 from .folder import BEST, LOCK, SAMPLES
 
 _MOST_CLASSES = 100
 _SCORE_NAMES = {"fid": "Frechet distance", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}
+# Options that belong to a machine, an account or a resumption, and make no difference to the model.
+_NOT_REPEATED = frozenset(
+    "cache_dir preprocessing_num_workers dataloader_num_workers logging_dir local_rank resume_from_checkpoint "
+    "overwrite_output_dir push_to_hub hub_token hub_model_id hub_private_repo".split()
+)
 
 
 def write_model_card(
-    folder: Path,
+    config: TrainingConfig,
     unet: UNet2DModel,
     figures: dict[str, Any],
-    command: str,
-    options: DataOptions,
-    init_from: str | None = None,
-    license: str | None = None,
-    hub_id: str | None = None,
+    objective: str,
     class_names: list[str] | None = None,
-    objective: str = "denoising diffusion",
+    hub_id: str | None = None,
+    num_processes: int = 1,
 ) -> None:
-    """Writes `folder/README.md` of a finished run.
+    """Write the README.md of a finished run into its output directory.
 
     Args:
-        folder (`Path`), unet (`UNet2DModel`), figures (`dict`): The run, its model, and what is in its metrics.json.
-        command (`str`): The command line that trained it.
-        options (`DataOptions`): The images that it was trained on.
-        init_from (`str`, *optional*): The model that it started from.
-        license (`str`, *optional*): An identifier of the Hub.
+        config (`TrainingConfig`): The record of the run.
+        unet (`UNet2DModel`): Its model.
+        figures (`dict`): The content of its metrics.json.
+        objective (`str`): What the model learned, in words.
+        class_names (`list[str]`, *optional*): The classes of the model, in the order of their numbers.
         hub_id (`str`, *optional*): The repository on the Hub that the folder is for.
-        class_names (`list[str]`, *optional*): The classes that the model knows, in the order of their numbers.
-        objective (`str`, *optional*): What it learned.
+        num_processes (`int`, *optional*, defaults to 1): Processes that trained together.
     """
-    data, on_hub = _data_name(options)
-    scores = figures.get("features") is not None
+    folder, options = config.output.folder, config.data
+    data, _ = _data_name(options)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     attention = sum(p.numel() for name, p in unet.named_parameters() if name.startswith("dia."))
     losses = [f"- {key.replace('_', ' ')}: {figures[key]:.5f}" for key in ("loss", "held_out_loss") if key in figures]
+    name = json.dumps(hub_id or folder.name, ensure_ascii=False)
     text = f"""
-# {folder.name}
+# {_as_text(folder.name)}
 
 A diffusion UNet with shared attention (DIA, [arXiv 2210.16101](https://arxiv.org/abs/2210.16101)), trained on
-`{data}` at {options.resolution}x{options.resolution} pixels for {figures["step"]:,} steps of
+{_as_text(data)} at {options.resolution}x{options.resolution} pixels for {figures["step"]:,} steps of
 {figures["global_batch_size"]} images. {parameters:,} parameters, of which attention {attention:,}
 (`{unet.config.dia_attention}`, sharing `{unet.config.dia_sharing}`). Objective: {objective}.
 {_latents(options.vae, unet)}{_classes(class_names)}
@@ -68,7 +73,7 @@ With dia-diffusion:
 ```python
 from dia_diffusion import DIAUNetPipeline
 
-pipeline = DIAUNetPipeline.from_pretrained("{hub_id or folder.name}")
+pipeline = DIAUNetPipeline.from_pretrained({name})
 images = pipeline(batch_size=4).images
 ```
 
@@ -78,13 +83,13 @@ who published it.
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{hub_id or folder.name}", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained({name}, trust_remote_code=True)
 images = pipeline(batch_size=4).images
 ```
 
 ## Figures
 
-{format_scores(figures) if scores else "No scores were computed in this run."}
+{format_scores(figures) if figures.get("features") else "No scores were computed in this run."}
 
 {chr(10).join(losses)}
 
@@ -93,28 +98,114 @@ images = pipeline(batch_size=4).images
 ## Training
 
 ```bash
-{command}
+{training_command(config, num_processes)}
 ```
 
-All options are in `training_config.yaml`, which `train_unet.py --config` reads.
+All options are in `{CONFIG}`, which `dia train --config` reads.
 """
-    metadata = ModelCardData(
+    replace_text(folder / "README.md", str(ModelCard(f"---\n{_metadata(config, figures)}\n---\n{text}")))
+
+
+def training_command(config: TrainingConfig, num_processes: int = 1) -> str:
+    """Return the command that trains the model again: the options that differ from what they are by default.
+
+    Of folders on this machine only the name is kept.
+    """
+    given = config.public_dict()
+    recipe = load_recipe(RECIPES / "digits.yaml") if given["dataset_name"] == "digits" else {}
+    start = {name: recipe[name] for name in recipe.keys() - vars(config.objective).keys()}
+    usual = TrainingConfig.from_flat(**start, objective=given["objective"]).public_dict()
+    # The recipe's objective options count where its objective is used.
+    usual |= {name: recipe[name] for name in recipe.keys() & vars(config.objective).keys() if given[name] is not None}
+    usual |= {"dataset_name": None, "objective": TrainingConfig().objective.objective}
+    changed = {name: value for name, value in given.items() if value != usual[name] and name not in _NOT_REPEATED}
+    if changed.get("max_train_steps", 0) is None:
+        del changed["max_train_steps"]
+        changed["num_epochs"] = given["num_epochs"]
+    elif given["max_train_steps"] is not None:
+        changed.pop("num_epochs", None)
+    if None in changed.values():
+        # A flag cannot take back what the recipe of the digits says; a file can.
+        changed = {"config": CONFIG}
+    words = ["dia", "train"]
+    if num_processes > 1:
+        words = ["accelerate", "launch", "--num_processes", str(num_processes), "-m", "dia_diffusion.train"]
+    for name, value in changed.items():
+        words += [f"--{name}", *_flag_values(value)]
+    return shlex.join(words)
+
+
+def _flag_values(value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [] if value else ["False"]
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    if isinstance(value, list | tuple):
+        return [str(item) for item in value]
+    local = isinstance(value, str) and value != "" and Path(value).expanduser().exists()
+    return [Path(value).expanduser().resolve().name if local else str(value)]
+
+
+def check_card(config: TrainingConfig, hub_id: str | None) -> None:
+    """Let the Hub check the metadata of the card, before the run and not after it.
+
+    Raises:
+        UsageError: if the Hub would refuse the card.
+    """
+    if hub_id is None:
+        return
+    try:
+        ModelCard(f"---\n{_metadata(config, {})}\n---\n").validate()
+    except ValueError as error:
+        raise UsageError(
+            f"the Hub refuses the metadata of the model card: {first_line(error)}. See --license."
+        ) from error
+    except Exception:
+        pass
+
+
+def _metadata(config: TrainingConfig, figures: dict[str, Any]) -> str:
+    (data, on_hub), start = _data_name(config.data), config.model.init_from
+    return ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["dia-diffusion", "diffusion", "shared-attention", "arxiv:2210.16101"],
-        license=license,
+        license=config.output.license,
         datasets=[data] if on_hub else None,
-        base_model=init_from if init_from and not Path(init_from).exists() else None,
-        model_name=folder.name,
+        base_model=start if start and not Path(start).exists() else None,
+        model_name=config.output.folder.name,
         eval_results=_eval_results(data, figures),
     ).to_yaml()
-    ModelCard(f"---\n{metadata}\n---\n{text}").save(folder / "README.md")
 
 
-def launch_command(secret: str | None = None) -> str:
-    """The command line of this process, without what is secret in it."""
-    command = shlex.join(["accelerate", "launch", *sys.argv])
-    return command if secret is None else command.replace(secret, "TOKEN")
+def _eval_results(data: str, figures: dict[str, Any]) -> list[EvalResult]:
+    features = figures.get("features")
+    details = f" ({features} features, {figures['num_images']} images)" if features else ""
+    results = []
+    for key, title in (_SCORE_NAMES if features else {"held_out_loss": "Held-out loss"}).items():
+        value = figures.get(key)
+        if value is not None and math.isfinite(value):
+            # Only the distance in features of Inception is the FID; others must not stand beside it in a ranking.
+            other = features not in (None, "inception")
+            kind = f"{'frechet_distance' if key == 'fid' else key}_{Path(features).name}" if other else key
+            results.append(
+                EvalResult(
+                    task_type="unconditional-image-generation",
+                    dataset_type=data,
+                    dataset_name=data,
+                    metric_type=kind,
+                    metric_name=title + details,
+                    metric_value=value,
+                )
+            )
+    return results
+
+
+def _data_name(options: DataOptions) -> tuple[str, bool]:
+    """Return the name of the data, and whether the Hub has it. Of a folder on this machine only the name is kept."""
+    if options.dataset_name is None or Path(options.dataset_name).exists():
+        return Path(options.dataset_name or options.train_data_dir or "").resolve().name, False
+    return options.dataset_name, options.dataset_name not in EMBEDDED
 
 
 def _latents(vae: str | None, unet: UNet2DModel) -> str:
@@ -122,43 +213,24 @@ def _latents(vae: str | None, unet: UNet2DModel) -> str:
         return ""
     name, config = Path(vae).resolve().name if Path(vae).exists() else vae, unet.config
     size = f"{config.in_channels}x{config.sample_size}x{config.sample_size}"
-    return f"\nIt works on latents of {size}, which the pipeline's `vae` (`{name}`) decodes.\n"
+    return f"\nIt works on latents of {size}, which the pipeline's `vae` ({_as_text(name)}) decodes.\n"
 
 
 def _classes(names: list[str] | None) -> str:
     if names is None:
         return ""
-    shown = ", ".join(f"{number} {name}" for number, name in enumerate(names[:_MOST_CLASSES]))
+    shown = ", ".join(f"{number} {_as_text(name)}" for number, name in enumerate(names[:_MOST_CLASSES]))
     more = "; the others are in `model_index.json`" if names[_MOST_CLASSES:] else ""
     return f"\nClass-conditional, with {len(names)} classes (`pipeline.class_names`): {shown}{more}.\n"
 
 
-def _data_name(options: DataOptions) -> tuple[str, bool]:
-    """The name of the data, and whether the Hub has it. Of a folder on this machine only the last part is shown."""
-    if options.dataset_name is None or Path(options.dataset_name).exists():
-        return Path(options.dataset_name or options.train_data_dir).resolve().name, False
-    return options.dataset_name, options.dataset_name not in EMBEDDED
-
-
-def _eval_results(data: str, figures: dict[str, Any]) -> list[EvalResult]:
-    scored = figures.get("features") is not None
-    details = f" ({figures['features']} features, {figures['num_images']} images)" if scored else ""
-    return [
-        EvalResult(
-            task_type="unconditional-image-generation",
-            dataset_type=data,
-            dataset_name=data,
-            metric_type=key,
-            metric_name=title + details,
-            metric_value=figures[key],
-        )
-        for key, title in (_SCORE_NAMES if scored else {"held_out_loss": "Held-out loss"}).items()
-        if figures.get(key) is not None
-    ]
+def _as_text(name: str) -> str:
+    """Return a name for Markdown that shows as it is: on one line, without markup or HTML."""
+    return re.sub(r"([\\`*_{}\[\]#|~!$])", r"\\\1", html.escape(" ".join(name.split()), quote=False))
 
 
 def make_hub_repository(options: OutputOptions) -> str | None:
-    """The full id of the repository that the run is pushed to, made where there is none; `None` for no repository.
+    """Make the repository that the run is pushed to, and return its full id; `None` without `--push_to_hub`.
 
     Raises:
         UsageError: if the Hub refuses, or cannot be reached.
@@ -170,13 +242,13 @@ def make_hub_repository(options: OutputOptions) -> str | None:
         return create_repo(name, token=options.hub_token, private=options.hub_private_repo, exist_ok=True).repo_id
     except Exception as error:  # Of several libraries' kinds: no connection, no token, a bad name.
         raise UsageError(
-            f"cannot use the repository '{name}' on the Hub: {first_line(error)} Log in with "
+            f"cannot use the repository '{name}' on the Hub: {first_line(error)}. Log in with "
             "`hf auth login` or give --hub_token, check --hub_model_id, or omit --push_to_hub."
         ) from error
 
 
 def push_run(options: OutputOptions, hub_id: str) -> None:
-    """Pushes the pipeline of a finished run, its card and what the card shows.
+    """Push the pipeline of a finished run, its card and what the card shows.
 
     Raises:
         UsageError: if the Hub refuses, or cannot be reached.
@@ -188,5 +260,5 @@ def push_run(options: OutputOptions, hub_id: str) -> None:
         excluded = " ".join(f'--exclude "{pattern}"' for pattern in rest)
         raise UsageError(
             f"the run is finished and saved in '{options.folder}', but could not be pushed to '{hub_id}': "
-            f"{first_line(error)}. To try again: hf upload {hub_id} {options.folder} {excluded}"
+            f"{first_line(error)}. To try again: hf upload {hub_id} {shlex.quote(str(options.folder))} {excluded}"
         ) from error

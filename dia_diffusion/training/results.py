@@ -1,8 +1,4 @@
-"""The training curves of a run.
-
-What came out of a run, as a page.
-
-What a run leaves in its output directory."""
+"""The results of a run: pictures, figures and the pipeline, on the way and at the end, and the page that shows them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +11,9 @@ from PIL.Image import Image
 
 from ..data.grid import image_grid
 from ..data.pixels import PixelDataset
+from ..errors import UsageError
 from ..files import replace_file, replace_files, set_aside, write_json
-from ..latents.autoencoder import load_vae
-from ..latents.space import VAE_FOLDER, LatentDataset
+from ..latents.space import LatentDataset, LatentSpace, PixelSpace
 from ..models.unet import DIAUNet2DModel
 from ..objectives import Objective
 from ..options.output import OutputOptions
@@ -35,9 +31,43 @@ from .held_out import held_out_loss
 from .log import METRICS_LOG, log_picture, read_metrics
 from .state import TrainingState
 
+REPORT = "report.html"
+_LOSSES = {"loss": "Training loss", "held_out_loss": "Held-out loss"}
+
+
+def check_results(
+    options: OutputOptions, objective: Objective, data: PixelDataset, held_out: PixelDataset | None
+) -> None:
+    """Try what is cheap of the samples and scores that a run will make.
+
+    Raises:
+        UsageError: for what would fail when the run is trained.
+    """
+    steps, sampler = options.ddpm_num_inference_steps, make_scheduler(None, objective.scheduler.config)
+    try:
+        sampler.set_timesteps(steps)
+    except (IndexError, ValueError) as error:
+        raise UsageError(f"ddpm_num_inference_steps {steps} does not fit the noise schedule: {error}.") from error
+    if objective.num_timesteps is not None and sampler.timesteps.min() < 0:
+        raise UsageError(f"ddpm_num_inference_steps {steps} goes below the last timestep by rounding: take one less.")
+    if options.score_features is None:
+        return
+    for kind, images in (("training", data), ("held-out", held_out)):
+        if images is not None and len(images) < 2:
+            raise UsageError(
+                f"there is only 1 {kind} image, and scores need 2 or more: add images, or omit --score_features."
+            )
+    # A network that does not take such images says so.
+    get_extractor(options.score_features, data.resolution, data.channels)(data.numbered(range(1)))
+
 
 def save_curves(metrics: list[dict[str, float]], path: Path) -> None:
-    """Training loss, held-out loss and learning rate over the steps, from the lines of a metrics.jsonl."""
+    """Draw training loss, held-out loss and learning rate over the steps.
+
+    Args:
+        metrics (list of `dict`): The lines of a metrics.jsonl.
+        path (`Path`): The PNG file to write.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -48,7 +78,7 @@ def save_curves(metrics: list[dict[str, float]], path: Path) -> None:
         (losses, "held_out_loss", "held-out loss", {"color": "tab:red", "marker": "o", "markersize": 4}),
         (rate, "learning_rate", "learning rate", {"color": "tab:gray", "linestyle": ":"}),
     ):
-        points = [(line["step"], line[key]) for line in metrics if key in line]
+        points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, **style)
     losses.set(xlabel="step", ylabel="mean squared error", yscale="log")
@@ -59,12 +89,13 @@ def save_curves(metrics: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-REPORT = "report.html"
-_LOSSES = {"loss": "Training loss", "held_out_loss": "Held-out loss"}
-
-
 def write_run_report(folder: Path, figures: dict[str, Any]) -> None:
-    """Writes `report.html` of a finished run, from `figures` (what is in its metrics.json) and what lies there."""
+    """Write the `report.html` of a finished run.
+
+    Args:
+        folder (`Path`): The output directory, with the pictures and files that the page shows and links.
+        figures (`dict`): The content of metrics.json.
+    """
     losses = [f"{name}: {figures[key]:.5f}. " for key, name in _LOSSES.items() if key in figures]
     steps = f"{figures['step']:,} steps of {figures['global_batch_size']:,} images. {''.join(losses)}"
     parts = [markdown(steps), heading("Samples"), picture(folder / "samples.png", "samples of the model", pixels=True)]
@@ -78,32 +109,38 @@ def write_run_report(folder: Path, figures: dict[str, Any]) -> None:
 
 @dataclass
 class RunResults:
-    """Pictures, figures and the pipeline of a run, always from the averaged weights where there are any.
+    """The results of a run, always from the averaged weights where there are any.
 
     Args:
-        options (`OutputOptions`): What to leave.
-        training (`TrainingState`), objective (`Objective`): The run.
-        data, held_out (`PixelDataset` or `LatentDataset`): Its images.
-        seed (`int`): Of the samples.
+        options (`OutputOptions`): The options that say what to leave, and when.
+        training (`TrainingState`), objective (`Objective`): The model, and what it learns.
+        space (`PixelSpace` or `LatentSpace`): Decodes what the model makes.
+        data, held_out (`PixelDataset` or `LatentDataset`): The images as the model sees them.
+        seed (`int`): Seed of the samples.
         batch_size (`int`): Held-out images at a time.
-        with_vae (`bool`): Whether the pipeline has the VAE that the output directory holds.
     """
 
     options: OutputOptions
     training: TrainingState
     objective: Objective
+    space: PixelSpace | LatentSpace
     data: PixelDataset | LatentDataset
     held_out: PixelDataset | LatentDataset | None
     seed: int
     batch_size: int
-    with_vae: bool = False
 
     @property
     def folder(self) -> Path:
         return self.options.folder
 
     def due(self, step: int, epoch_steps: int, last: bool) -> list[Callable[[int], dict[str, float] | None]]:
-        """What is to be done after a step: functions of the step, which return figures for the log or nothing."""
+        """Return what is to be done after a step: functions of the step, which return figures for the log or nothing.
+
+        Args:
+            step (`int`): The step that is finished.
+            epoch_steps (`int`): Steps in a pass over the data.
+            last (`bool`): Whether it is the last step of the run.
+        """
         options, epochs = self.options, 0 if step % epoch_steps or last else step // epoch_steps
         plan = {
             self.held_out_loss: self.held_out is not None and (step % options.validation_steps == 0 or last),
@@ -122,7 +159,7 @@ class RunResults:
             _save(self._pipeline(unet), self.folder)
 
     def save_sample_grid(self, step: int) -> None:
-        """Saves `samples/step-XXXXXXXX.png` and gives it to the trackers."""
+        """Save `samples/step-XXXXXXXX.png` and give it to the trackers."""
         with self.training.averaged() as unet:
             grid = self._sample_grid(self._pipeline(unet))
         (self.folder / SAMPLES).mkdir(exist_ok=True)
@@ -131,7 +168,7 @@ class RunResults:
         log_picture(self.training.accelerator, "samples", path, step)
 
     def keep_if_best(self, step: int) -> dict[str, float]:
-        """The Fréchet distance of the model now; if it is the smallest so far, the pipeline is kept in `best/`."""
+        """Measure the Fréchet distance, and save the pipeline in `best/` if it is the smallest so far."""
         best = self.folder / BEST
         with self.training.averaged() as unet:
             pipeline = self._pipeline(unet)
@@ -150,7 +187,7 @@ class RunResults:
         return {"fid": scores["fid"]}
 
     def finish(self, step: int, global_batch_size: int) -> dict[str, Any]:
-        """Saves the pipeline, samples.png, curves.png, metrics.json and report.html. Returns the figures."""
+        """Save the pipeline, samples.png, curves.png, metrics.json and report.html. Return the figures."""
         options, folder = self.options, self.folder
         metrics = read_metrics(folder / METRICS_LOG)
         figures: dict[str, Any] = {"step": step, "global_batch_size": global_batch_size}
@@ -182,13 +219,8 @@ class RunResults:
         return evaluate(images, data, extractor.to(device), metrics, held_out, options.eval_batch_size)
 
     def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:
-        config, vae = self.objective.scheduler.config, None
-        if self.with_vae:
-            vae = load_vae(str(self.folder / VAE_FOLDER)).to(unet.device)
-            vae.enable_slicing()
-            # Latents leave the range of pixels.
-            config = {**config, "clip_sample": False}
-        return DIAUNetPipeline(unet, make_scheduler(None, config), self.data.pixels.id2label, vae)
+        scheduler = make_scheduler(None, self.space.sampler_config(self.objective.scheduler.config))
+        return DIAUNetPipeline(unet, scheduler, self.data.pixels.id2label, self.space.load_decoder(unet.device))
 
     def _sample_grid(self, pipeline: DIAUNetPipeline) -> Image:
         count, steps = self.options.eval_batch_size, self.options.ddpm_num_inference_steps
@@ -198,5 +230,5 @@ class RunResults:
 
 
 def _save(pipeline: DIAUNetPipeline, folder: Path) -> None:
-    """Puts a pipeline into a folder. A kill leaves the one that was there before."""
+    """Save a pipeline in a folder. A kill leaves the one that was there before."""
     replace_files(folder, pipeline.save_pretrained, last="model_index.json")

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..models.unet import DIAUNet2DModel
+from ..options.data import DataOptions
 from ..options.output import OutputOptions
 from ..options.training import TrainingConfig
 from ..process.distributed import print_main
@@ -126,6 +128,17 @@ def check_same_experiment(before: dict[str, Any], now: dict[str, Any]) -> None:
             f"the checkpoint belongs to another experiment: {lines}. Give the options of that run, or start anew in "
             "another --output_dir."
         )
+
+
+def digest_without_labels(data: PixelDataset, options: DataOptions) -> str | None:
+    """Return the data digest of versions in which labels did not count, or `None`.
+
+    It is `None` where those versions numbered classes differently: they sorted numbered folders as text, 10 before 2.
+    """
+    names = data.class_names or []
+    renumbered = sorted(names) != names and all(map(str.isdecimal, names))
+    source = options.dataset_name or options.train_data_dir
+    return None if renumbered and source is not None and Path(source).is_dir() else data.digest(with_labels=False)
 
 
 def _completed(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

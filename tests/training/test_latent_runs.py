@@ -183,7 +183,7 @@ def test_what_has_no_meaning_in_latents_is_refused_before_the_work(vae, tmp_path
         ({"channels": 3}, "the VAE takes images of 1 channels, and these have 3: add --channels 1"),
         ({"resolution": 9}, r"resolution 9 does not fit the VAE.*a multiple of 2"),
         ({"resolution": 6}, r"resolution 6 does not fit a UNet whose levels halve latents of 3x3 .* a multiple of 4"),
-        (unlabelled, r"not square are cut at random.*--center_crop"),
+        (unlabelled, r"not square are cropped at random.*--center_crop"),
     ):
         folder = tmp_path / "run"
         with pytest.raises(UsageError, match=words):
