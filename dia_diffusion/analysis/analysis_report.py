@@ -1,22 +1,14 @@
 """The report on a model's attention maps: figures, a table and pictures."""
 
-<<<<<<< HEAD
-from collections.abc import Sequence
-=======
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..files import write_json
-<<<<<<< HEAD
-from ..page import heading, markdown, picture, write_page
-=======
 from ..page import definitions, heading, markdown, plot, prose, write_page
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 from .maps import Block, place_blocks
 from .similarity import VIEWS, channel_correlations, cka_of_pairs, describe_blocks, describe_pairs
 
@@ -75,13 +67,6 @@ def report(
         "blocks": described,
     }
     write_json(folder / "analysis.json", figures)
-<<<<<<< HEAD
-    save_matrices(blocks, correlation, "Pearson correlation, mean over channels", (-1, 1), folder / "correlation.png")
-    save_matrices(blocks, cka, "linear CKA", (0, 1), folder / "cka.png")
-    save_channels(blocks, correlation, folder / "channels.png")
-    save_gates(blocks, maps, timesteps, folder / "gates.png")
-    parts = [markdown(format_analysis(figures))]
-=======
     # Without timesteps both views are the same.
     views = list(VIEWS) if timesteps else ["all"]
     shown = [{view: similarity[view] for view in views} for similarity in (correlation, cka)]
@@ -92,7 +77,6 @@ def report(
         "gates": partial(draw_gates, blocks, maps, timesteps),
     }
     parts = [definitions(facts), *map(prose, _MEANING), markdown(format_analysis(figures))]
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
     for name, title in _PICTURES.items():
         path, figure = folder / f"{name}.png", draw[name]()
         path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..files import check_output_folder
 from ..latents.autoencoder import downsampling_factor, encode_posterior
 from ..latents.scaling import scale_latents
-from ..process.distributed import find_device, make_state, say
+from ..process.distributed import find_device, make_state, print_main
 from ..sampling.loading import load_pipeline
 from ..sampling.schedulers import make_noising_scheduler
 from .analysis_report import format_analysis, report
@@ -104,13 +104,13 @@ def _describe(
         "Images": describe_images(pixels, dataset),
     }
     for title, text in facts.items():
-        say(f"{title}: {text}")
+        print_main(f"{title}: {text}")
     return facts | {"Device": str(device), "Date": f"{date.today():%d %B %Y}"}
 
 
 def _finish(figures: dict[str, Any], folder: Path) -> None:
-    say(format_analysis(figures))
-    say(f"The report is {folder}/report.html; all figures and the pictures lie beside it.")
+    print_main(format_analysis(figures))
+    print_main(f"The report is {folder}/report.html; all figures and the pictures lie beside it.")
 
 
 def _find_images(pipeline: DiffusionPipeline) -> tuple[int, int, Callable[[Tensor], Tensor] | None]:

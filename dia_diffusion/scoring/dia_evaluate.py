@@ -18,14 +18,9 @@ from ..data.preparation import prepare_at_own_size, prepare_pixels
 from ..data.recorded import choose_data
 from ..data.sources import DIGITS, load_all_images, load_images
 from ..errors import UsageError
-<<<<<<< HEAD
-from ..files import write_json
-from ..process.distributed import find_device, make_state, print_main
-=======
 from ..files import check_output_file, check_output_folder, write_json
 from ..options.data import DataOptions
-from ..process.distributed import find_device, make_state, say
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
+from ..process.distributed import find_device, make_state, print_main
 from ..sampling.loading import check_guide, load_pipeline
 from ..sampling.numbered import check_sampling, describe_guidance, sample_batch
 from .archives import SAMPLES, STATISTICS, ArchiveImages, array_names
@@ -102,7 +97,7 @@ def score(options: argparse.Namespace) -> dict[str, Any] | None:
     if pipeline is not None:
         facts = {"Model": _describe_model(pipeline)} | facts
     for title, text in facts.items():
-        say(f"{title}: {text}")
+        print_main(f"{title}: {text}")
     scores = evaluate(generated, reference, extractor, metrics, held_out, options.batch_size, state)
     if scores is not None:
         command = shlex.join(["dia", *sys.argv[1:]])
@@ -141,69 +136,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise UsageError("output, report and save_images must be different places.")
     for path in (options.output, options.report):
         if path is not None:
-<<<<<<< HEAD
-            # Not at the end of a long run.
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise UsageError(f"'{path}' is a folder; name the file to write.")
-
-    if options.save_images is not None and _is_images(options.what):
-        raise UsageError("save_images belongs to a pipeline; these images lie in a folder already.")
-    if options.compile_mode is not None and (_is_images(options.what) or options.what.endswith(ARCHIVE)):
-        raise UsageError("compile belongs to a pipeline; these images are made already.")
-    if options.guide is not None and (_is_images(options.what) or options.what.endswith(ARCHIVE)):
-        raise UsageError("a guide belongs to a pipeline; these images are made already.")
-    check_guide(options.guide, options.guidance_scale)
-
-    state = make_state()
-    device = find_device(options.device, state)
-    pixels = None
-    if options.what.endswith(ARCHIVE):
-        pixels = ArchiveImages(Path(options.what))
-    elif _is_images(options.what):
-        with state.main_process_first():
-            images = load_all_images(options.what)
-            check_one_size(images)
-            pixels = prepare_at_own_size(images)
-    else:
-        pipeline = load_pipeline(options.what, options.scheduler, device, options.compile_mode, options.guide)
-        check_sampling(pipeline, options.steps)
-    resolution, channels = (pixels.resolution, pixels.channels) if pixels is not None else _shape(pipeline)
-    held_out = None
-    if reference_file is None:
-        with state.main_process_first():
-            reference, held_out = _load_reference(options, resolution)
-    elif not published:
-        reference = ArchiveImages(reference_file, resolution)
-    # Without colour a grey copy of a colour image would be the image itself.
-    wanted = channels if published else max(channels, reference.channels)
-    extractor = get_extractor(name, resolution, wanted, options.inception_path).to(device)
-    if not published and reference.channels != channels and extractor.channels == 3:
-        grey, other = ("images to score", "reference images")[:: 1 if channels == 1 else -1]
-        print(f"The {grey} are grey and those of the {other} have colour: they are compared as colour images.")
-    check_metrics(metrics, extractor)
-    if published:
-        reference = read_published(reference_file, extractor)
-    if pixels is not None:
-        generated = FolderImages(pixels)
-    else:
-        # The first process claims the folder, the others find it claimed.
-        with state.main_process_first():
-            generated = PipelineImages(
-                pipeline, options.num_images, options.steps, options.seed, options.guidance_scale, options.save_images
-            )
-    for line in _what_is_used(options, generated, pixels, reference, held_out, name, device):
-        print_main(line)
-    scores = evaluate(generated, reference, extractor, metrics, held_out, options.batch_size, state)
-    if scores is not None:
-        _write(options, scores, generated, reference, extractor)
-    state.wait_for_everyone()
-    state.destroy_process_group()
-=======
             check_output_file(path)
     if options.save_images is not None:
         check_output_folder(options.save_images)
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 
 
 def _holds_files(what: str) -> bool:
@@ -256,7 +191,7 @@ def _make_extractor(
     extractor = get_extractor(name, resolution, wanted, inception_path)
     if real is not None and real.images.channels != channels and extractor.channels == 3:
         grey, other = ("images to score", "reference images")[:: 1 if channels == 1 else -1]
-        say(f"The {grey} are grey and those of the {other} have colour: they are compared as colour images.")
+        print_main(f"The {grey} are grey and those of the {other} have colour: they are compared as colour images.")
     return extractor
 
 
@@ -272,12 +207,14 @@ def _make_images(options: argparse.Namespace, pipeline: DiffusionPipeline, real:
         shares = real.class_shares if real is not None and known and not even else None
         unknown = "" if even or known else ", since the reference does not say how often it has each of them"
         if shares is None or len(set(shares)) == 1:
-            say(f"Classes: all are drawn alike{unknown}.")
+            print_main(f"Classes: all are drawn alike{unknown}.")
         else:
             names = pipeline.class_names or range(len(shares))
             shown = [f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True)]
             few = ", ".join(shown[:10]) + (", ..." if shown[10:] else "")
-            say(f"Classes: drawn as often as the reference has them ({few}); --class_proportions even draws all alike.")
+            print_main(
+                f"Classes: drawn as often as the reference has them ({few}); --class_proportions even draws all alike."
+            )
     return PipelineImages(
         pipeline,
         options.num_images,
@@ -355,19 +292,10 @@ def _write(
         write_report(options.report, scores, facts, generated, images, extractor, options.output)
     seconds = scores["seconds"]
     outside = 1 - seconds["sampling"] / seconds["total"]
-    say(format_scores(scores))
-    say(
+    print_main(format_scores(scores))
+    print_main(
         f"{seconds['total']:.0f} s in all, {outside:.0%} of it outside sampling; features and logits kept in memory: "
         f"{scores['bytes_kept'] / 1e6:.1f} MB."
     )
     for warning in scores["warnings"]:
-<<<<<<< HEAD
-        print(f"warning: {warning}")
-    if options.output is not None:
-        write_json(options.output, scores)
-    if options.report is not None:
-        images = reference if not isinstance(reference, Reference) else None
-        write_report(options.report, scores, generated, images, extractor, options.output)
-=======
-        say(f"warning: {warning}")
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
+        print_main(f"warning: {warning}")

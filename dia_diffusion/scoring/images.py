@@ -20,129 +20,10 @@ from torch import Tensor, nn
 from ..data.columns import find_image_column, find_label_column
 from ..data.decoding import UNREADABLE
 from ..data.pixels import PixelDataset
-<<<<<<< HEAD
-from ..errors import UsageError, first_line
-from ..files import replace_file, weights_digest, write_json
-from ..sampling.numbered import check_sampling, sample_batch
-
-SAMPLES = "arr_0"
-STATISTICS = ("mu", "sigma")
-# What zipfile and numpy raise at a file that is cut off, broken, or none.
-UNREADABLE_ARCHIVE = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    NotImplementedError,
-)
-_BLOCK = 2**20
-
-
-def array_names(path: Path) -> Sequence[str]:
-    """Names of the arrays in an `.npz` file.
-
-    Raises:
-        UsageError: if it cannot be read.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except UNREADABLE_ARCHIVE as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: Exception) -> UsageError:
-    """What to say of an `.npz` file that cannot be read."""
-    reason = "there is no such file" if isinstance(error, FileNotFoundError) else first_line(error)
-    return UsageError(
-        f"'{path}' is not a readable .npz file with the arrays 'mu' and 'sigma' (statistics) or 'arr_0' (images): "
-        f"{reason}. If it was downloaded, download it again."
-    )
-
-
-class ArchiveImages:
-    """Images that lie in `arr_0` of an `.npz` file; they are mapped into memory where the file is not compressed.
-
-    Args:
-        path (`Path`): The file.
-        resolution (`int`, *optional*): Pixels of the shorter side; by default as they are. Resized as those of
-            `prepare_pixels`.
-
-    Raises:
-        UsageError: if it cannot be read, or holds something else.
-    """
-
-    def __init__(self, path: Path, resolution: int | None = None):
-        names = array_names(path)
-        if SAMPLES not in names:
-            raise UsageError(f"'{path}' holds no images ('{SAMPLES}'), only: {', '.join(names) or 'nothing'}.")
-        try:
-            self.array, self.fingerprint = _map(path)
-        except UNREADABLE_ARCHIVE as error:
-            raise unreadable(path, error) from error
-        shape = self.array.shape
-        if self.array.dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)) or 0 in shape:
-            raise UsageError(
-                f"'{SAMPLES}' of '{path}' must hold images, uint8 of shape (N, H, W, 1 or 3), but is "
-                f"{self.array.dtype} of shape {shape}."
-            )
-        self.channels = shape[3] if len(shape) == 4 else 1
-        self.resolution = min(shape[1:3]) if resolution is None else resolution
-        self.fingerprint += f"-{self.resolution}"
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def numbered(self, numbers: range) -> Tensor:
-        """These images, uint8 of shape `(B, C, R, R)`: the middle of those that are not square."""
-        rows = np.asarray(self.array[numbers.start : numbers.stop : numbers.step])
-        pixels = rows.reshape(*rows.shape[:3], self.channels).transpose(0, 3, 1, 2)
-        if min(pixels.shape[2:]) != self.resolution:
-            resized = [image_to_pixels(Image.fromarray(row.squeeze()), self.resolution, self.channels) for row in rows]
-            pixels = np.stack(resized)
-        top, left = (round(0.5 * (side - self.resolution)) for side in pixels.shape[2:])
-        cut = pixels[:, :, top : top + self.resolution, left : left + self.resolution]
-        return torch.from_numpy(np.ascontiguousarray(cut))
-
-    def digest(self, with_classes: bool = True) -> str:
-        """As that of a `PixelDataset` of these images."""
-        digest = hashlib.sha256(str((len(self), self.channels, self.resolution, None)).encode())
-        for index in range(0, len(self), -(-len(self) // 1000)):
-            digest.update(self.numbered(range(index, index + 1)).numpy().tobytes())
-        return digest.hexdigest()
-
-
-def _map(path: Path) -> tuple[np.ndarray, str]:
-    """The array, and a digest of its bytes, which are all read once: a file that lacks some is noticed here."""
-    digest = hashlib.sha256()
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(f"{SAMPLES}.npy")
-        with archive.open(info) as member:
-            while block := member.read(_BLOCK):
-                digest.update(block)
-    if info.compress_type != zipfile.ZIP_STORED:
-        with np.load(path, allow_pickle=False) as file:
-            return file[SAMPLES], digest.hexdigest()
-    with path.open("rb") as file:
-        # The local header of the member, whose name and extra field may be of other lengths than in the directory.
-        file.seek(info.header_offset + 26)
-        file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects, which are not loaded")
-        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C"), digest.hexdigest()
-
-=======
 from ..errors import UsageError
-from ..files import check_output_folder, replace_file, to_json, weights_checksum, write_json
+from ..files import check_output_folder, replace_file, to_json, weights_digest, write_json
 from ..sampling.numbered import check_sampling, sample_batch
 from .archives import ArchiveImages
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 
 _RECORD = "settings.json"
 # The tag of EXIF that says how a picture is turned, and where that swaps height and width.
@@ -254,10 +135,6 @@ class PipelineImages:
             return
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"'{folder}' is not empty and has no {_RECORD} of earlier scoring; choose another folder.")
-<<<<<<< HEAD
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, mine)
-=======
         check_output_folder(folder)
         write_json(record, mine)
 
@@ -310,7 +187,6 @@ def shares_in_dataset(dataset: Dataset, names: Sequence[str] | None, num_classes
     if len(counts) != num_classes or not sum(counts):
         return None
     return [count / sum(counts) for count in counts]
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 
 
 class FolderImages:

@@ -1,9 +1,6 @@
 """Scores as a table, and as a page with the pictures that they stand for."""
 
-<<<<<<< HEAD
-=======
 from collections.abc import Mapping
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +10,8 @@ from PIL import Image
 from ..data.grid import image_grid
 from ..data.pixels import PixelDataset
 from ..files import to_json
-<<<<<<< HEAD
-from ..page import folded, heading, markdown, picture, prose, write_page
-=======
 from ..page import definitions, folded, heading, markdown, picture, prose, write_page
 from .archives import ArchiveImages
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)
 from .features.extractor import FeatureExtractor
 from .reference import Images
 
@@ -135,14 +128,6 @@ def write_report(
             picture(neighbours, "generated images beside the nearest real images", pixels=True),
         ]
     details = {name: value for name, value in scores.items() if isinstance(value, dict) and name != "floor"}
-<<<<<<< HEAD
-    parts += [
-        heading("Settings"),
-        prose(f"`{scores['command']}`") if "command" in scores else "",
-        folded("What the figures depend on", to_json(details, indent=2)),
-    ]
-    write_page(path, "Scores", parts, [] if raw is None else [raw])
-=======
     command = [prose(f"`{scores['command']}`")] if "command" in scores else []
     parts += [heading("Settings"), *command, folded("What the figures depend on", to_json(details, indent=2))]
     write_page(path, f"Scores of {scores['what']} against {scores['dataset']}", parts, [] if raw is None else [raw])
@@ -165,4 +150,3 @@ def _explain(scores: dict[str, Any]) -> list[str]:
             "images."
         )
     return [*lines, "Figures can be compared where their settings are the same."]
->>>>>>> f6ba7e4 (dia evaluate and dia analyze compare with the data that a run records, draw its classes as often as it has them, and refuse what would do nothing)

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import diffusers
 import torch
 import transformers
-from torch import nn
-
 from backbones import BACKBONES, noise, strong
+from torch import nn
 
 
 class Network(NamedTuple):
