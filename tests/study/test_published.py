@@ -1,4 +1,4 @@
-"""The tables of docs/study.md are those of the raw figures beside it: each number is computed again."""
+"""The tables of the study and of the README are those of the raw figures in docs/study/: each is computed again."""
 
 import json
 import re
@@ -24,7 +24,7 @@ SCORES = {
 
 def published():
     """Each table: the file of its raw figures, its columns and its rows."""
-    waiting, lines = [], iter((DOCS / "study.md").read_text().splitlines())
+    waiting, lines = [], iter((DOCS / "study_details.md").read_text().splitlines())
     for line in lines:
         study, table = STUDY.match(line), TABLE.match(line)
         name = table[1] if table else study and (study[1] or study[2].replace("/", "_"))
@@ -92,6 +92,58 @@ def test_a_table_is_that_of_its_raw_figures(name, columns, rows):
             elif column == "runs":
                 assert number(cell) == len(mine)
     assert compared >= 2
+
+
+def effects():
+    """The main effects that `tools/effects.py` names, with what is compared on the same seeds."""
+    for group in runpy.run_path(str(DOCS.parent / "tools" / "effects.py"))["EFFECTS"].values():
+        yield from group
+
+
+def differences(effect):
+    """The paired differences of an effect, in percent of the baseline's mean, or in points of accuracy."""
+    raw = json.loads((DOCS / "study" / f"{effect.file}.json").read_text())
+    runs = raw if isinstance(raw, list) else raw["runs"]
+    score = "accuracy" if effect.file.startswith("classification") else "held_out_loss"
+    mine, baseline = (seeds_of(runs, name, score) for name in (effect.variant, effect.baseline))
+    scale = 100 if score == "accuracy" else 100 / statistics.mean(baseline.values())
+    return [scale * (mine[seed] - baseline[seed]) for seed in mine if seed in baseline]
+
+
+@pytest.mark.parametrize("effect", effects(), ids=lambda effect: f"{effect.what}, {effect.where}, {effect.file}")
+def test_a_main_effect_is_that_of_its_raw_figures(effect):
+    (line,) = re.findall(
+        rf"^\| {effect.what} \| {effect.where} \| (.*) \| (\d) \|$", (DOCS / "study.md").read_text(), re.M
+    )
+    paired = differences(effect)
+    half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / len(paired) ** 0.5
+    mean, low, high = re.findall(r"[+-][\d.]+", line[0])
+    for text, value in ((mean, 0.0), (low, -half), (high, half)):
+        assert_shown(text, statistics.mean(paired) + value)
+    assert int(line[1]) == len(paired)
+
+
+def test_the_readme_has_the_figures_of_the_study():
+    """Its rows are main effects, with the sign turned where less is better."""
+    study = {}
+    for line in (DOCS / "study.md").read_text().splitlines():
+        if len(figures := re.findall(r"[+-]\d+\.\d+", line)) == 3:
+            study[line.split(" | ")[0].strip("| "), line.split(" | ")[1]] = [float(figure) for figure in figures]
+    rows = {
+        "default UNet, CIFAR-10 at 16x16": ("DIA", "default UNet, CIFAR-10 16x16"),
+        "default UNet, digits at 8x8": ("DIA", "default UNet, digits"),
+        "UNet with scale-shift, CIFAR-10 at 16x16": ("DIA", "scale-shift, CIFAR-10 16x16"),
+        "ResNet-32, CIFAR-10, 3 epochs": ("DIA as in the paper", "ResNet-32"),
+        "ResNet-56, the same, two seeds": ("DIA as in the paper", "ResNet-56"),
+    }
+    readme = (DOCS.parent / "README.md").read_text()
+    for where, effect in rows.items():
+        gain = re.search(rf"^\| {where} \| (.*?) \|", readme, re.M)[1]
+        mean, low, high = study[effect]
+        expected = [mean, low, high] if "points" in gain else [-mean, -high, -low]
+        shown = re.findall(r"-?\d+\.\d+", gain)
+        for text, value in zip(shown, expected, strict=True):
+            assert_shown(text, value)
 
 
 def test_the_tool_prints_tables_in_this_form(monkeypatch, capsys):
