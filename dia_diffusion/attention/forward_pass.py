@@ -24,7 +24,7 @@ _thread.current = _thread.recording = None
 
 
 class GatedBlocks:
-    """The gated blocks of one model, in order of execution; the identity by which they find its forward passes.
+    """The gated blocks of one model, in order of execution: the identity by which they find its forward passes.
 
     Args:
         names (tuple of `str`): Names of the blocks.
@@ -35,22 +35,31 @@ class GatedBlocks:
 
 
 class ForwardPass:
-    """One forward pass of one model: a context, in which the gated blocks find it.
+    """One forward pass of one model: a context in which its gated blocks get their gates.
 
     Args:
-        blocks (`GatedBlocks`): Whose blocks take part.
-        attention (`SharedAttention`): What their gates come from.
-        state (`AttentionState`, *optional*): What the first block gets; by default that of the start.
+        blocks (`GatedBlocks`): The blocks that take part.
+        attention (`SharedAttention`): The attention that computes their gates.
+        state (`AttentionState`, *optional*): The state for the first block; by default that of the start.
+        maps (`dict[int, Tensor]`, *optional*):
+            Filled with the channel gates by position; by default where `record_maps` asks for them.
 
     Attributes:
-        state (`AttentionState`): What the next block gets.
+        state (`AttentionState`): The state for the next block.
     """
 
-    def __init__(self, blocks: GatedBlocks, attention: SharedAttention, state: AttentionState | None = None):
+    def __init__(
+        self,
+        blocks: GatedBlocks,
+        attention: SharedAttention,
+        state: AttentionState | None = None,
+        maps: dict[int, Tensor] | None = None,
+    ):
         self.blocks = blocks
         self.attention = attention
-        self.recorded = _recording(blocks) if state is None else None
-        self.state = AttentionState(maps=None if self.recorded is None else {}) if state is None else state
+        self.state = AttentionState() if state is None else state
+        self.recording = _recording(blocks) if state is None else None
+        self.maps = maps if self.recording is None else {}
 
     def __enter__(self) -> "ForwardPass":
         # It may begin in the middle of another, of this model or of one around it.
@@ -60,29 +69,32 @@ class ForwardPass:
 
     def __exit__(self, *exception: object) -> None:
         _thread.current = self._outer
-        if self.recorded is not None:
-            self.recorded.clear()
-            for position, gate in sorted(self.state.maps.items()):
-                self.recorded[self.blocks.names[position]] = gate
+        if self.recording is not None:
+            self.recording.clear()
+            self.recording.update((self.blocks.names[position], gate) for position, gate in sorted(self.maps.items()))
 
     def gate(self, branch: Tensor, position: int) -> Tensor:
-        """The gate of the block at this position; the state goes on."""
-        gate, self.state = self.attention(branch, self.state._replace(position=position))
+        """Return the gate of the block at this position, and keep the state for the next."""
+        gate, self.state = self.attention(branch, self.state._replace(position=position), self.maps)
         # The attention may live on another device than the block.
         return gate if gate.device == branch.device else gate.to(branch.device)
 
 
 def current_pass(blocks: GatedBlocks) -> ForwardPass | None:
-    """the forward pass in this thread, if it is one of the model that the blocks belong to."""
+    """Return the current forward pass of this thread, if it is one of the model that these blocks belong to."""
     current = getattr(_thread, "current", None)
     return current if current is not None and current.blocks is blocks else None
 
 
+# ---- recording
+
+
 @contextmanager
 def record_maps(blocks: GatedBlocks) -> Iterator[dict[str, Tensor]]:
-    """Yields a dictionary that holds, after each forward pass of the model in this thread, the channel gates `(B, C)`
+    """Yield a dictionary that holds, after each forward pass of the model in this thread, the channel gates `(B, C)`
     of its blocks by name, in order of execution."""
-    before, maps = getattr(_thread, "recording", None), {}
+    before = getattr(_thread, "recording", None)
+    maps: dict[str, Tensor] = {}
     _thread.recording = (blocks, maps)
     try:
         yield maps
@@ -95,12 +107,15 @@ def _recording(blocks: GatedBlocks) -> dict[str, Tensor] | None:
     return recording[1] if recording is not None and recording[0] is blocks else None
 
 
+# ---- hooks
+
+
 class ContextHook:
-    """Takes the context from which the memory starts, where it passes as an argument of a module.
+    """Gives a forward pass the context from which its state starts, where it passes as an argument of a module.
 
     Args:
         blocks (`GatedBlocks`): The model's blocks.
-        name (`str`), index (`int`): The argument, as it may be given by name or by place.
+        name (`str`, *optional*), index (`int`): The argument, by name and by position.
     """
 
     def __init__(self, blocks: GatedBlocks, name: str | None, index: int):
@@ -112,7 +127,8 @@ class ContextHook:
     def take(self, context: Tensor) -> None:
         current = current_pass(self.blocks)
         if current is not None:
-            current.state = current.state._replace(context=context)
+            # A backbone that is called twice in one forward pass of the model starts anew.
+            current.state = AttentionState(context=context)
 
 
 class Gate:
@@ -120,7 +136,7 @@ class Gate:
 
     Args:
         blocks (`GatedBlocks`): The model's blocks.
-        position (`int`): The place of this one among them.
+        position (`int`): The index of this one among them.
     """
 
     def __init__(self, blocks: GatedBlocks, position: int):
@@ -128,14 +144,17 @@ class Gate:
         self.position = position
 
     def __call__(self, branch: Tensor) -> Tensor | None:
-        """What to multiply the residual branch with; `None` outside of a forward pass."""
+        """Return the factor of the residual branch, or `None` outside of a forward pass."""
         current = current_pass(self.blocks)
         return None if current is None else current.gate(branch, self.position)
 
     def hook(self, module: nn.Module, args: tuple, branch: Tensor) -> Tensor:
-        """Behind the module whose output is the residual branch."""
+        """Gate the output of the module at the end of the branch: a forward hook."""
         gate = self(branch)
         return branch if gate is None else branch * gate
+
+
+# ---- checkpointing
 
 
 class CarryState:
@@ -146,7 +165,7 @@ class CarryState:
 
     Args:
         blocks (`GatedBlocks`): The blocks of the model.
-        checkpoint (`Callable`): What the library checkpoints with, called with a module and its arguments.
+        checkpoint (`Callable`): The library's checkpointing function, called with a module and its arguments.
     """
 
     def __init__(self, blocks: GatedBlocks, checkpoint: Callable):
@@ -158,30 +177,30 @@ class CarryState:
         current = current_pass(self.blocks)
         if current is None:
             return self.checkpoint(module, *args)
-        values, form = pytree.tree_flatten(current.state)
-        part = _PartOfPass(current, module, form, len(values))
-        output, *values = self.checkpoint(part, *values, *args)
-        current.state = pytree.tree_unflatten(values, part.form_after)
+        part = _CheckpointedPart(current, module)
+        output, *values = self.checkpoint(part, *part.values, *args)
+        current.state, maps = pytree.tree_unflatten(values, part.form_after)
+        if current.maps is not None:
+            current.maps.update(maps)
         return output
 
 
-class _PartOfPass:
-    """A module in a forward pass of its own, as a function of the state, given as a flat list, and of its arguments."""
+class _CheckpointedPart:
+    """A module with a forward pass of its own, as a function of the state's tensors and the module's arguments."""
 
-    def __init__(self, current: ForwardPass, module: Callable, form: pytree.TreeSpec, number: int):
-        self.blocks, self.attention = current.blocks, current.attention
-        self.module = module
-        self.form, self.number = form, number
-        self.form_after: pytree.TreeSpec | None = None
+    def __init__(self, current: ForwardPass, module: Callable):
+        self.blocks, self.attention, self.module = current.blocks, current.attention, module
+        self.record = current.maps is not None
+        self.values, self.form = pytree.tree_flatten(current.state)
+        self.form_after = self.form
 
     def __call__(self, *values: Any) -> tuple:
-        state = pytree.tree_unflatten(values[: self.number], self.form)
-        # The second time it is called to compute gradients.
-        state = state._replace(again=self.form_after is not None)
-        with ForwardPass(self.blocks, self.attention, state) as current:
-            output = self.module(*values[self.number :])
-        values, self.form_after = pytree.tree_flatten(current.state._replace(again=False))
-        return output, *values
+        number = self.form.num_leaves
+        state = pytree.tree_unflatten(values[:number], self.form)
+        with ForwardPass(self.blocks, self.attention, state, {} if self.record else None) as current:
+            output = self.module(*values[number:])
+        values_after, self.form_after = pytree.tree_flatten((current.state, current.maps))
+        return output, *values_after
 
 
 def _allow_passes_in_compiled_checkpoints() -> None:

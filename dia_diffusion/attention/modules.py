@@ -1,4 +1,4 @@
-"""Channel attention modules, on statistics pooled from a residual branch; `sharing.py` puts them to work.
+"""Channel attention modules, on statistics pooled from a residual branch; `sharing.py` shares them between blocks.
 
 Notation: B batch, C channels, S pooled statistics.
 
@@ -16,17 +16,18 @@ from torch import Tensor, nn
 LSTMState = tuple[Tensor, Tensor]
 
 
+class Affine(NamedTuple):
+    """An affine map `x @ matrix + offset` of vectors `(B, in)`: a linear layer, ready to be used by many blocks."""
+
+    matrix: Tensor  # (in, out)
+    offset: Tensor  # (out,)
+
+
 class CellMatrices(NamedTuple):
-    """The layers of a `DIALSTMCell` as one affine map before its ReLU, of both bottlenecks, and one behind it.
+    """Both bottlenecks of a `DIALSTMCell` merged: one affine map before the ReLU, one after it."""
 
-    From pooled features and the state h to what the ReLU takes: `(2 * C, 2 * C/r)` and `(2 * C/r,)`. From there to the
-    gates i, f, 2 z, o: `(2 * C/r, 4 * C)` and `(4 * C,)`.
-    """
-
-    hidden: Tensor
-    hidden_offset: Tensor
-    gates: Tensor
-    gates_offset: Tensor
+    hidden: Affine  # from [pooled, h], of width 2 C, to 2 C/r
+    gates: Affine  # from 2 C/r to the gates i, f, 2 z, o, of width 4 C
 
 
 class DIALSTMCell(nn.Module):
@@ -47,12 +48,11 @@ class DIALSTMCell(nn.Module):
         self.input_gates = _bottleneck(channels, 4 * channels, reduction)
         self.state_gates = _bottleneck(channels, 4 * channels, reduction)
 
-    def matrices(self, like: Tensor, layer_dtype: torch.dtype | None = None) -> CellMatrices:
-        """The cell's layers multiplied out, once for all blocks that share it.
+    def matrices(self, like: Tensor) -> CellMatrices:
+        """Merge the cell's layers, once for all blocks that share it.
 
         Args:
-            like (`Tensor`): Has the type and place that the matrices should have.
-            layer_dtype (`torch.dtype`, *optional*): What the layers take, where it is not that type.
+            like (`Tensor`): Has the type and device that the matrices should have.
         """
         (pooled_in, _, pooled_out), (state_in, _, state_out) = self.input_gates, self.state_gates
 
@@ -66,34 +66,54 @@ class DIALSTMCell(nn.Module):
             return torch.cat([i, f, 2 * z, o], dim=1)
 
         return CellMatrices(
-            *_affine_map(hidden, 2 * self.channels, like, layer_dtype),
-            *_affine_map(gates, 2 * pooled_out.in_features, like, layer_dtype),
+            _affine_map(hidden, 2 * self.channels, like), _affine_map(gates, 2 * pooled_out.in_features, like)
         )
 
     def forward(self, pooled: Tensor, state: LSTMState, matrices: CellMatrices | None = None) -> LSTMState:
-        """Maps pooled features `(B, C)` and a state `(h, c)`, each `(B, C)`, to the next state; h is in (0, 1).
+        """Map pooled features `(B, C)` and a state `(h, c)`, each `(B, C)`, to the next state; h is in (0, 1).
 
         With `gates = U(pooled) + V(h)` of the two bottlenecks U and V:
         `c' = sigmoid(f) c + sigmoid(i) tanh(z)` and `h' = sigmoid(o) sigmoid(c')`.
         """
         h, c = state
-        matrices = self.matrices(pooled) if matrices is None else matrices
-        hidden = torch.addmm(matrices.hidden_offset, torch.cat([pooled, h], dim=1), matrices.hidden).relu()
-        i, f, z, o = torch.addmm(matrices.gates_offset, hidden, matrices.gates).sigmoid().chunk(4, dim=1)
+        to_hidden, to_gates = self.matrices(pooled) if matrices is None else matrices
+        hidden = torch.addmm(to_hidden.offset, torch.cat([pooled, h], dim=1), to_hidden.matrix).relu()
+        gates = torch.addmm(to_gates.offset, hidden, to_gates.matrix).sigmoid()
+        i, f, z, o = gates.split([self.channels] * 4, dim=1)
         # tanh(z) is 2 sigmoid(2 z) - 1: one call serves all gates.
         c = torch.addcmul(f * c - i, i, z, value=2)
         return o * torch.sigmoid(c), c
 
 
-def _affine_map(
-    function: Callable[[Tensor], Tensor], size: int, like: Tensor, layer_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """Matrix and offset of an affine function of vectors `(B, size)`, from its values at the unit vectors and at zero.
+def _affine_map(function: Callable[[Tensor], Tensor], size: int, like: Tensor) -> Affine:
+    """Return an affine function of vectors `(B, size)` as matrix and offset, from its values at the unit vectors and at
+    zero, in the type and on the device of `like`.
 
-    The layers are called, not read: what fetches, casts or adapts weights does so when a layer is called.
+    Layers are called, not read: what fetches, casts or adapts weights does so when a layer is called.
     """
-    values = function(torch.eye(size + 1, size, dtype=layer_dtype or like.dtype, device=like.device)).to(like.dtype)
-    return values[:-1] - values[-1], values[-1]
+    values = function(torch.eye(size + 1, size, dtype=like.dtype, device=like.device)).to(like.dtype)
+    return Affine(values[:-1] - values[-1], values[-1])
+
+
+class CastsInput(nn.Module):
+    """A mixin for a layer: cast the input to the type that its weights have while it runs. Only then is that known,
+    where diffusers casts weights layer by layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.weight.dtype
+        return super().forward(x if x.dtype == dtype else x.to(dtype))
+
+
+class Linear(CastsInput, nn.Linear):
+    """A linear layer that takes any floating type."""
+
+
+class Conv1d(CastsInput, nn.Conv1d):
+    """A convolution over channels that takes any floating type."""
+
+
+class Conv2d(CastsInput, nn.Conv2d):
+    """A convolution over pixels that takes any floating type."""
 
 
 class SEAttention(nn.Module):
@@ -104,11 +124,11 @@ class SEAttention(nn.Module):
     def __init__(self, channels: int, reduction: int = 4):
         super().__init__()
         hidden = max(channels // reduction, 1)
-        self.first = nn.Linear(channels, hidden)
-        self.last = nn.Linear(hidden, channels)
+        self.first = Linear(channels, hidden)
+        self.last = Linear(hidden, channels)
 
     def forward(self, statistics: Tensor) -> Tensor:
-        """Maps statistics `(B, S, C)` to logits `(B, C)`; each statistic goes through the same layers."""
+        """Map statistics `(B, S, C)` to logits `(B, C)`; each statistic goes through the same layers."""
         return self.last(torch.relu(self.first(statistics))).sum(1)
 
 
@@ -121,10 +141,10 @@ class ECAAttention(nn.Module):
         super().__init__()
         kernel_size = int((math.log2(channels) + 1) / 2)
         kernel_size += 1 - kernel_size % 2
-        self.last = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.last = Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, statistics: Tensor) -> Tensor:
-        """Maps statistics `(B, 1, C)` to logits `(B, C)`."""
+        """Map statistics `(B, 1, C)` to logits `(B, C)`."""
         return self.last(statistics)[:, 0]
 
 
@@ -140,15 +160,15 @@ class SRMAttention(nn.Module):
         self.weight = nn.Parameter(torch.randn(2, channels) / math.sqrt(2))
         self.last = nn.BatchNorm1d(channels)
 
-    def forward(self, statistics: Tensor, again: bool = False) -> Tensor:
-        """Maps statistics `(B, 2, C)` to logits `(B, C)`. With `again` a batch that was seen before is not counted
-        in the running statistics once more."""
-        styles = (statistics * self.weight).sum(1)
-        if again and self.training:
-            norm = self.last
+    def forward(self, statistics: Tensor) -> Tensor:
+        """Map statistics `(B, 2, C)` to logits `(B, C)`. A batch that checkpointing recomputes is not counted in the
+        running statistics once more."""
+        norm = self.last
+        styles = (statistics * self.weight).sum(1).to(norm.weight.dtype)
+        if self.training and in_backward_pass():
             copies = norm.running_mean.clone(), norm.running_var.clone()
             return nn.functional.batch_norm(styles, *copies, norm.weight, norm.bias, training=True, eps=norm.eps)
-        return self.last(styles)
+        return norm(styles)
 
 
 class CBAMAttention(SEAttention):
@@ -158,8 +178,7 @@ class CBAMAttention(SEAttention):
 
 
 class TimeAttention(SEAttention):
-    """A control: the layers of SE on a projection of the time embedding. It pools nothing and sees no features, so what
-    it gains is gained without attention."""
+    """A control: the layers of SE on a projection of the time embedding. It pools nothing and sees no features."""
 
     statistics = ()
 
@@ -170,10 +189,10 @@ class CBAMSpatialAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.last = nn.Conv2d(2, 1, kernel_size=7, padding=3)
+        self.last = Conv2d(2, 1, kernel_size=7, padding=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps a branch `(B, C, H, W)` to logits `(B, 1, H, W)`."""
+        """Map a branch `(B, C, H, W)` to logits `(B, 1, H, W)`."""
         return self.last(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1))
 
 
@@ -190,4 +209,9 @@ ATTENTIONS: dict[str, type[nn.Module]] = {
 
 def _bottleneck(in_features: int, out_features: int, reduction: int) -> nn.Sequential:
     hidden = max(in_features // reduction, 1)
-    return nn.Sequential(nn.Linear(in_features, hidden), nn.ReLU(), nn.Linear(hidden, out_features))
+    return nn.Sequential(Linear(in_features, hidden), nn.ReLU(), Linear(hidden, out_features))
+
+
+def in_backward_pass() -> bool:
+    """Return whether autograd is computing gradients in this thread: what runs then is a recomputation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -6,6 +6,7 @@ al., arXiv 2210.16101 and 1905.10671.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..options.attention import AttentionOptions, with_attention_options
-from .modules import ATTENTIONS, CBAMSpatialAttention, CellMatrices
+from .modules import ATTENTIONS, Affine, CBAMSpatialAttention, CellMatrices, Linear
 
 # The largest number of float16.
 _LARGE = 65504.0
@@ -23,17 +24,25 @@ _LARGE = 65504.0
 Memory = dict[str, tuple[Tensor, ...]]
 
 
+class Constants(NamedTuple):
+    """Tensors that are the same for all blocks of a forward pass: computed at the first one, in the type and on the
+    device in which the small products of all gates are done."""
+
+    start: Memory  # the memory at the first block; without it, zero
+    cells: dict[str, CellMatrices]
+    encoders: dict[str, Affine]  # by width; without those whose layer has to be called
+    decoders: dict[str, Affine]
+
+
 class AttentionState(NamedTuple):
     """What passes from one block to the next. It is never stored on a module, and never changed, but replaced."""
 
     position: int = 0  # index of the next block
-    context: Tensor | None = None  # (B, context_size): what the memory starts from; zero without
-    level: str | None = None  # that of the block before; None at the start
+    context: Tensor | None = None  # (B, context_size), from which the memory starts; zero without it
+    level: str | None = None  # level of the block before; None at the start
     memory: Memory = {}  # of each cell; one that is missing is zero  # noqa: RUF012
-    left: dict[str, Memory] = {}  # what each level left behind, for the bridge `skip`  # noqa: RUF012
-    matrices: dict[str, CellMatrices] = {}  # of each cell, multiplied out at the first block  # noqa: RUF012
-    maps: dict[int, Tensor] | None = None  # channel gates (B, C) by position, where they are asked for
-    again: bool = False  # whether blocks that ran before are run once more, to compute gradients
+    left: dict[str, Memory] = {}  # memory at the end of each level, for the bridge `skip`  # noqa: RUF012
+    constants: Constants | None = None
 
 
 class ChannelScale(nn.Module):
@@ -116,110 +125,121 @@ class SharedAttention(nn.Module):
 
         by_width = sorted(set(self.widths)) if sharing == "network" else []
         encoded = by_width if self.statistics else []
-        self.encoders = nn.ModuleDict({str(width): nn.Linear(width, hidden_size) for width in encoded})
-        self.decoders = nn.ModuleDict({str(width): nn.Linear(hidden_size, width) for width in by_width})
+        self.encoders = nn.ModuleDict({str(width): Linear(width, hidden_size) for width in encoded})
+        self.decoders = nn.ModuleDict({str(width): Linear(hidden_size, width) for width in by_width})
         if self.recurrent and sharing == "level" and init == "identity":
             self.decoders = nn.ModuleDict({key: ChannelScale(size) for key, size in sizes.items()})
         self.spatial = nn.ModuleDict({key: CBAMSpatialAttention() for key in sizes} if attention == "cbam" else {})
         self.initial_states = nn.ModuleDict(
-            {key: nn.Linear(context_size, (2 if self.recurrent else 1) * size) for key, size in sizes.items()}
+            {key: Linear(context_size, (2 if self.recurrent else 1) * size) for key, size in sizes.items()}
             if context_size is not None and (self.recurrent or not self.statistics)
             else {}
         )
-        # Per channel, the logit of the share that the state of the matching earlier level has in the joined state.
-        self.skip_logits = nn.Parameter(torch.zeros(2, hidden_size)) if chosen.bridge == "skip" else None
+        # Per channel, the logit of the share that the state of the matching earlier level has in the joined state. A
+        # parameter that nothing uses has no gradient, which DistributedDataParallel refuses.
+        joined = chosen.bridge == "skip" and _joins_somewhere(self.levels, self.joins)
+        self.skip_logits = nn.Parameter(torch.zeros(2, hidden_size)) if joined else None
         if init == "identity":
             self._close_gates()
 
     def _close_gates(self) -> None:
-        """Sets the last layer before each gate to zero."""
+        """Set the last layer before each gate to zero."""
         own = [] if self.recurrent else [module.last for module in self.shared.values()]
         last_layers = [*self.decoders.values()] or own
         for layer in [*last_layers, *(module.last for module in self.spatial.values())]:
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, branch: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        """The gate for a residual branch, and the state for the next block.
+    def forward(
+        self, branch: Tensor, state: AttentionState, maps: dict[int, Tensor] | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """Return the gate for a residual branch, and the state for the next block.
 
         Args:
             branch (`Tensor` of shape `(B, C, H, W)`, or with `channel_dim=-1` `(B, N, C)`):
                 F(x) of the block at `state.position`.
-            state (`AttentionState`): What the block before passed on; at the start one with a context or none.
+            state (`AttentionState`): The state from the block before; at the start one with a context or none.
+            maps (`dict[int, Tensor]`, *optional*): Filled with the channel gate `(B, C)` at this position.
 
         Returns:
             The gate, of shape `(B, C, 1, 1)` (`(B, 1, C)`), or with a spatial part `(B, C, H, W)`, and the next state.
         """
-        # Its small products are done in the precision of its weights, whatever the network around it computes in.
+        # The small products are done in full precision, whatever the network around them computes in.
         with _without_autocast(branch):
-            layer_dtype = self._layer_dtype(branch)
-            state = self._enter_level(state, branch, layer_dtype)
-            channel_gate, state = self._channel_gate(branch, state, layer_dtype)
-        shape = [1] * branch.ndim
-        shape[0], shape[self.channel_dim] = channel_gate.shape
-        gate = channel_gate.view(shape)
-        key = self.keys[state.position]
-        if key in self.spatial:
-            gate = gate.to(branch.dtype)
-            gate = gate * self._gate(self.spatial[key](branch * gate))
-        if state.maps is not None:
-            state = state._replace(maps={**state.maps, state.position: channel_gate})
-        state = state._replace(position=state.position + 1)
+            if state.constants is None:
+                state = state._replace(constants=self._constants(branch, state.context))
+            if self.recurrent:
+                channel_gate, state = self._recurrent_gate(branch, self._enter_level(state))
+            else:
+                channel_gate = self._memoryless_gate(branch, state)
+            if maps is not None:
+                maps[state.position] = channel_gate
+            shape = [1] * branch.ndim
+            shape[0], shape[self.channel_dim] = channel_gate.shape
+            gate, key = channel_gate.view(shape), self.keys[state.position]
+            if key in self.spatial:
+                gate = gate * self._gate(self.spatial[key](branch * gate.to(branch.dtype)))
+        state = state._replace(position=state.position + 1, level=self.levels[state.position])
         return gate if gate.dtype == branch.dtype else gate.to(branch.dtype), state
 
-    def _channel_gate(
-        self, branch: Tensor, state: AttentionState, layer_dtype: torch.dtype
-    ) -> tuple[Tensor, AttentionState]:
-        """The gate of each channel, `(B, C)`, and the state with the LSTM's new memory."""
+    def _constants(self, branch: Tensor, context: Tensor | None) -> Constants:
+        like = torch.empty((), dtype=_full_precision(branch), device=branch.device)
+        start: Memory = {}
+        if self.initial_states:
+            if context is None:
+                raise UsageError(
+                    "this attention starts from a context, such as the time embedding, and was given none."
+                )
+            context, parts = nn.functional.silu(context.to(like.dtype)), 2 if self.recurrent else 1
+            for key, project in self.initial_states.items():
+                start[key] = project(context).to(like.dtype).chunk(parts, dim=-1)
+        if not self.recurrent:
+            return Constants(start, {}, {}, {})
+        return Constants(
+            start,
+            {key: cell.matrices(like) for key, cell in self.shared.items()},
+            {width: _read(layer, like) for width, layer in self.encoders.items() if _is_plain(layer)},
+            {width: _read(layer, like) for width, layer in self.decoders.items() if _is_plain(layer)},
+        )
+
+    def _recurrent_gate(self, branch: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """Return the gate of each channel `(B, C)`, and the state with the LSTM's new memory."""
+        key, width, constants = self.keys[state.position], str(self.widths[state.position]), state.constants
+        pooled = self._pool("mean", branch)
+        if self.encoders:
+            pooled = _apply(constants.encoders.get(width), self.encoders[width], pooled)
+        memory = state.memory.get(key) or (torch.zeros_like(pooled),) * 2
+        hidden, cell = self.shared[key](pooled, memory, constants.cells[key])
+        state = state._replace(memory={**state.memory, key: (hidden, cell)})
+        if not self.decoders:
+            return hidden, state
+        return self._gate(_apply(constants.decoders.get(width), self.decoders[width], hidden)), state
+
+    def _memoryless_gate(self, branch: Tensor, state: AttentionState) -> Tensor:
+        """Return the gate of each channel `(B, C)` from the statistics of this branch, or for `time` the context."""
         key, width = self.keys[state.position], str(self.widths[state.position])
-        module = self.shared[key]
-        if self.recurrent:
-            pooled = self._pool("mean", branch)
-            if self.encoders:
-                encoded = self.encoders[width](pooled if pooled.dtype == layer_dtype else pooled.to(layer_dtype))
-                # Past the largest number of half precision is infinity, which later would be no number.
-                pooled = encoded if encoded.dtype == pooled.dtype else encoded.to(pooled.dtype).clamp(-_LARGE, _LARGE)
-            if not state.matrices:
-                matrices = {name: cell.matrices(pooled, layer_dtype) for name, cell in self.shared.items()}
-                state = state._replace(matrices=matrices)
-            memory = state.memory.get(key) or (torch.zeros_like(pooled),) * 2
-            hidden, cell = module(pooled, memory, state.matrices[key])
-            state = state._replace(memory={**state.memory, key: (hidden, cell)})
-            if not self.decoders:
-                return hidden, state
-            attended = hidden if hidden.dtype == layer_dtype else hidden.to(layer_dtype)
-            return self._gate(self.decoders[width](attended)), state
-        statistics = [self._pool(name, branch) for name in self.statistics] or state.memory[key]
-        pooled = torch.stack(list(statistics), dim=1).to(layer_dtype)
+        statistics = [self._pool(name, branch) for name in self.statistics] or state.constants.start[key]
+        pooled = torch.stack(list(statistics), dim=1)
         if width in self.encoders:
             pooled = self.encoders[width](pooled)
-        logits = module(pooled, again=True) if state.again and "std" in self.statistics else module(pooled)
-        if not self.decoders:
-            return self._gate(logits), state
-        return self._gate(self.decoders[width](torch.sigmoid(logits))), state
+        logits = self.shared[key](pooled)
+        if self.decoders:
+            logits = self.decoders[width](torch.sigmoid(logits))
+        return self._gate(logits.to(_full_precision(branch)))
 
-    def _enter_level(self, state: AttentionState, branch: Tensor, layer_dtype: torch.dtype) -> AttentionState:
-        """Applies the bridge where the block is on another level than the one before; starts the memory."""
+    def _enter_level(self, state: AttentionState) -> AttentionState:
+        """Apply the bridge where the block is on another level than the one before; start the memory."""
         level = self.levels[state.position]
         if level == state.level:
             return state
         memory, left = state.memory, state.left
         if state.level is None or self.bridge == "reset":
-            memory = self._initial_memory(state.context, _pooled_dtype(branch), layer_dtype)
+            memory = state.constants.start
         elif self.bridge == "skip":
             left = {**left, state.level: memory}
             if self.joins.get(level) in left:
                 memory = self._join(memory, left[self.joins[level]])
-        return state._replace(level=level, memory=memory, left=left)
-
-    def _initial_memory(self, context: Tensor | None, dtype: torch.dtype, layer_dtype: torch.dtype) -> Memory:
-        if not self.initial_states:
-            return {}
-        if context is None:
-            raise UsageError("this attention starts from a context, such as the time embedding, and was given none.")
-        context = nn.functional.silu(context).to(layer_dtype)
-        parts = 2 if self.recurrent else 1
-        return {key: project(context).to(dtype).chunk(parts, dim=-1) for key, project in self.initial_states.items()}
+        return state._replace(memory=memory, left=left)
 
     def _join(self, memory: Memory, left: Memory) -> Memory:
         shares = torch.sigmoid(self.skip_logits.to(next(iter(memory.values()))[0].dtype))
@@ -229,10 +249,10 @@ class SharedAttention(nn.Module):
         }
 
     def _pool(self, statistic: str, branch: Tensor) -> Tensor:
-        """A statistic `(B, C)` over all but the channels. A sum of half-precision numbers would overflow in theirs."""
+        """Return a statistic `(B, C)` over all dimensions but the channels, in full precision: half would overflow."""
         channels = self.channel_dim % branch.ndim
         dims = [dim for dim in range(1, branch.ndim) if dim != channels]
-        dtype = _pooled_dtype(branch)
+        dtype = _full_precision(branch)
         if statistic == "max":
             return branch.amax(dims).to(dtype)
         if statistic == "std":
@@ -245,16 +265,31 @@ class SharedAttention(nn.Module):
         if self.gate_slope != 1:
             logits = self.gate_slope * logits
         gate = torch.sigmoid(logits)
-        return gate if self.gate_scale == 1 else self.gate_scale * gate
-
-    def _layer_dtype(self, branch: Tensor) -> torch.dtype:
-        """What the layers compute in. Where diffusers casts weights layer by layer they are stored smaller than that,
-        and an attention trained in full precision may be attached to a network in half."""
-        stored = next(self.parameters()).dtype
-        return max(stored, branch.dtype, key=lambda dtype: dtype.itemsize)
+        # A sum of two is one operation; a product with a number casts it first.
+        return gate if self.gate_scale == 1 else gate + gate
 
 
-def _pooled_dtype(branch: Tensor) -> torch.dtype:
+def _is_plain(layer: nn.Module) -> bool:
+    """Return whether calling a layer does nothing else than its product: it is not wrapped, hooked or offloaded."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is Linear and "forward" not in vars(layer) and not any(hooks)
+
+
+def _read(layer: Linear, like: Tensor) -> Affine:
+    # Copies: sharded weights may be gone when the next block runs.
+    return Affine(layer.weight.t().to(like, copy=True), layer.bias.to(like, copy=True))
+
+
+def _apply(affine: Affine | None, layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a layer to `(B, in)`: by the affine map that was read from it, or by a call."""
+    if affine is not None:
+        return torch.addmm(affine.offset, x, affine.matrix)
+    y = layer(x)
+    # Past the largest number of half precision is infinity, which later would become NaN.
+    return y if y.dtype == x.dtype else y.to(x.dtype).clamp(-_LARGE, _LARGE)
+
+
+def _full_precision(branch: Tensor) -> torch.dtype:
     return torch.float64 if branch.dtype == torch.float64 else torch.float32
 
 
@@ -263,6 +298,14 @@ def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
+
+
+def _joins_somewhere(levels: Sequence[str], joins: Mapping[str, str]) -> bool:
+    """Return whether a block enters a level whose partner in `joins` ran before it."""
+    return any(
+        level != before and joins.get(level) in levels[:position]
+        for position, (before, level) in enumerate(itertools.pairwise(levels), start=1)
+    )
 
 
 def _module_key(sharing: str, position: int, width: int) -> str:
