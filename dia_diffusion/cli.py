@@ -13,7 +13,9 @@ from . import __version__
 from .errors import UsageError
 from .options.fields import COUNT, NATURAL, Range, number_type
 from .options.parser import SuggestingParser
-from .process.startup import Interrupted, end_with_launcher, quiet_dependencies, start_missing_processes, tune_process
+from .process.output import guard_streams
+from .process.signals import Interrupted
+from .process.startup import end_with_launcher, quiet_dependencies, start_missing_processes, tune_process
 
 Commands = argparse._SubParsersAction
 
@@ -22,12 +24,13 @@ Commands = argparse._SubParsersAction
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Trains; returns the exit status: 0, 2 after a mistake, 128 plus the signal after an interruption."""
-    end_with_launcher()
+    guard_streams()
     return _run(_train, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `dia` command; returns the exit status."""
+    guard_streams()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["train"]:
         # Its options are those of the description of a run, which takes seconds to import.
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(function: Callable, argument: object) -> int:
     quiet_dependencies()
     try:
+        end_with_launcher()
         start_missing_processes()
         tune_process()
         function(argument)

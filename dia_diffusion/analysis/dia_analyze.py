@@ -20,7 +20,8 @@ from ..errors import UsageError
 from ..files import check_output_folder
 from ..latents.autoencoder import downsampling_factor, encode_posterior
 from ..latents.scaling import scale_latents
-from ..process.distributed import find_device, make_state, print_main
+from ..process.distributed import find_device, make_state
+from ..process.output import print_main
 from ..sampling.loading import load_pipeline
 from ..sampling.schedulers import make_noising_scheduler
 from .analysis_report import format_analysis, report

@@ -15,7 +15,7 @@ from ..data.pixels import PixelDataset
 from ..errors import UsageError, first_line
 from ..models.attach import attach
 from ..models.unet import DIAUNet2DModel
-from ..process.progress import progress_bar
+from ..process.output import progress_bar
 from ..randomness import step_seed
 from ..sampling.schedulers import noise_images, spread_timesteps
 

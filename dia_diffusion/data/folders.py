@@ -29,7 +29,7 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 
 from ..errors import UsageError, first_line
-from ..process.distributed import print_main
+from ..process.output import print_main
 from .columns import find_image_column
 
 

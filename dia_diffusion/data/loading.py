@@ -1,7 +1,7 @@
 """The images of a run: its training images and its held-out ones."""
 
 from ..options.data import DataOptions
-from ..process.distributed import print_main
+from ..process.output import print_main
 from .pixels import PixelDataset, describe_images
 from .preparation import prepare_pixels
 from .sources import load_dataset_splits

@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from datasets.fingerprint import Hasher
 from filelock import FileLock
 
 from ..errors import UsageError
-from ..process.startup import available_cores, end_with_parent
+from ..process.signals import forks_end_with_parent
+from ..process.startup import available_cores
 from .columns import find_image_column, find_label_column, read_labels
 from .decoding import DTYPES, GREY_MODES, UNREADABLE, image_to_pixels, on_white, open_header, open_image
 from .folders import hash_files
@@ -172,21 +172,22 @@ def _decode(raw: Dataset, settings: dict[str, Any], name: str, place: Path | Non
     workers = min(num_workers or available_cores(), max(len(raw) // _IMAGES_A_PROCESS, 1))
     row_bytes = settings["resolution"] ** 2 * 3 * (settings["bits"] // 8)
     try:
-        return raw.map(
-            _decode_batch,
-            batched=True,
-            batch_size=100,
-            # By default a thousand rows, which are gigabytes where images are large.
-            writer_batch_size=min(max(_BYTES_A_WRITE // row_bytes, 1), 1000),
-            with_indices=True,
-            remove_columns=raw.column_names,
-            features=_FEATURES,
-            fn_kwargs=settings | {"started_by": os.getpid()},
-            new_fingerprint=name,
-            cache_file_name=str(place) if place else None,
-            desc="Preparing images",
-            num_proc=workers if workers > 1 else None,
-        )
+        with forks_end_with_parent():
+            return raw.map(
+                _decode_batch,
+                batched=True,
+                batch_size=100,
+                # By default a thousand rows, which are gigabytes where images are large.
+                writer_batch_size=min(max(_BYTES_A_WRITE // row_bytes, 1), 1000),
+                with_indices=True,
+                remove_columns=raw.column_names,
+                features=_FEATURES,
+                fn_kwargs=settings | {"started_by": os.getpid()},
+                new_fingerprint=name,
+                cache_file_name=str(place) if place else None,
+                desc="Preparing images",
+                num_proc=workers if workers > 1 else None,
+            )
     except Exception as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             # What `datasets` makes of Ctrl-C while processes are at work.
@@ -221,13 +222,6 @@ def _count_channels(raw: Dataset, image_column: str) -> int:
     return 1
 
 
-@lru_cache(maxsize=1)
-def _serve(started_by: int) -> None:
-    """For a process of several that decode: Ctrl-C is left to the one that started it, with which it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-
-
 def _decode_batch(
     batch: dict[str, list],
     indices: list[int],
@@ -240,7 +234,8 @@ def _decode_batch(
     started_by: int,
 ) -> dict[str, list]:
     if os.getpid() != started_by:
-        _serve(started_by)
+        # Ctrl-C is for the process that started this one.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     out: dict[str, list] = {name: [] for name in _FEATURES}
     for position, (index, encoded) in enumerate(zip(indices, batch[image_column], strict=True)):
         try:

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from ..errors import UsageError, first_line, folders_beside, nearest
-from ..process.distributed import print_main
+from ..process.output import print_main
 from .columns import find_image_column, find_label_column
 from .folders import TRAIN_SPLIT, load_folder
 

@@ -20,8 +20,7 @@ from ..data.decoding import to_unit_range
 from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..files import flush, json_digest, remove_temporaries, replace_file
-from ..process.distributed import print_main
-from ..process.progress import progress_bar
+from ..process.output import print_main, progress_bar
 from .autoencoder import VAE, encode_posterior, vae_digest
 
 # Part of the cache key: raise it whenever the same image would give other latents.

@@ -74,9 +74,3 @@ def memory_format(device: torch.device | str | None) -> torch.memory_format:
     `channels_last` won on every CPU measured here, and is what the tensor cores of GPUs take.
     """
     return torch.channels_last
-
-
-def print_main(text: str) -> None:
-    """Print on the main process of those that `accelerate` or `torchrun` launched."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)

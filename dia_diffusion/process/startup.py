@@ -1,33 +1,29 @@
-"""What dependencies print that is of no use to a user.
-
-Stopping between steps when a scheduler preempts the job or someone presses Ctrl-C.
-
-Settings of the process: speed on a CPU, and its end. They do nothing where they do not apply."""
+"""Start of a command: quiet dependencies, memory and threads, and the processes that `accelerate launch` forgets."""
 
 import ctypes
+import math
 import os
 import signal
 import sys
-import threading
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 from ..errors import UsageError
+from .signals import end_with_parent
 
 _INTERVAL = "10"
+# Parameters of mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
 def quiet_dependencies() -> None:
-    """For command lines only, and before anything is imported: leaves out what is meant for the developers of other
-    packages, and in a log the bars of what is quick.
+    """Hide warnings for developers of other packages and, in a log, bars of quick work. Call before other imports.
 
-    Warnings that were asked for (`python -W`, `PYTHONWARNINGS`) stay.
+    For command lines only. Warnings that a user asks for (`python -W`, `PYTHONWARNINGS`) stay.
     """
     if not sys.warnoptions:
         for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
@@ -40,80 +36,28 @@ def quiet_dependencies() -> None:
             os.environ.setdefault(name, _INTERVAL)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(Exception):
-    """Training ended early on a signal, with a checkpoint written.
-
-    Attributes:
-        signum (`int`): The signal. The customary exit status is 128 plus its number.
-    """
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
-
-
-@contextmanager
-def catch_interrupts() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in the list that it yields. A second one acts as if this were not here.
-
-    Outside of the main thread, where Python allows no handlers, nothing is caught.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    previous = {}
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        signal.signal(signum, previous[signum])
-
-    previous |= {signum: signal.signal(signum, note) for signum in _SIGNALS}
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-
-# Parameters of mallopt(3).
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
-# Option of prctl(2).
-_PR_SET_PDEATHSIG = 1
-
-
 def tune_process() -> None:
-    """For command lines only: a library should not change the process that it is imported into."""
+    """Set memory and threads for speed on a CPU. For command lines only: a library must not change its process."""
     _keep_freed_memory()
     _use_all_cores()
 
 
 def end_with_launcher() -> None:
-    """Lets SIGTERM to `accelerate launch`, which it does not pass on, reach the process that it started (Linux)."""
+    """Pass on the end of `accelerate launch` as SIGTERM: it does not forward signals (Linux)."""
     if _launched_alone():
         end_with_parent(signal.SIGTERM)
 
 
-def end_with_parent(signum: int = signal.SIGKILL) -> None:
-    """Lets the end of the process that started this one reach it as a signal (Linux)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signum))
-
-
 def start_missing_processes() -> None:
-    """Makes `accelerate launch --cpu --num_processes N` mean N processes.
+    """Make `accelerate launch --cpu --num_processes N` mean N processes.
 
-    Without MPI accelerate starts one only, and does not tell it how many were asked for. The command line of accelerate
-    does; this process then becomes torch's launcher of as many, which also passes on signals.
+    Without MPI accelerate starts one process and does not tell it how many the user asked for; accelerate's command
+    line and configuration do. This process then becomes torch's launcher of N, which also passes on signals.
 
     Raises:
-        UsageError: where accelerate was asked for several processes otherwise, and started one only.
+        UsageError: if accelerate was asked for several processes in another way, and started one only.
     """
-    # Clusters export the address of a master too, whether or not there are several processes.
+    # Clusters export the address of a master too, for one process as well as for several.
     asked = _launcher_arguments() if _launched_alone() and "MASTER_ADDR" in os.environ else None
     if asked is None:
         return
@@ -121,23 +65,70 @@ def start_missing_processes() -> None:
 
     path = asked.config_file or default_config_file
     config = load_config_from_file(path) if Path(path).is_file() else None
-    processes, machines = (
-        getattr(asked, name) or getattr(config, name, 1) for name in ("num_processes", "num_machines")
+    processes, machines, port = (
+        getattr(asked, name) or getattr(config, name, None)
+        for name in ("num_processes", "num_machines", "main_process_port")
     )
-    if processes == 1 and machines == 1:
+    if (processes or 1) == 1 and (machines or 1) == 1:
         return
-    if machines != 1 or os.environ.get("ACCELERATE_USE_CPU") != "True":
+    if (machines or 1) != 1 or os.environ.get("ACCELERATE_USE_CPU") != "True":
         raise UsageError(
             "accelerate launch was asked for several processes, but started one only. On the CPU of one machine: "
             "accelerate launch --cpu --num_processes N ...; on several machines: torchrun."
         )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--master_port", os.environ.get("MASTER_PORT", "29500"), *(["--module"] if asked.module else [])]
+    # Standalone takes a free port, so that two launches do not meet. Names of this machine may not resolve.
+    command += ["--master_port", str(port)] if port else ["--standalone", "--local_addr", "127.0.0.1"]
+    # By default torch's launcher ends its processes on SIGHUP under nohup too, and SIGUSR1 ends the launcher alone.
+    names = [name for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    handled = [name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(handled))
+    command += ["--module"] if asked.module else []
     os.execv(sys.executable, [*command, asked.training_script, *asked.training_script_args])
 
 
+def available_cores() -> int:
+    """Return the number of cores for this process: its affinity (a cluster's share) and its container's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, cpu_quota() or cores)
+
+
+def cpu_quota(root: Path = Path("/")) -> int | None:
+    """Return the whole cores that the CPU quota of control groups allows, rounded up, or None without a quota.
+
+    Reads `cpu.max` (version 2) or `cpu.cfs_quota_us` (version 1) of the group of this process and of those above it.
+
+    Args:
+        root (`Path`, *optional*): Where `/proc` and `/sys` are.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        # Inside of a container the group itself is often mounted in place of the top one.
+        folder = base / group.strip("/")
+        quotas += [_read_quota(place) for place in (folder, *folder.parents) if place.is_relative_to(base)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _read_quota(group: Path) -> int | None:
+    try:
+        if (group / "cpu.max").is_file():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        return max(1, math.ceil(int(quota) / int(period))) if quota not in ("max", "-1") else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
 def _launcher_arguments() -> Namespace | None:
-    """What `accelerate launch` was told that started this process."""
+    """Return the arguments of the `accelerate launch` that started this process."""
     from accelerate.commands.launch import launch_command_parser
 
     launcher = psutil.Process(os.getppid()).cmdline()
@@ -151,7 +142,7 @@ def _launched_alone() -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc keep the memory of freed tensors for the next ones.
+    """Let glibc keep the memory of freed tensors for the next ones.
 
     By default it returns large blocks to the system at once, and has to map and clear new ones at each step.
     """
@@ -164,14 +155,28 @@ def _keep_freed_memory() -> None:
 
 
 def _use_all_cores() -> None:
-    """`accelerate launch` leaves a single process one thread on a CPU unless it is told otherwise; that is slow."""
-    if _launched_alone() and os.environ.get("OMP_NUM_THREADS") == "1":
+    """Give torch one thread a core, unless the user asked for a number.
+
+    `accelerate launch` sets one thread by itself, which is slow; torch does not know the CPU quota of a container, and
+    takes a thread for each core of the machine.
+    """
+    if _launched_alone():
+        chosen = os.environ.get("OMP_NUM_THREADS") != "1" or _asked_for_threads()
+    else:
+        chosen = "OMP_NUM_THREADS" in os.environ or cpu_quota() is None
+    if not chosen:
         import torch
 
         torch.set_num_threads(available_cores())
 
 
-def available_cores() -> int:
-    """The cores that this process may use, which a cluster may have limited."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores or 1
+def _asked_for_threads() -> bool:
+    """Tell whether the environment or the command line of `accelerate launch` names a number of threads."""
+    try:
+        # As it was when the launcher started.
+        if "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ():
+            return True
+    except (psutil.Error, OSError):
+        return False
+    asked = _launcher_arguments()
+    return asked is not None and asked.num_cpu_threads_per_process is not None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import NotFiniteImagesError, UsageError, nearest
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
-from ..process.progress import progress_bar
+from ..process.output import progress_bar
 
 
 def image_generators(seed: int, numbers: Sequence[int], device: torch.device | str) -> list[torch.Generator]:

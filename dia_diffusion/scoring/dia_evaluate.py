@@ -20,7 +20,8 @@ from ..data.sources import DIGITS, load_all_images, load_images
 from ..errors import UsageError
 from ..files import check_output_file, check_output_folder, write_json
 from ..options.data import DataOptions
-from ..process.distributed import find_device, make_state, print_main
+from ..process.distributed import find_device, make_state
+from ..process.output import print_main
 from ..sampling.loading import check_guide, load_pipeline
 from ..sampling.numbered import check_sampling, describe_guidance, sample_batch
 from .archives import SAMPLES, STATISTICS, ArchiveImages, array_names

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import t
 from torch import Tensor
 
-from ..process.progress import progress_bar
+from ..process.output import progress_bar
 
 GROUPS = 20
 # The interval takes the roots of twenty matrices of as many rows: a minute for this many.

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..files import cache_dir, json_digest, replace_file
-from ..process.progress import progress_bar
+from ..process.output import progress_bar
 from .archives import STATISTICS, UNREADABLE_ARCHIVE, ArchiveImages, unreadable
 from .features.extractor import FeatureExtractor
 from .frechet import Gaussian, Moments

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
-from ..process.progress import progress_bar
+from ..process.output import progress_bar
 from ..process.startup import available_cores
 from .description import Study, StudyRun, load_study
 from .engine import Engine, LocalEngine, Progress, Task, run_tasks, visible_gpus

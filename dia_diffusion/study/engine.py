@@ -25,8 +25,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
-from ..process.progress import progress_bar
-from ..process.startup import Interrupted, catch_interrupts, tune_process
+from ..process.output import progress_bar
+from ..process.signals import Interrupted, catch_interrupts
+from ..process.startup import tune_process
 from ..training.log import METRICS_LOG, read_metrics
 from .description import StudyRun
 from .single_run import RESULT

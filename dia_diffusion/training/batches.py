@@ -4,7 +4,6 @@ Everything here is a function of the seed, the step and the position in the glob
 at any step and divided among any number of processes.
 """
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import parent_process
@@ -19,11 +18,8 @@ from ..latents.space import LatentDataset
 from ..objectives import Objective
 from ..options.data import DataOptions
 from ..process.distributed import memory_format
-from ..process.startup import end_with_parent
+from ..process.signals import end_with_parent, ignore_stops
 from ..randomness import step_seed
-
-# Signals for the main process: workers go on, so that it can finish its step.
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class StepDraws(NamedTuple):
@@ -144,8 +140,8 @@ def running(loader: DataLoader) -> Iterator[Iterator[dict[str, Tensor]]]:
 
 
 def _prepare_worker(worker: int) -> None:
-    for signum in (getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)):
-        signal.signal(signum, signal.SIG_IGN)
+    # The main process gets them too, and needs the workers to finish its step.
+    ignore_stops()
     end_with_parent()
     parent = parent_process()
     if parent is not None and not parent.is_alive():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import NotFiniteError, UsageError, first_line
 from ..files import replace_text, to_json
-from ..process.progress import progress_bar
+from ..process.output import progress_bar
 
 METRICS_LOG = "metrics.jsonl"
 

@@ -20,7 +20,7 @@ from ..files import replace_text
 from ..latents.space import LatentDataset, make_space, measure_std
 from ..objectives import Objective, make_objective
 from ..options.training import CONFIG, TrainingConfig, as_yaml
-from ..process.startup import Interrupted, catch_interrupts
+from ..process.signals import Interrupted, catch_interrupts
 from .accelerator import StopAgreement, check_same_start, open_accelerator
 from .architecture import build_unet
 from .batches import Batch, BatchPlan, make_loader, prepare_batches, running

@@ -12,7 +12,7 @@ from ..models.unet import DIAUNet2DModel
 from ..options.data import DataOptions
 from ..options.output import OutputOptions
 from ..options.training import TrainingConfig
-from ..process.distributed import print_main
+from ..process.output import print_main
 from .checkpoint import CHECKPOINTS, Checkpoint, find_latest, list_checkpoints, load_checkpoint
 
 # What a resumed run may have otherwise than the one it goes on from: its length, its output, how the global batch is

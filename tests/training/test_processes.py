@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from dia_diffusion.cli import train_main
@@ -75,7 +76,7 @@ def test_two_processes_give_the_losses_of_one_with_other_objectives(tmp_path, ob
         assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, signum):
     """The signal goes to the whole group of processes, data workers included, as terminals and schedulers send it."""
     options = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "logging_steps": 1}
@@ -96,21 +97,31 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, signum):
     assert len(weights(tmp_path / "run", int(checkpoint.name[5:]))) > 0
 
 
-def test_a_signal_to_two_processes_leaves_a_checkpoint(tmp_path):
+def test_a_signal_to_two_processes_leaves_a_checkpoint_and_one_that_nohup_ignores_does_nothing(tmp_path):
     config = configure(tmp_path / "run", train_batch_size=4, max_train_steps=100_000, checkpointing_steps=100_000)
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(ROOT / "train_unet.py")]
+    command = ["accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2", str(ROOT / "train_unet.py")]
     process = subprocess.Popen(
-        [sys.executable, *command, "--config", str(config)],
+        ["nohup", sys.executable, "-m", *command, "--config", str(config)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    wait_for_lines(tmp_path / "run" / "metrics.jsonl")
-    process.terminate()
+    log = tmp_path / "run" / "metrics.jsonl"
+    wait_for_lines(log)
+    processes = psutil.Process(process.pid).children(recursive=True)
+    for one in (process, *processes):
+        one.send_signal(signal.SIGHUP)
+    before, deadline = log.stat().st_size, time.monotonic() + 60
+    while log.stat().st_size == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # Torch's launcher, which passes it on. That of accelerate waits for it.
+    processes[0].send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) != 0
     latest, remarks = find_latest(tmp_path / "run" / "checkpoints")
     assert latest is not None
     assert remarks == []
+    assert not psutil.wait_procs(processes, timeout=10)[1]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no death signal")
@@ -131,19 +142,27 @@ def test_a_signal_to_accelerate_launch_reaches_the_training(tmp_path):
 
 
 def test_accelerate_launch_starts_as_many_processes_on_a_cpu_as_it_was_asked_for(tmp_path):
-    """Without MPI accelerate itself starts one only. Each measures the images and takes its rows of the noise."""
+    """Without MPI accelerate itself starts one only. Each measures the images and takes its rows of the noise.
+
+    Two launches at a time do not share a port.
+    """
     _, one = run(tmp_path / "one", train_batch_size=8, objective="edm")
-    config = configure(tmp_path / "two", train_batch_size=4, objective="edm")
     command = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2", "train_unet.py"]
-    process = subprocess.run(
-        [sys.executable, *command, "--config", str(config)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
-    # With one process the batch would be half as large, and the losses others.
-    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["global_batch_size"] == 8
-    for (step, *figures), (expected_step, *expected) in zip(losses(tmp_path / "two"), one, strict=True):
-        assert step == expected_step
-        assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
+    configs = [configure(tmp_path / name, train_batch_size=4, objective="edm") for name in ("two", "again")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command, "--config", str(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for config in configs
+    ]
+    for process, name in zip(processes, ("two", "again"), strict=True):
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        # With one process the batch would be half as large, and the losses others.
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["global_batch_size"] == 8
+        for (step, *figures), (expected_step, *expected) in zip(losses(tmp_path / name), one, strict=True):
+            assert step == expected_step
+            assert [x or 0 for x in figures] == pytest.approx([x or 0 for x in expected], rel=1e-4)
 
 
 def test_one_process_of_torchrun_trains(tmp_path):

@@ -1,0 +1,72 @@
+"""Cores and threads that a user, a cluster or a container allows."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dia_diffusion.process import startup
+
+
+def make_groups(root, own, **files):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(own)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name.replace("__", "/").replace("_max", ".max").replace("cpu_cfs", "cpu.cfs")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        # Version 2: in a container, whose own group is mounted on top, and in nested groups of a machine.
+        ("0::/\n", {"cpu_max": "150000 100000\n"}, 2),
+        ("0::/docker/abc\n", {"cpu_max": "50000 100000\n"}, 1),
+        ("0::/jobs/a\n", {"jobs__cpu_max": "300000 100000\n", "jobs__a__cpu_max": "max 100000\n"}, 3),
+        ("0::/\n", {"cpu_max": "max 100000\n"}, None),
+        # Version 1.
+        (
+            "7:memory:/x\n4:cpu,cpuacct:/x\n0::/x\n",
+            {"cpu__x__cpu_cfs_quota_us": "400000\n", "cpu__x__cpu_cfs_period_us": "100000\n"},
+            4,
+        ),
+        ("4:cpu:/\n", {"cpu__cpu_cfs_quota_us": "-1\n", "cpu__cpu_cfs_period_us": "100000\n"}, None),
+        ("", {}, None),
+    ],
+)
+def test_the_quota_of_a_container_counts(tmp_path, monkeypatch, own, files, cores):
+    assert startup.cpu_quota(make_groups(tmp_path, own, **files)) == cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    monkeypatch.setattr(startup, "cpu_quota", lambda: cores)
+    assert startup.available_cores() == min(cores or 3, 3)
+
+
+@pytest.mark.skipif(startup.available_cores() < 2, reason="one core")
+@pytest.mark.parametrize(
+    ("arguments", "environment", "threads"),
+    [
+        ([], {}, startup.available_cores()),
+        ([], {"OMP_NUM_THREADS": "1"}, 1),
+        (["--num_cpu_threads_per_process", "1"], {}, 1),
+    ],
+)
+def test_a_number_of_threads_that_was_asked_for_counts_under_accelerate_launch(
+    tmp_path, arguments, environment, threads
+):
+    """accelerate itself sets one thread where nobody asked."""
+    (tmp_path / "threads.py").write_text(
+        "from dia_diffusion.process.startup import tune_process; tune_process()\n"
+        "import torch; print(torch.get_num_threads())"
+    )
+    command = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", *arguments]
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    process = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "threads.py")],
+        capture_output=True,
+        text=True,
+        env=clean | environment,
+    )
+    assert process.stdout.strip() == str(threads), process.stderr
