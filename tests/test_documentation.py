@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main, make_parser
-from dia_diffusion.options.training import parse_arguments
+from dia_diffusion.options.training import CONFIG, parse_arguments
 from tiny_unets import GREY
 from training_runs import ROOT
 
@@ -42,6 +42,7 @@ def model(tmp_path_factory):
     unet = DIAUNet2DModel(**GREY, num_class_embeds=11, dia_init="paper")
     names = {number: str(number) for number in range(10)}
     DIAUNetPipeline(unet, DDPMScheduler(), names).save_pretrained(folder)
+    (folder / CONFIG).write_text("dataset_name: digits\nresolution: 8\n")
     return folder
 
 
@@ -181,8 +182,8 @@ def test_the_map_names_every_module():
     package = {path for folder in ("dia_diffusion", "pipelines") for path in (ROOT / folder).rglob("*.py")}
     modules = {path.relative_to(ROOT).as_posix() for path in package if path.name != "__init__.py"}
     mapped = {path.replace("dia_diffusion/pipelines/", "pipelines/") for path in mapped_modules()} - {"train_unet.py"}
-    assert not modules - mapped, "name these in the map of CONTRIBUTING.md"
-    assert not mapped - modules, "take these off the map of CONTRIBUTING.md"
+    assert sorted(modules - mapped) == [], "name these in the map of CONTRIBUTING.md"
+    assert sorted(mapped - modules) == [], "take these off the map of CONTRIBUTING.md"
 
 
 def test_the_address_of_the_repository_is_that_of_the_project():
@@ -194,3 +195,20 @@ def test_the_address_of_the_repository_is_that_of_the_project():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def paragraphs(page):
+    """The paragraphs and list items of a page, without code, tables, headings and links."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    for block in re.split(r"\n\n+|\n(?=- )", text):
+        if not re.match(r"\||#|    ", block.lstrip("\n")):
+            yield re.sub(
+                r"`[^`]*`|\]\([^)]*\)|arXiv:? ?\d{4}\.\d{5}|(?:torch|Stable Diffusion|pytorch) \d\.\d+", "", block
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_paragraph_holds_at_most_three_figures(page):
+    """More go into a table. Intervals count, dates, versions and sizes of images do not."""
+    crowded = [block for block in paragraphs(page) if len(re.findall(r"\d+\.\d+|\d+%", block)) > 3]
+    assert not crowded
