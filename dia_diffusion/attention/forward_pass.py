@@ -12,9 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import UsageError
+from .modules import in_backward_pass
 from .sharing import AttentionState, SharedAttention
 
 # The only global: the current forward pass and recording. torch.compile and torch.export trace it.
@@ -32,6 +36,21 @@ class GatedBlocks:
 
     def __init__(self, names: tuple[str, ...]):
         self.names = names
+        _prepare_compiler(len(names))
+
+
+def _prepare_compiler(number: int) -> None:
+    """Set options of torch.compile that a model with this number of gated blocks needs, for the whole process."""
+    config = torch._dynamo.config
+    # Without guards on hooks, a plain and an attached model of one class run the code that was compiled first.
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()
+    # Blocks that are compiled one by one are compiled again for each position.
+    config.recompile_limit = max(config.recompile_limit, number + 8)
+    # Checkpointed code enters a forward pass: a side effect, which need not happen again in the backward pass.
+    if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
 class ForwardPass:
@@ -127,7 +146,6 @@ class ContextHook:
     def take(self, context: Tensor) -> None:
         current = current_pass(self.blocks)
         if current is not None:
-            # A backbone that is called twice in one forward pass of the model starts anew.
             current.state = AttentionState(context=context)
 
 
@@ -146,7 +164,15 @@ class Gate:
     def __call__(self, branch: Tensor) -> Tensor | None:
         """Return the factor of the residual branch, or `None` outside of a forward pass."""
         current = current_pass(self.blocks)
-        return None if current is None else current.gate(branch, self.position)
+        if current is not None:
+            return current.gate(branch, self.position)
+        if in_backward_pass():
+            raise UsageError(
+                f"the model calls torch.utils.checkpoint itself, which recomputes '{self.blocks.names[self.position]}' "
+                "without the attention's state: gradients would be wrong. Turn that off (timm: "
+                "set_grad_checkpointing(False)); gradient checkpointing of diffusers and transformers works."
+            )
+        return None
 
     def hook(self, module: nn.Module, args: tuple, branch: Tensor) -> Tensor:
         """Gate the output of the module at the end of the branch: a forward hook."""
@@ -171,7 +197,6 @@ class CarryState:
     def __init__(self, blocks: GatedBlocks, checkpoint: Callable):
         self.blocks = blocks
         self.checkpoint = checkpoint
-        _allow_passes_in_compiled_checkpoints()
 
     def __call__(self, module: Callable, *args: Any) -> Any:
         current = current_pass(self.blocks)
@@ -201,12 +226,3 @@ class _CheckpointedPart:
             output = self.module(*values[number:])
         values_after, self.form_after = pytree.tree_flatten((current.state, current.maps))
         return output, *values_after
-
-
-def _allow_passes_in_compiled_checkpoints() -> None:
-    """Let torch.compile trace checkpointed code that enters a forward pass: a side effect that it otherwise refuses,
-    and that need not happen again in the backward pass."""
-    import torch._dynamo
-
-    if hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
-        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

@@ -38,6 +38,7 @@ class AttentionState(NamedTuple):
     """What passes from one block to the next. It is never stored on a module, and never changed, but replaced."""
 
     position: int = 0  # index of the next block
+    first: int | None = None  # index of the block that ran first
     context: Tensor | None = None  # (B, context_size), from which the memory starts; zero without it
     level: str | None = None  # level of the block before; None at the start
     memory: Memory = {}  # of each cell; one that is missing is zero  # noqa: RUF012
@@ -168,6 +169,9 @@ class SharedAttention(nn.Module):
         with _without_autocast(branch):
             if state.constants is None:
                 state = state._replace(constants=self._constants(branch, state.context))
+            if state.first is None or state.position <= state.first:
+                # The first block, also of a network that is called a second time in one forward pass.
+                state = state._replace(first=state.position, level=None, memory={}, left={})
             if self.recurrent:
                 channel_gate, state = self._recurrent_gate(branch, self._enter_level(state))
             else:

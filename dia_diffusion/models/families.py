@@ -172,8 +172,9 @@ def _joins(branches: Sequence[Branch]) -> dict[str, str]:
 
 def _find_context(model: nn.Module) -> ContextPlace | None:
     if hasattr(model, "down_blocks") and hasattr(model, "time_embedding"):
-        # Class and added embeddings are in it, too.
-        return ContextPlace("down_blocks.0", "temb", 1, model.time_embedding.linear_2.out_features)
+        # Class and added embeddings are in it, too: added, or joined to it (class_embeddings_concat).
+        parts = 2 if getattr(model.config, "class_embeddings_concat", False) else 1
+        return ContextPlace("down_blocks.0", "temb", 1, parts * model.time_embedding.linear_2.out_features)
     if hasattr(model, "adaln_single"):
         return ContextPlace("adaln_single", None, 1, model.adaln_single.linear.in_features)
     return None

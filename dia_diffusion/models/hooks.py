@@ -94,6 +94,7 @@ class ModelHooks:
             else:
                 self.handles.append(module.register_forward_pre_hook(hook.of_arguments, with_kwargs=True))
         self.ends = [handle for handle in self.handles if isinstance(handle, EndHook)]
+        self.gated = {model.get_submodule(branch.end.rpartition(".")[0]) for branch in backbone.branches}
         self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self.handles += [
             model.register_forward_pre_hook(self.begin),
@@ -114,7 +115,8 @@ class ModelHooks:
         if current is None:
             return
         current.__exit__()
-        if current.state.position == 0 and output is not None:
+        # Blocks may be skipped, by a cache for example; those that are no part of the model any more are a mistake.
+        if current.state.first is None and output is not None and not self.gated <= set(model.modules()):
             raise UsageError(
                 f"none of the branches of {type(model).__name__} that have attention ran: its blocks were replaced "
                 "since. Detach it and attach it anew."
