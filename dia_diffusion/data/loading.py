@@ -1,8 +1,12 @@
 """The images of a run: its training images and its held-out ones."""
 
+import datasets
+import numpy as np
+
 from ..options.data import DataOptions
 from ..process.output import print_main
-from .pixels import PixelDataset, describe_images
+from .columns import find_label_column
+from .pixels import PixelDataset, describe_images, list_names
 from .preparation import prepare_pixels
 from .sources import load_dataset_splits
 
@@ -27,6 +31,9 @@ def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None
         "num_workers": options.preprocessing_num_workers,
     }
     data = prepare_pixels(train_split, options.resolution, options.channels, **settings)
+    if options.class_conditional:
+        column = find_label_column(train_split, options.label_column)
+        _note_untrained_classes(data, isinstance(train_split.features[column], datasets.ClassLabel))
     if held_out_split is None:
         return data, None
     trained = None if data.class_names is None else (data.class_names, data.labels)
@@ -35,6 +42,26 @@ def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None
         print_main(f"No images are held out: {'; '.join(held_out.left_out)}.")
         return data, None
     return data, held_out
+
+
+def _note_untrained_classes(data: PixelDataset, named: bool) -> None:
+    """Say which classes have no training image. A model cannot learn them.
+
+    Args:
+        named (`bool`): Whether classes have names. Such classes are left out, and the others numbered anew. Classes
+            that are numbers only keep theirs.
+    """
+    assert data.labels is not None
+    assert data.class_names is not None
+    trained, labels = np.unique(data.labels, return_inverse=True)
+    missing = [name for number, name in enumerate(data.class_names) if number not in set(trained.tolist())]
+    if missing:
+        data.left_out.append(
+            f"{len(missing)} of {len(data.class_names)} classes have no training image"
+            f"{' and are left out' if named else ''}: {list_names(missing, numbered=False)}"
+        )
+        if named:
+            data.class_names, data.labels = [data.class_names[number] for number in trained], labels.astype(np.int64)
 
 
 def describe_data(options: DataOptions, data: PixelDataset, held_out: PixelDataset | None) -> str:

@@ -239,7 +239,10 @@ def describe_images(pixels: PixelDataset, origin: str) -> str:
     return "; ".join(lines) + "."
 
 
-def list_names(names: list[str]) -> str:
-    """The names of classes with their numbers where those differ, all or the first twenty."""
-    shown = [name if name == str(number) else f"{number} {name}" for number, name in enumerate(names[:_MOST_NAMES])]
+def list_names(names: list[str], numbered: bool = True) -> str:
+    """Join the names of classes, all or the first twenty, with their numbers where those differ from the names."""
+    shown = [
+        name if name == str(number) or not numbered else f"{number} {name}"
+        for number, name in enumerate(names[:_MOST_NAMES])
+    ]
     return ", ".join(shown) + (", ..." if names[_MOST_NAMES:] else "")

@@ -6,7 +6,6 @@ at any step and divided among any number of processes.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import parent_process
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from ..latents.space import LatentDataset
 from ..objectives import Objective
 from ..options.data import DataOptions
 from ..process.distributed import memory_format
-from ..process.signals import end_with_parent, ignore_stops
+from ..process.signals import forks_end_with_parent, ignore_stops
 from ..randomness import step_seed
 
 
@@ -131,7 +130,8 @@ def running(loader: DataLoader) -> Iterator[Iterator[dict[str, Tensor]]]:
     Without it the workers live until the iterator is collected. If that happens when the interpreter exits, the exit
     waits for them forever.
     """
-    loaded = iter(loader)
+    with forks_end_with_parent():
+        loaded = iter(loader)
     try:
         yield loaded
     finally:
@@ -140,12 +140,8 @@ def running(loader: DataLoader) -> Iterator[Iterator[dict[str, Tensor]]]:
 
 
 def _prepare_worker(worker: int) -> None:
-    # The main process gets them too, and needs the workers to finish its step.
+    # The main process gets these signals too, and needs the workers to finish its step.
     ignore_stops()
-    end_with_parent()
-    parent = parent_process()
-    if parent is not None and not parent.is_alive():
-        raise SystemExit  # The main process was killed before this one asked to end with it.
 
 
 def _keep(batch: dict[str, Tensor]) -> dict[str, Tensor]:

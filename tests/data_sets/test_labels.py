@@ -63,6 +63,18 @@ def test_held_out_labels_that_training_never_saw_are_left_out(tmp_path, capsys):
     assert "No images are held out: 2 of 2 images" in capsys.readouterr().out
 
 
+def test_named_classes_without_a_training_image_are_left_out_and_said(tmp_path):
+    names = [f"c{number}" for number in range(10)]
+    data, held_out = load_pixels(save(tmp_path / "a", train=rows([7, 3, 7], names), test=rows([3, 5, 7], names)))
+    assert (data.class_names, data.labels.tolist()) == (["c3", "c7"], [1, 0, 1])
+    assert (held_out.class_names, held_out.labels.tolist()) == (["c3", "c7"], [0, 1])
+    assert "8 of 10 classes have no training image and are left out: c0, c1, c2, c4" in describe_images(data, "a")
+    # Numbers alone are what users call these classes by.
+    data, _ = load_pixels(save(tmp_path / "b", train=rows([0, 1, 3])))
+    assert (data.num_classes, data.labels.tolist()) == (4, [0, 1, 3])
+    assert "1 of 4 classes have no training image: 2;" in describe_images(data, "b")
+
+
 def test_the_digest_follows_the_labels_and_is_what_it_was_without_them():
     data = [prepare_pixels(rows(labels), 4, with_labels=True) for labels in ([0, 1, 1], [1, 0, 1], [0, 1, 1])]
     assert data[0].digest() == data[2].digest() != data[1].digest()

@@ -9,6 +9,7 @@ import sys
 import time
 
 import psutil
+import psutil
 import pytest
 
 from dia_diffusion.cli import train_main
@@ -201,3 +202,19 @@ def test_the_backend_of_accelerate_launch_compiles(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     run(tmp_path / "run", max_train_steps=1)
     assert "compiled with EAGER, as accelerate was told." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("signum", [None, signal.SIGKILL])
+def test_no_worker_outlives_its_run(tmp_path, signum):
+    """Neither a run that ends nor one that is killed leaves workers behind, nor does the end wait for them."""
+    steps = {"max_train_steps": 4 if signum is None else 100_000, "checkpointing_steps": 100_000}
+    config = configure(tmp_path / "run", **steps, dataloader_num_workers=2, logging_steps=1, use_ema=False)
+    command = [sys.executable, str(ROOT / "train_unet.py"), "--config", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl")
+    started = psutil.Process(process.pid).children(recursive=True)
+    if signum is not None:
+        assert len(started) >= 2
+        process.send_signal(signum)
+    assert process.wait(timeout=120) == (0 if signum is None else -signum)
+    assert psutil.wait_procs(started, timeout=30)[1] == []
