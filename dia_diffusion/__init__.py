@@ -1,6 +1,9 @@
 """Diffusion UNets with Dense-and-Implicit Attention."""
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,3 +30,19 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _UnusedModule(ModuleType):
+    """A module in `sys.modules` that is executed when one of its names is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
+        self.__class__ = ModuleType
+        self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
+
+
+# A pipeline of diffusers that holds a DIAUNet2DModel names its module, which diffusers does not import by itself.
+_unet = sys.modules[f"{__name__}.models.unet"] = module_from_spec(find_spec(f"{__name__}.models.unet"))
+_unet.__class__ = _UnusedModule
