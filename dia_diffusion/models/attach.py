@@ -161,7 +161,7 @@ def _check_alone(options: dict[str, Any], source: str) -> None:
 
 def _made_for(backbone: Backbone) -> dict[str, Any]:
     """What a configuration says of the model, ready for JSON."""
-    names, ends, widths, levels = (list(column) for column in zip(*backbone.branches, strict=True))
+    names, ends, widths, levels = (list(column) for column in zip(*(branch[:4] for branch in backbone.branches), strict=True))
     return {
         "family": backbone.family,
         "names": names,
