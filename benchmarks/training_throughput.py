@@ -30,8 +30,8 @@ from dia_diffusion import DIAUNet2DModel
 from dia_diffusion.data.pixels import PixelDataset
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.objectives import OBJECTIVES
-from dia_diffusion.options.data import DataOptions
-from dia_diffusion.options.optimisation import OptimisationOptions
+from dia_diffusion.options.model import DataOptions
+from dia_diffusion.options.objective import OptimisationOptions
 from dia_diffusion.process.startup import tune_process
 from dia_diffusion.training.batches import BatchPlan, make_loader, prepare_batches
 from dia_diffusion.training.loop import accumulate_gradients

@@ -188,18 +188,17 @@ def test_the_package_lists_its_classes_before_it_imports_them():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sample", "m", "--steps", "-1"], "--steps/--num_inference_steps: it must be at least 1, but is -1"),
-        (["sample", "m", "--num_images", "0"], "--num_images/--n: it must be at least 1"),
-        (["sample", "m", "--seed", "-1"], "--seed: it must be at least 0"),
-        (["sample", "m", "--guidance_scale", "nan"], "--guidance_scale: it must be a number, but is 'nan'"),
-        (["evaluate", "m", "--batch_size", "1.5"], "--batch_size: it must be a whole number, but is '1.5'"),
-        (["analyze", "m", "--num_timesteps", "0"], "--num_timesteps: it must be at least 1"),
-        (["study", "s.yaml", "--jobs", "0"], "--jobs: it must be at least 1"),
+        (["sample", "m", "--steps", "-1"], "error: steps must be at least 1, but is -1"),
+        (["sample", "m", "--num_images", "0"], "error: num_images must be at least 1"),
+        (["sample", "m", "--seed", "-1"], "error: seed must be at least 0"),
+        (["sample", "m", "--guidance_scale", "nan"], "error: guidance_scale must be a number, but is 'nan'"),
+        (["evaluate", "m", "--batch_size", "1.5"], "error: batch_size must be a whole number, but is '1.5'"),
+        (["analyze", "m", "--num_timesteps", "0"], "error: num_timesteps must be at least 1"),
+        (["study", "s.yaml", "--jobs", "0"], "error: jobs must be at least 1"),
     ],
 )
 def test_a_number_out_of_its_range_is_refused_where_it_is_read(arguments, words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
+    assert main(arguments) == 2
     assert words in capsys.readouterr().err
 
 

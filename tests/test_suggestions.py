@@ -54,7 +54,7 @@ def test_what_stands_too_much_is_refused_and_no_command_shows_the_help(capsys):
         (train_main, ["--unet_arguments", "{norm_num_group: 8}", "--max_train_steps", "1"], "norm_num_groups"),
         (main, ["sample", "pictuers"], "pictures"),
         (main, ["evaluate", "pictures", "--metrics", "fib"], "fid"),
-        (main, ["evaluate", "pictures", "--features", "inceptoin"], "inception"),
+        (main, ["evaluate", "pictures", "--dataset", "pictures", "--features", "inceptoin"], "inception"),
     ],
 )
 def test_a_mistyped_name_in_a_command_names_the_nearest(function, arguments, meant, tmp_path, capsys, monkeypatch):

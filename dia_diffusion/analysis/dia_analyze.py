@@ -1,6 +1,5 @@
 """Run `dia analyze`: read the attention maps of a model for real images, and report on them."""
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -20,6 +19,7 @@ from ..errors import UsageError
 from ..files import check_output_folder
 from ..latents.autoencoder import downsampling_factor, encode_posterior
 from ..latents.scaling import scale_latents
+from ..options.commands import AnalyzeOptions
 from ..process.distributed import find_device, make_state
 from ..process.output import print_main
 from ..sampling.loading import load_pipeline
@@ -28,7 +28,7 @@ from .analysis_report import format_analysis, report
 from .maps import collect_classifier_maps, collect_maps, load_classifier, place_branches, read_processor
 
 
-def analyze(options: argparse.Namespace) -> None:
+def analyze(options: AnalyzeOptions) -> None:
     """Run `dia analyze` with its parsed options.
 
     Raises:
@@ -65,7 +65,7 @@ def analyze(options: argparse.Namespace) -> None:
     _finish(report(maps, timesteps, options.output_dir, facts=facts), options.output_dir)
 
 
-def analyze_classifier(options: argparse.Namespace) -> None:
+def analyze_classifier(options: AnalyzeOptions) -> None:
     """Analyse an image classifier of transformers with its attention, which has no timesteps."""
     device = find_device(options.device, make_state())
     model = load_classifier(options.model, options.attention, device)

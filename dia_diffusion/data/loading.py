@@ -3,7 +3,7 @@
 import datasets
 import numpy as np
 
-from ..options.data import DataOptions
+from ..options.model import DataOptions
 from ..process.output import print_main
 from .columns import find_label_column
 from .pixels import PixelDataset, describe_images, list_names

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ..errors import UsageError
-from ..options.data import DataOptions
+from ..options.model import DataOptions
 from ..options.training import CONFIG, read_yaml
 
 

@@ -18,7 +18,7 @@ from ..data.loading import load_pixels
 from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..files import replace_files
-from ..options.data import DataOptions
+from ..options.model import DataOptions
 from ..randomness import step_seed
 from .autoencoder import VAE, LatentShape, downsampling_factor, find_latent_shape, load_vae, vae_digest
 from .encoding import encode_images

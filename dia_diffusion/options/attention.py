@@ -30,7 +30,7 @@ class AttentionOptions:
         default="lstm",
         metadata={
             "choices": ATTENTION_NAMES,
-            "help": "Attention module: lstm (DIA), se, eca, srm, cbam; or time, a control that sees no features.",
+            "help": "Attention module: lstm (DIA) or another one; time is a control that sees no features.",
         },
     )
     sharing: str = field(
@@ -59,11 +59,7 @@ class AttentionOptions:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            choices, value = item.metadata.get("choices"), getattr(self, item.name)
-            if choices is not None and value not in choices:
-                raise UsageError(
-                    f"unknown {item.name} '{value}'. Choose one of: {', '.join(choices)}.{nearest(value, choices)}"
-                )
+            check_choice(item.name, getattr(self, item.name))
         for name in ("hidden_size", "reduction"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, but is {getattr(self, name)}.")
@@ -103,6 +99,17 @@ class AttentionOptions:
             )
         if self.attention == "cbam" and channel_dim != 1:
             raise UsageError("attention 'cbam' convolves over pixels, and these branches hold tokens: use another.")
+
+
+def check_choice(name: str, value: object) -> None:
+    """Refuse a value of an option that is not among its choices.
+
+    Raises:
+        UsageError: names the choices.
+    """
+    choices = AttentionOptions.__dataclass_fields__[name].metadata.get("choices")
+    if choices is not None and value not in choices:
+        raise UsageError(f"unknown {name} '{value}'. Choose one of: {', '.join(choices)}.{nearest(value, choices)}")
 
 
 ATTENTION_OPTIONS = tuple(item.name for item in fields(AttentionOptions))

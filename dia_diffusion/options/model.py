@@ -1,19 +1,67 @@
-"""Options that say which UNet."""
+"""Options of training: the images, and the UNet with its attention.
+
+Here as in `objective.py` and `output.py`, names, meanings and defaults are those of diffusers' `train_unconditional.py`
+wherever that script has the option.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
-from .attention import AttentionOptions
-from .fields import Count, Location, Options, Range, option
+from .attention import ATTENTION_NAMES, AttentionOptions, check_choice
+from .fields import Count, Location, Natural, Options, Range, option
 
-# What a `dia_` argument of the UNet is by default.
+
+@dataclass
+class DataOptions(Options):
+    """Which images, and how they are prepared."""
+
+    group = "data"
+
+    dataset_name: Location | None = option(
+        None, "digits, mnist5k, a data set on the Hub, or a folder that datasets can load.", aliases=("dataset",)
+    )
+    dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
+    train_data_dir: Location | None = option(None, "A folder of images, instead of --dataset_name.")
+    cache_dir: Location | None = option(None, "Where data sets and prepared images are kept.")
+    image_column: str | None = option(None, "Column of the images; by default the first of type Image.")
+    label_column: str | None = option(None, "Column of the classes; by default the first of type ClassLabel.")
+    resolution: Count = option(64, "Pixels of height and width.")
+    channels: Literal[1, 3] | None = option(None, "1 (grey) or 3 (colour); by default as the images are.")
+    center_crop: bool = option(False, "Cut images that are not square in the middle, instead of at random.")
+    random_flip: bool = option(False, "Flip images horizontally at random.")
+    preserve_input_precision: bool = option(False, "Keep 16 bits of images that have them, instead of 8.")
+    on_bad_image: Literal["error", "skip"] = option("error", "What to do about an image that cannot be read.")
+    validation_split: Annotated[float, Range(above=0, below=1)] | None = option(
+        None, "Share of the images to hold out, drawn by the seed from each class, where the data hold out none."
+    )
+    vae: Location | None = option(
+        None, "Train in the latent space of this AutoencoderKL or AutoencoderTiny: a folder or a Hub id."
+    )
+    class_conditional: bool = option(False, "Condition the model on the labels of the data set.")
+    preprocessing_num_workers: Count | None = option(
+        None, "Processes that decode the images, once; by default one for each core."
+    )
+    dataloader_num_workers: Natural = option(0, "Processes that load data; 0 loads in the main process.")
+
+
+# The arguments of `DIAUNet2DModel` that choose its attention, with their defaults.
 DIA_DEFAULTS = {f"dia_{item.name}": item.default for item in fields(AttentionOptions)} | {"dia_time_conditioned": True}
+
+
+def _dia(name: str) -> Any:
+    """Return a `dia_` option with the help and the default of the attention's option of this name."""
+    item = AttentionOptions.__dataclass_fields__[name]
+    choices = item.metadata.get("choices")
+    metavar = f"{{{','.join(choices)}}}" if choices else None
+    return option(None, item.metadata["help"], group="attention", shown=item.default, metavar=metavar)
 
 
 @dataclass
 class ModelOptions(Options):
-    """Which UNet."""
+    """Which UNet. A `dia_` option is `None` where it is left to the model that the run starts from."""
+
+    group = "model"
 
     model_config_name_or_path: Location | None = option(
         None, "Configuration of the UNet: a JSON file, a folder or a Hub id, with or without dia_ arguments."
@@ -22,46 +70,58 @@ class ModelOptions(Options):
         None, "Start from the weights of this pipeline or UNet2DModel (a folder or a Hub id), with DIA or without."
     )
     block_out_channels: list[Count] | None = option(None, "Channels of each level; by default chosen by --resolution.")
-    layers_per_block: Count | None = option(None, "Residual blocks of each level.")
-    dropout: Annotated[float, Range(least=0, below=1)] | None = option(None, "Dropout in the residual blocks.")
+    layers_per_block: Count | None = option(None, "Residual blocks of each level.", shown=2)
+    dropout: Annotated[float, Range(least=0, below=1)] | None = option(None, "Dropout in the residual blocks.", shown=0)
     resnet_time_scale_shift: Literal["default", "scale_shift"] | None = option(
-        None, "How the timestep enters a residual block."
+        None, "How the timestep enters a residual block: it is added (default), or it scales and shifts."
     )
     unet_arguments: dict[str, Any] | str | None = option(
         None, "Any other arguments of UNet2DModel, as YAML or JSON: '{norm_num_groups: 8}'."
     )
     dia_attention: str | None = option(
-        None, "Attention module: lstm (the default), se, eca, srm, cbam, none; or time, a control."
+        None,
+        "Attention module: lstm (DIA), another one, or none; time is a control that sees no features.",
+        group="attention",
+        shown="lstm",
+        metavar=f"{{{','.join(ATTENTION_NAMES)},none}}",
     )
-    dia_sharing: str | None = option(None, "Who shares a module: network (the default), level, block.")
-    dia_bridge: str | None = option(None, "How the LSTM's state enters a level: carry (the default), skip, reset.")
-    dia_hidden_size: Count | None = option(None, "Width of the module that the whole network shares, by default 64.")
-    dia_reduction: Count | None = option(None, "Reduction ratio of bottlenecks, by default 4.")
-    dia_gate_slope: Annotated[float, Range(above=0)] | None = option(
-        None, "How fast the gates leave 1 in training, with --dia_init identity; by default 1."
-    )
+    dia_sharing: str | None = _dia("sharing")
+    dia_bridge: str | None = _dia("bridge")
+    dia_hidden_size: Count | None = _dia("hidden_size")
+    dia_reduction: Count | None = _dia("reduction")
+    dia_gate_slope: Annotated[float, Range(above=0)] | None = _dia("gate_slope")
     dia_time_conditioned: bool | None = option(
-        None, "Start the LSTM's state from the time embedding, as by default.", nargs="?", const=True
+        None, "Start the LSTM's state from the time embedding.", group="attention", shown=True
     )
-    dia_init: str | None = option(None, "identity (the default): gates start at 1. paper: gates in (0, 1).")
+    dia_init: str | None = _dia("init")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_from is None and self.model_config_name_or_path is None:
-            # A model that is named may have an attention of its own: there, what was not given stays open.
-            for name in self.dia_names():
-                if getattr(self, name) is None:
-                    setattr(self, name, DIA_DEFAULTS[name])
+        given = {name: value for name, value in self.dia_options().items() if value is not None}
+        if self.init_from is not None or self.model_config_name_or_path is not None:
+            # That model may have an attention of its own: what was not given stays open.
+            for name in given.keys() - {"dia_time_conditioned"}:
+                if given[name] != "none":
+                    check_choice(name.removeprefix("dia_"), given[name])
+            return
+        for name, value in (DIA_DEFAULTS | given).items():
+            setattr(self, name, value)
+        if self.dia_attention != "none":
+            names = [item.name for item in fields(AttentionOptions)]
+            AttentionOptions(**{name: getattr(self, f"dia_{name}") for name in names}).check_place(
+                bool(self.dia_time_conditioned)
+            )
 
-    @classmethod
-    def dia_names(cls) -> list[str]:
-        return [item.name for item in fields(cls) if item.name.startswith("dia_")]
+    def dia_options(self) -> dict[str, Any]:
+        """Return the attention's options by their names with `dia_`."""
+        return {name: getattr(self, name) for name in DIA_DEFAULTS}
 
     def unet_flags(self) -> dict[str, Any]:
-        """What was given about the UNet by options of its own."""
-        names = ["block_out_channels", "layers_per_block", "dropout", "resnet_time_scale_shift", *self.dia_names()]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        """Return the arguments of the UNet that were given by options of their own."""
+        names = ("block_out_channels", "layers_per_block", "dropout", "resnet_time_scale_shift")
+        options = {name: getattr(self, name) for name in names} | self.dia_options()
+        return {name: value for name, value in options.items() if value is not None}
 
     def as_built(self, config: Mapping[str, Any]) -> "ModelOptions":
         """Return the options completed by the configuration of the UNet that was built, for the record."""
-        return replace(self, **{name: config[name] for name in self.dia_names()})
+        return replace(self, **{name: config[name] for name in DIA_DEFAULTS})

@@ -1,4 +1,4 @@
-"""Options that say what a run leaves, and when."""
+"""Options of training: what the run leaves, and when."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from .fields import Count, Location, Options, Range, option
 class OutputOptions(Options):
     """What the run leaves, and when."""
 
+    group = "output"
+
     output_dir: Location = option("dia-unet", "Folder for the pipeline and all else that the run leaves.")
     overwrite_output_dir: bool = option(False, "Start anew in a folder that already holds a run.")
     save_images_epochs: Count = option(10, "Epochs between sample grids.")
@@ -24,7 +26,7 @@ class OutputOptions(Options):
     eval_batch_size: Count = option(16, "Images in a sample grid.")
     ddpm_num_inference_steps: Count = option(25, "Denoising steps for the samples of a run.")
     eval_steps: Count | None = option(
-        None, "Steps between Frechet distances in --score_features; the best model so far is kept in best/."
+        None, "Steps between Fréchet distances in --score_features; the best model so far is kept in best/."
     )
     eval_num_images: Annotated[int, Range(least=2)] = option(1000, "Images to generate for each of these.")
     score_features: Location | None = option(
@@ -33,11 +35,13 @@ class OutputOptions(Options):
     score_num_images: Annotated[int, Range(least=2)] = option(2000, "Images to generate for the scores at the end.")
     logger: Literal["tensorboard", "wandb", "trackio"] = option("tensorboard", "Tracker, through accelerate.")
     logging_dir: Location = option("logs", "Folder of the tracker, inside of --output_dir.")
-    push_to_hub: bool = option(False, "Push the pipeline to the Hub at the end.")
-    hub_token: str | None = option(None, "Token for the Hub; by default the one you logged in with.")
-    hub_model_id: str | None = option(None, "Repository on the Hub; by default named after --output_dir.")
-    hub_private_repo: bool = option(False, "Make the repository private.")
-    license: str = option("apache-2.0", "Licence of the model, for its card; a licence identifier of the Hub.")
+    push_to_hub: bool = option(False, "Push the pipeline to the Hub at the end.", group="Hub")
+    hub_token: str | None = option(None, "Token for the Hub; by default the one you logged in with.", group="Hub")
+    hub_model_id: str | None = option(None, "Repository on the Hub; by default named after --output_dir.", group="Hub")
+    hub_private_repo: bool = option(False, "Make the repository private.", group="Hub")
+    license: str = option(
+        "apache-2.0", "Licence of the model, for its card; a licence identifier of the Hub.", group="Hub"
+    )
     local_rank: Annotated[int, Range(least=-1)] = option(
         -1, "Set by launchers; accelerate reads it from the environment."
     )
@@ -49,6 +53,6 @@ class OutputOptions(Options):
 
     @property
     def folder(self) -> Path:
+        """Return the output directory with a name of its own, after which the model is named."""
         path = Path(self.output_dir)
-        # The model is named after it, and `.` is no name.
         return path if path.name not in ("", "..") else path.resolve()

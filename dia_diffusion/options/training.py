@@ -1,12 +1,9 @@
-"""The description of a training run, of all its parts.
+"""A training run: its options together, the recipes and files that they may come from, and its record."""
 
-The description of a run from the command line and from YAML files, and its record."""
-
-import argparse
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,27 +11,52 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError, first_line, nearest
-from .data import DataOptions
-from .model import ModelOptions
-from .objective import ObjectiveOptions, options_of_other_objectives
-from .optimisation import OptimisationOptions
+from .fields import Location, Options, option
+from .model import DataOptions, ModelOptions
+from .objective import ObjectiveOptions, OptimisationOptions, options_of_other_objectives
 from .output import OutputOptions
-from .parser import SuggestingParser
+from .parser import OptionParser, rename_aliases
+from .rules import TRAINING_RULES, check_effect
+
+# The file that holds the record of a run, in its folder.
+CONFIG = "training_config.yaml"
+
+
+@dataclass
+class SourceOptions(Options):
+    """Where options come from that are not given themselves."""
+
+    group = "recipe"
+
+    recipe: Location | None = option(
+        None, "Settings to begin with, by name (see --recipes) or from a YAML file; digits where no data is named."
+    )
+    config: Location | None = option(None, "YAML file with any of these options, such as the record of a run.")
 
 
 @dataclass
 class TrainingConfig:
-    """A training run: the parts of its description. In files and on the command line their options lie flat."""
+    """A training run: the parts of its description. In files and on the command line their options lie flat.
+
+    Attributes:
+        recipe (`str`, *optional*): The recipe that it was made from.
+        remarks (list of `str`): Lines for the start of the run, about the recipe and about options without effect. Like
+            the recipe no part of the record.
+    """
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    recipe: str | None = field(default=None, compare=False)
+    remarks: list[str] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         if self.model.dia_attention == "srm" and self.optimisation.train_batch_size == 1:
             raise UsageError("dia_attention 'srm' normalises over the batch: it needs a train_batch_size of 2 or more.")
+        if self.model.dia_attention == "none" and self.optimisation.train_only == "dia":
+            raise UsageError("--train_only dia leaves nothing to train with --dia_attention none.")
         steps, most = self.output.ddpm_num_inference_steps, self.objective.ddpm_num_steps
         if most is not None and steps > most:
             raise UsageError(
@@ -44,113 +66,179 @@ class TrainingConfig:
 
     @classmethod
     def from_flat(cls, **options: Any) -> "TrainingConfig":
-        """The parts, each with those of the options that are its own."""
+        """Return the run that these options describe, by their names as flags have them."""
         parts = {}
-        for part in fields(cls):
-            names = [item.name for item in fields(part.type)]
-            parts[part.name] = part.type(**{name: options.pop(name) for name in names if name in options})
+        for name, part in PARTS.items():
+            names = [item.name for item in fields(part)]
+            parts[name] = part(**{name: options.pop(name) for name in names if name in options})
         if options:
             raise TypeError(f"there are no options named {', '.join(options)}")
         return cls(**parts)
 
+    def flat(self) -> dict[str, Any]:
+        """Return all options by name."""
+        return {name: value for part in PARTS for name, value in asdict(getattr(self, part)).items()}
+
     def public_dict(self) -> dict[str, Any]:
-        """All options as they may be shown and saved: flat, and without the token."""
-        options = {name: value for part in asdict(self).values() for name, value in part.items()}
-        del options["hub_token"]
-        return options
+        """Return all options by name as they may be shown and saved: without the token."""
+        return {name: value for name, value in self.flat().items() if name != "hub_token"}
 
 
-PARTS = tuple(part.type for part in fields(TrainingConfig))
-OPTION_NAMES = frozenset(item.name for part in PARTS for item in fields(part))
+PARTS: dict[str, Any] = {
+    "data": DataOptions,
+    "model": ModelOptions,
+    "objective": ObjectiveOptions,
+    "optimisation": OptimisationOptions,
+    "output": OutputOptions,
+}
+DEFAULTS = {item.name: item.default for part in PARTS.values() for item in fields(part)}
+OPTION_NAMES = frozenset(DEFAULTS)
 MODEL_OPTION_NAMES = frozenset(item.name for item in fields(ModelOptions))
+# The options that `--help` shows; the others are behind `--help_all`.
+_USUAL = frozenset(
+    "recipe config dataset_name train_data_dir resolution validation_split class_conditional random_flip "
+    "block_out_channels init_from resnet_time_scale_shift dia_attention dia_sharing objective prediction_type "
+    "max_train_steps num_epochs train_batch_size learning_rate lr_warmup_steps mixed_precision use_ema seed "
+    "output_dir resume_from_checkpoint overwrite_output_dir score_features push_to_hub".split()
+)
 
 
-RECIPES = files(__package__) / "recipes"
-CONFIG = "training_config.yaml"
+def training_parser(make: Callable[..., OptionParser] = OptionParser) -> OptionParser:
+    """Return the parser of `dia train` and `train_unet.py`; `make` makes it, with the arguments of `OptionParser`."""
+    parser = make(
+        parts=[SourceOptions, *PARTS.values()],
+        usual=_USUAL,
+        description="Train a diffusion UNet with shared attention; without options, on the embedded digits. "
+        "Options have the names and meanings of diffusers' train_unconditional.py.",
+    )
+    parser.add_print("--recipes", text="List the recipes.", make=_list_recipes)
+    return parser
 
 
-def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
+    """Return the run that a command line describes, and print what `configure` remarks."""
+    config = configure(vars(training_parser().parse_args(arguments)))
+    for remark in config.remarks:
+        print(remark)
+    return config
+
+
+def configure(given: Mapping[str, Any]) -> TrainingConfig:
+    """Return the run that options describe, completed by a file, a recipe and the defaults.
+
+    An option counts as given, else as in `config` (a YAML file), else as in `recipe`. Without both, and without data or
+    with the digits, the recipe is `digits`. `num_epochs` overrides the `max_train_steps` of file and recipe, and
+    `objective` their options of other objectives. What a recipe sets, and which options have no effect, is among the
+    remarks.
+
+    Args:
+        given (`dict`): Options by name, as given on the command line or in Python.
+
+    Raises:
+        UsageError: for an unknown option, a value that cannot be, or an option without effect.
+    """
+    given = check_names(given, "train")
+    filed = load_options(given["config"]) if given.get("config") is not None else {}
+    recipe, settings = _choose_recipe(given, filed)
+    chosen, remarks = _for_objective(settings | filed, given.get("objective"))
+    options = chosen | {name: value for name, value in given.items() if name in OPTION_NAMES}
+    if given.get("num_epochs") is not None:
+        if given.get("max_train_steps") is None:
+            options["max_train_steps"] = None  # That of the file or the recipe.
+        else:
+            remarks.append(
+                f"max_train_steps {given['max_train_steps']} counts, and not num_epochs {given['num_epochs']}."
+            )
+    config = TrainingConfig.from_flat(**options)
+    if recipe is not None:
+        left = [f"{name} {chosen[name]}" for name in settings if name in chosen.keys() - filed.keys() - given.keys()]
+        remarks.insert(0, f"Recipe {recipe}: {', '.join(left) or 'the defaults'}.")
+    changed = [name for name, value in chosen.items() if name not in given and value not in (None, DEFAULTS[name])]
+    remarks += check_effect(TRAINING_RULES, config.flat(), [name for name in given if given[name] is not None], changed)
+    config.recipe, config.remarks = recipe, remarks
+    return config
+
+
+def check_names(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return options of training with each alias replaced by its name.
+
+    Raises:
+        UsageError: for an option that does not exist.
+    """
+    parts = [SourceOptions, *PARTS.values()]
+    return rename_aliases(options, parts, lambda unknown: f"{where} has no option '{unknown[0]}'.")
+
+
+def _for_objective(options: dict[str, Any], objective: str | None) -> tuple[dict[str, Any], list[str]]:
+    """Drop the objective options of a file or recipe if another objective than theirs was given, with a remark."""
+    others = [] if objective is None else [name for name in options_of_other_objectives(objective) if name in options]
+    left_out = [f"{name} {options[name]}" for name in others if options[name] is not None]
+    remarks = [f"Of another objective, and left out: {', '.join(left_out)}."] if left_out else []
+    return {name: value for name, value in options.items() if name not in others}, remarks
+
+
+def _choose_recipe(given: Mapping[str, Any], filed: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Return the name of the recipe of a run and the options that it sets, or `None` and nothing."""
+    sources = ("dataset_name", "dataset_config_name", "train_data_dir")
+    named = [name for name in sources if given.get(name, filed.get(name)) is not None]
+    recipe = given.get("recipe")
+    if recipe is None and (given.get("config") is not None or (named and given.get("dataset_name") != "digits")):
+        return None, {}
+    recipe = os.fspath(recipe or "digits")
+    known = recipes()
+    if recipe not in known and not (Path(recipe).suffix in (".yaml", ".yml") or Path(recipe).is_file()):
+        raise UsageError(
+            f"there is no recipe '{recipe}'. Choose one of: {', '.join(known)}; or name a YAML file."
+            f"{nearest(recipe, known)}"
+        )
+    settings = load_options(known.get(recipe, recipe))
+    # What a recipe says of its data or its model is not said of others that were named.
+    dropped = set(sources) if named else set()
+    if any(given.get(name) or filed.get(name) for name in ("init_from", "model_config_name_or_path")):
+        dropped |= MODEL_OPTION_NAMES
+    return recipe, {name: value for name, value in settings.items() if name not in dropped}
+
+
+def recipes() -> dict[str, Any]:
+    """Return the path of each recipe by its name."""
+    found = (path for path in (files(__package__) / "recipes").iterdir() if path.name.endswith(".yaml"))
+    return {path.name.removesuffix(".yaml"): path for path in sorted(found, key=lambda path: path.name)}
+
+
+def _list_recipes() -> str:
+    """Return a line for each recipe: its name, and the comment on top of its file."""
+    lines = {name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, path in recipes().items()}
+    return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
+
+
+def load_options(path: Any) -> dict[str, Any]:
+    """Return the options of training that a YAML file holds.
+
+    Raises:
+        UsageError: if it cannot be read, or names an option that does not exist.
+    """
+    options = {} if (read := read_yaml(path)) is None else read
+    if not isinstance(options, dict):
+        raise UsageError(f"'{path}' must hold 'option: value' lines.")
+
+    def refuse(unknown: list[str]) -> str:
+        return f"'{path}' names unknown options: {', '.join(unknown)}. See --help_all for those known."
+
+    return rename_aliases(options, PARTS.values(), refuse)
+
+
+def read_yaml(path: Any) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        UsageError: if it cannot be read or is not YAML.
+    """
     try:
-        return yaml.safe_load(Path(path).read_text())
+        return yaml.safe_load((Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the configuration '{path}': {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}' is not valid YAML: {first_line(error)}.") from error
-
-
-def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Options from a YAML file, checked against those there are."""
-    options = read_yaml(path)
-    if not isinstance(options, dict):
-        raise UsageError(f"'{path}' must hold 'option: value' lines.")
-    unknown = sorted(map(str, options.keys() - OPTION_NAMES))
-    if unknown:
-        raise UsageError(
-            f"'{path}' names unknown options: {', '.join(unknown)}. See --help for those known."
-            f"{nearest(unknown[0], OPTION_NAMES)}"
-        )
-    return options
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingConfig:
-    """Reads the command line. `--config FILE` gives options, which flags override; `--num_epochs` overrides the
-    `max_train_steps` of a file too, and `--objective` its options of other objectives.
-
-    Without a configuration, and without data or with `--dataset_name digits`, the recipe for the embedded digits
-    gives the defaults.
-    """
-    from transformers import HfArgumentParser
-
-    class _Parser(SuggestingParser, HfArgumentParser):
-        """As transformers makes it from the parts."""
-
-    parser = _Parser(
-        PARTS,
-        # A mistyped option should not be taken for a longer one.
-        allow_abbrev=False,
-        description="Train a diffusion UNet with shared attention. Without arguments: on the embedded digits.",
-    )
-    parser.add_argument("--config", type=os.path.expanduser, help="YAML file with any of these options.")
-    parser.add_argument(
-        "--no_dia_time_conditioned", "--no-dia-time-conditioned", dest="dia_time_conditioned", action="store_false"
-    )
-    # What stays as it is here was not given.
-    nothing = argparse.Namespace(**dict.fromkeys([*OPTION_NAMES, "config"], MISSING))
-    parsed = vars(parser.parse_args(arguments, nothing))
-    given = {name: value for name, value in parsed.items() if value is not MISSING}
-    options = _for_objective(_defaults(given), given.get("objective")) | given
-    options.pop("config", None)
-    if "num_epochs" in given and "max_train_steps" in given:
-        print(f"max_train_steps {given['max_train_steps']} counts, and not num_epochs {given['num_epochs']}.")
-    elif "num_epochs" in given:
-        options["max_train_steps"] = None  # Of the configuration.
-    return TrainingConfig.from_flat(**options)
-
-
-def _for_objective(options: dict[str, Any], objective: str | None) -> dict[str, Any]:
-    """What a configuration says of its own objective was not said of another that is named instead."""
-    if objective is None:
-        return options
-    of_others = options_of_other_objectives(objective)
-    left_out = [f"{name} {options[name]}" for name in of_others if options.get(name) is not None]
-    if left_out:
-        print(f"Of another objective, and left out: {', '.join(left_out)}.")
-    return {name: value for name, value in options.items() if name not in of_others}
-
-
-def _defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that the configuration holds, or the recipe for the digits."""
-    if "config" in given:
-        return load_recipe(given["config"])
-    no_data = "dataset_name" not in given and "train_data_dir" not in given
-    if not no_data and given.get("dataset_name") != "digits":
-        return {}
-    recipe = load_recipe(RECIPES / "digits.yaml")
-    if given.keys() & {"init_from", "model_config_name_or_path"}:
-        # What the recipe says of a model was not said of that one.
-        return {name: value for name, value in recipe.items() if name not in MODEL_OPTION_NAMES}
-    return recipe
 
 
 def as_yaml(config: TrainingConfig) -> str:

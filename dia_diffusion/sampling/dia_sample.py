@@ -1,6 +1,5 @@
 """What `dia sample` does: images as PNG files, and a picture of them all."""
 
-import argparse
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image
 
 from ..data.grid import image_grid
 from ..errors import UsageError
+from ..options.commands import SampleOptions
 from ..process.distributed import find_device, make_state
 from .loading import check_guide, load_pipeline
 from .numbered import check_sampling, describe_guidance, find_class, sample_images
@@ -18,7 +18,7 @@ from .numbered import check_sampling, describe_guidance, find_class, sample_imag
 _SAMPLES = re.compile(r"\d{5,}\.png|grid\.png")
 
 
-def sample(options: argparse.Namespace) -> None:
+def sample(options: SampleOptions) -> None:
     """Runs `dia sample` with its parsed options.
 
     The folder holds the images of one call and nothing else; the picture of them all lies beside it.
@@ -78,7 +78,7 @@ def _find_earlier(folder: Path, grid: Path, overwrite: bool) -> list[Path]:
     return earlier
 
 
-def _what_is_used(options: argparse.Namespace, pipeline: DiffusionPipeline, class_label: int | None) -> str:
+def _what_is_used(options: SampleOptions, pipeline: DiffusionPipeline, class_label: int | None) -> str:
     names, classes = getattr(pipeline, "class_names", None) or [], getattr(pipeline, "null_class", None)
     kind = ""
     if classes and class_label is None:

@@ -1,9 +1,7 @@
 """Run `dia evaluate`: find the images and the reference, score, and write the results."""
 
-import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,9 @@ from ..data.recorded import choose_data
 from ..data.sources import DIGITS, load_all_images, load_images
 from ..errors import UsageError
 from ..files import check_output_file, check_output_folder, write_json
-from ..options.data import DataOptions
+from ..options.commands import EvaluateOptions
+from ..options.model import DataOptions
+from ..options.rules import is_archive, is_images
 from ..process.distributed import find_device, make_state
 from ..process.output import print_main
 from ..sampling.loading import check_guide, load_pipeline
@@ -31,11 +31,6 @@ from .features.named import FEATURES, get_extractor
 from .images import FolderImages, PipelineImages, check_one_size, shares_in_dataset, shares_of_labels
 from .reference import Reference, read_published
 from .score_report import format_scores, write_report
-
-ARCHIVE = ".npz"
-# Defaults of what only pipelines take; images that lie in files are made already.
-_SAMPLING = {"num_images": 10_000, "steps": 25, "seed": 0, "guidance_scale": 1.0}
-_OF_PIPELINES = (*_SAMPLING, "scheduler", "guide", "compile_mode", "save_images", "class_proportions")
 
 
 class RealImages(NamedTuple):
@@ -52,7 +47,7 @@ class RealImages(NamedTuple):
     class_shares: list[float] | None = None
 
 
-def score(options: argparse.Namespace) -> dict[str, Any] | None:
+def score(options: EvaluateOptions) -> dict[str, Any] | None:
     """Score what the options of `dia evaluate` name.
 
     Returns:
@@ -61,7 +56,8 @@ def score(options: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         UsageError: for options that do not fit each other or the data.
     """
-    options = _settle(options)
+    check_metric_names(options.metrics or DEFAULT_METRICS)
+    check_guide(options.guide, options.guidance_scale)
     _check_outputs(options)
     state = make_state()
     device = find_device(options.device, state)
@@ -71,9 +67,9 @@ def score(options: argparse.Namespace) -> dict[str, Any] | None:
         pipeline = load_pipeline(options.what, options.scheduler, device, options.compile_mode, options.guide)
         check_sampling(pipeline, options.steps)
     dataset, recorded = choose_data(options.what, options.dataset, options.dataset_config_name, options.image_column)
-    archive = Path(dataset).expanduser() if dataset.endswith(ARCHIVE) else None
+    archive = Path(dataset).expanduser() if is_archive(dataset) else None
     published = archive if archive is not None and not _holds_images(archive) else None
-    metrics = _parse_metrics(options.metrics, DEFAULT_METRICS if published is None else ("fid",))
+    metrics = options.metrics or list(DEFAULT_METRICS if published is None else ("fid",))
     name = options.features or (DIGITS if dataset == DIGITS else None)
     if name is None:
         raise UsageError(f"name the features to compare in: --features {', '.join(FEATURES)}.")
@@ -109,28 +105,7 @@ def score(options: argparse.Namespace) -> dict[str, Any] | None:
     return scores
 
 
-def _settle(options: argparse.Namespace) -> argparse.Namespace:
-    """Return the options with the defaults of sampling, or refuse these where no pipeline is scored."""
-    options = argparse.Namespace(**vars(options))
-    if _holds_files(options.what):
-        given = [f"--{name.removesuffix('_mode')}" for name in _OF_PIPELINES if getattr(options, name) is not None]
-        if given:
-            says, them = ("says", "it") if len(given) == 1 else ("say", "them")
-            raise UsageError(
-                f"{' and '.join(given)} {says} how a pipeline makes images, and those in '{options.what}' are made "
-                f"already: leave {them} out."
-            )
-    for name, value in _SAMPLING.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    if options.batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, but is {options.batch_size}.")
-    check_metric_names(_parse_metrics(options.metrics, DEFAULT_METRICS))
-    check_guide(options.guide, options.guidance_scale)
-    return options
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
+def _check_outputs(options: EvaluateOptions) -> None:
     """Notice before a long run what cannot be written after it."""
     places = [path.resolve() for path in (options.output, options.report, options.save_images) if path is not None]
     if len(set(places)) < len(places):
@@ -142,19 +117,11 @@ def _check_outputs(options: argparse.Namespace) -> None:
         check_output_folder(options.save_images)
 
 
-def _holds_files(what: str) -> bool:
-    """Whether the images to score lie in files, rather than being made by a pipeline."""
-    path = Path(what).expanduser()
-    if path.is_file() and path.suffix != ARCHIVE:
-        raise UsageError(f"'{what}' is a file: name a pipeline, a folder of images, or samples (.npz).")
-    return what.endswith(ARCHIVE) or (path.is_dir() and not (path / DiffusionPipeline.config_name).is_file())
-
-
 def _load_scored(what: str, state: PartialState) -> PixelDataset | ArchiveImages | None:
     """Return the images to score that lie in files; None for a pipeline."""
-    if not _holds_files(what):
+    if not is_images(what):
         return None
-    if what.endswith(ARCHIVE):
+    if is_archive(what):
         return ArchiveImages(Path(what).expanduser())
     with state.main_process_first():
         images = load_all_images(what)
@@ -163,7 +130,7 @@ def _load_scored(what: str, state: PartialState) -> PixelDataset | ArchiveImages
 
 
 def _load_real(
-    options: argparse.Namespace,
+    options: EvaluateOptions,
     dataset: str,
     recorded: DataOptions | None,
     resolution: int,
@@ -173,7 +140,7 @@ def _load_real(
     if recorded is not None:
         train, held_out = load_pixels(replace(recorded, resolution=resolution))
         return RealImages(train, held_out, shares_of_labels(train.labels, train.num_classes))
-    if dataset.endswith(ARCHIVE):
+    if is_archive(dataset):
         return RealImages(ArchiveImages(Path(dataset).expanduser(), resolution))
     rows, held_out_rows = load_images(dataset, options.dataset_config_name)
     reference, held_out = prepare_pixels(rows, resolution, image_column=options.image_column), None
@@ -196,7 +163,7 @@ def _make_extractor(
     return extractor
 
 
-def _make_images(options: argparse.Namespace, pipeline: DiffusionPipeline, real: RealImages | None) -> PipelineImages:
+def _make_images(options: EvaluateOptions, pipeline: DiffusionPipeline, real: RealImages | None) -> PipelineImages:
     """Return the images of a pipeline, and say how often each class is drawn."""
     shares, even = None, options.class_proportions == "even"
     if not getattr(pipeline, "null_class", None):
@@ -240,7 +207,7 @@ def _describe_model(pipeline: DiffusionPipeline) -> str:
     return f"{type(pipeline).__name__}, {', '.join(parts)}."
 
 
-def _describe_generated(generated: FolderImages | PipelineImages, options: argparse.Namespace) -> str:
+def _describe_generated(generated: FolderImages | PipelineImages, options: EvaluateOptions) -> str:
     if isinstance(generated, FolderImages):
         return _describe(generated.pixels, options.what)
     guidance = describe_guidance(generated.pipeline, options.guidance_scale)
@@ -255,10 +222,6 @@ def _describe(images: PixelDataset | ArchiveImages | Reference, name: str) -> st
         return f"the statistics in '{name}'."
     kind = "colour" if images.channels == 3 else "grey"
     return f"{len(images):,} samples in '{name}', {kind}, {images.resolution} pixels on the shorter side."
-
-
-def _parse_metrics(text: str | None, default: Sequence[str]) -> list[str]:
-    return list(default) if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
@@ -278,7 +241,7 @@ def _holds_images(path: Path) -> bool:
 
 
 def _write(
-    options: argparse.Namespace,
+    options: EvaluateOptions,
     scores: dict[str, Any],
     facts: dict[str, str],
     generated: FolderImages | PipelineImages,

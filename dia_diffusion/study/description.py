@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from diffusers import UNet2DModel
 
 from ..errors import UsageError, nearest
-from ..options.fields import COUNT, NATURAL, SEED, read_mapping, to_number
-from ..options.training import CONFIG, OPTION_NAMES, TrainingConfig, load_recipe, read_yaml
+from ..options.fields import COUNT, NATURAL, SEED, convert_mapping, to_number
+from ..options.training import CONFIG, OPTION_NAMES, TrainingConfig, load_options, read_yaml
 
 # Options that a study sets itself, and what to use instead.
 _RESERVED = {
@@ -131,7 +131,7 @@ class Study:
                 if name in _RESERVED:
                     raise UsageError(f"'{name}' cannot be set for the runs of a study: {_RESERVED[name]}.")
                 if name == "unet_arguments":
-                    options[name] = options[name] | ({} if value is None else read_mapping(name, value))
+                    options[name] = options[name] | ({} if value is None else convert_mapping(name, value))
                 elif name in OPTION_NAMES:
                     options[name] = value
                 elif name in _UNET_ARGUMENTS:
@@ -191,7 +191,7 @@ def _check_unchanged(run: StudyRun) -> None:
     record = run.folder / CONFIG
     if not record.exists():
         return
-    before, now = load_recipe(record), run.config.public_dict()
+    before, now = load_options(record), run.config.public_dict()
     elsewhere = {"output_dir", "cache_dir", "resume_from_checkpoint"}
     if now["init_from"] is not None or now["model_config_name_or_path"] is not None:
         # The record says what that model is, where the study leaves it open.

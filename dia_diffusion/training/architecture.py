@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UsageError, first_line, nearest, why_not_loaded
 from ..models.unet import DIAUNet2DModel
-from ..options.fields import read_value
+from ..options.fields import convert
 from ..options.model import ModelOptions
 
 # What diffusers takes, or ignores, where its signature says `str`.
@@ -129,7 +129,7 @@ def _read_unet_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
             f"{nearest(name, free)}"
         )
     return {
-        name: None if value is None else read_value(f"{name} in unet_arguments", value, hints[name])
+        name: None if value is None else convert(f"{name} in unet_arguments", value, hints[name])
         for name, value in arguments.items()
     }
 

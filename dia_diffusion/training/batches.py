@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ..data.pixels import EndlessShuffle, PixelDataset
 from ..latents.space import LatentDataset
 from ..objectives import Objective
-from ..options.data import DataOptions
+from ..options.model import DataOptions
 from ..process.distributed import memory_format
 from ..process.signals import forks_end_with_parent, ignore_stops
 from ..randomness import step_seed

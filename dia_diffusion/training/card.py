@@ -14,9 +14,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, u
 from ..data.sources import EMBEDDED
 from ..errors import UsageError, first_line
 from ..files import replace_text
-from ..options.data import DataOptions
+from ..options.model import DataOptions
 from ..options.output import OutputOptions
-from ..options.training import CONFIG, RECIPES, TrainingConfig, load_recipe
+from ..options.training import CONFIG, TrainingConfig, load_options, recipes
 from ..scoring.score_report import format_scores
 from .checkpoint import CHECKPOINTS
 from .folder import BEST, LOCK, SAMPLES
@@ -112,7 +112,7 @@ def training_command(config: TrainingConfig, num_processes: int = 1) -> str:
     Of folders on this machine only the name is kept.
     """
     given = config.public_dict()
-    recipe = load_recipe(RECIPES / "digits.yaml") if given["dataset_name"] == "digits" else {}
+    recipe = load_options(recipes()["digits"]) if given["dataset_name"] == "digits" else {}
     start = {name: recipe[name] for name in recipe.keys() - vars(config.objective).keys()}
     usual = TrainingConfig.from_flat(**start, objective=given["objective"]).public_dict()
     # The recipe's objective options count where its objective is used.

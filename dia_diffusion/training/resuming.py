@@ -9,7 +9,7 @@ from typing import Any
 from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..models.unet import DIAUNet2DModel
-from ..options.data import DataOptions
+from ..options.model import DataOptions
 from ..options.output import OutputOptions
 from ..options.training import TrainingConfig
 from ..process.output import print_main

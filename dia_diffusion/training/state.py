@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import NotFiniteError, UsageError, first_line
 from ..models.unet import DIAUNet2DModel
-from ..options.optimisation import OptimisationOptions
+from ..options.objective import OptimisationOptions
 from ..options.training import TrainingConfig
 from ..process.distributed import memory_format
 from .checkpoint import Checkpoint

@@ -9,7 +9,7 @@ from dia_diffusion.data.loading import load_pixels
 from dia_diffusion.data.pixels import describe_images
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.errors import UsageError
-from dia_diffusion.options.data import DataOptions
+from dia_diffusion.options.model import DataOptions
 
 
 def rows(labels, names=None):

@@ -179,15 +179,18 @@ def test_mistakes_end_before_the_work_begins(models, images, tmp_path, capsys):
         ([models / "dia", *digits, "--metrics", "is", "--features", "pixels"], "needs a classifier"),
         ([models / "dia", *digits, "--metrics", ","], "name at least one metric of: fid, kid"),
         ([models / "dia", "--output", tmp_path], "is a folder: name the file to write"),
-        ([models / "dia", "--seed", "-1"], "--seed: it must be at least 0, but is -1"),
+        ([models / "dia", "--seed", "-1"], "seed must be at least 0, but is -1"),
         ([tmp_path / "none" / "there"], "there is no such folder."),
-        ([models / "dia", "--batch_size", "0"], "--batch_size: it must be at least 1"),
+        ([models / "dia", "--batch_size", "0"], "batch_size must be at least 1"),
         (
             [images, "--save_images", tmp_path / "x"],
-            f"--save_images says how a pipeline makes images, and those in '{images}'",
+            "save_images has no effect on images that are made already",
         ),
-        ([images, *digits, "--steps", "9", "--seed", "0"], "--steps and --seed say how a pipeline makes images"),
-        ([images, *digits, "--scheduler", "ddim", "--guide", "g"], "--scheduler and --guide say how"),
+        (
+            [images, *digits, "--steps", "9", "--seed", "0"],
+            "steps and seed have no effect on images that are made already",
+        ),
+        ([images, *digits, "--scheduler", "ddim", "--guide", "g"], "scheduler and guide have no effect"),
         ([images / "000.png", *digits], "000.png' is a file: name a pipeline, a folder of images, or samples"),
         ([images, "--dataset", images / "000.png"], "000.png' is a file: name a folder, a data set"),
         (

@@ -21,7 +21,7 @@ from dia_diffusion.latents.autoencoder import load_vae, vae_digest
 from dia_diffusion.latents.scaling import unscale_latents
 from dia_diffusion.latents.space import load_data
 from dia_diffusion.objectives import DDPM, EDM, Flow
-from dia_diffusion.options.training import load_recipe, parse_arguments
+from dia_diffusion.options.training import load_options, parse_arguments
 from dia_diffusion.training import state as training_state
 from dia_diffusion.training.batches import BatchPlan, make_loader, prepare_batches
 from dia_diffusion.training.loop import train
@@ -224,7 +224,7 @@ def test_a_run_in_pixels_that_replaces_one_in_latents_leaves_no_vae(vae, tmp_pat
 @pytest.mark.parametrize("objective", ["edm", "flow"])
 def test_other_objectives_learn_latents_too(vae, tmp_path, objective):
     run(tmp_path / "run", **options(vae, objective=objective, max_train_steps=2, class_conditional=False))
-    config = load_recipe(tmp_path / "run" / "training_config.yaml")
+    config = load_options(tmp_path / "run" / "training_config.yaml")
     if objective == "edm":
         # The deviation is that of what the UNet sees, and not of pixels.
         data, _ = load_data(parse_arguments(["--config", str(configure(tmp_path / "data", **options(vae)))]).data)

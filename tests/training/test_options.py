@@ -8,7 +8,7 @@ import yaml
 
 from dia_diffusion.errors import UsageError
 from dia_diffusion.options.model import ModelOptions
-from dia_diffusion.options.training import RECIPES, TrainingConfig, as_yaml, load_recipe, parse_arguments
+from dia_diffusion.options.training import TrainingConfig, as_yaml, load_options, parse_arguments, recipes
 from dia_diffusion.training.architecture import build_unet
 
 # The options of diffusers' examples/unconditional_image_generation/train_unconditional.py, each with a value.
@@ -55,7 +55,7 @@ def test_defaults_are_those_of_diffusers():
 
 
 def test_without_data_the_recipe_for_digits_gives_the_defaults():
-    recipe = load_recipe(RECIPES / "digits.yaml")
+    recipe = load_options(recipes()["digits"])
     for arguments in ([], ["--dataset_name", "digits"]):
         config = parse_arguments([*arguments, "--learning_rate", "0.5", "--use_ema", "False"])
         assert config == TrainingConfig.from_flat(**recipe | {"learning_rate": 0.5, "use_ema": False})
@@ -182,7 +182,7 @@ def test_every_number_has_its_range():
 
     from dia_diffusion.options.training import PARTS
 
-    hints = {name: hint for part in PARTS for name, hint in get_type_hints(part, include_extras=True).items()}
+    hints = {name: hint for part in PARTS.values() for name, hint in get_type_hints(part, include_extras=True).items()}
     numbers = [name for name, hint in hints.items() if {"int", "float"} & set(re.findall(r"\w+", str(hint)))]
     assert len(numbers) > 35
     assert [name for name in numbers if "Range(" not in str(hints[name])] == []
