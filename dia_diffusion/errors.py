@@ -53,17 +53,17 @@ def folders_beside(path: str) -> list[str]:
 
 
 def why_not_loaded(name_or_path: str, error: Exception) -> str:
-    """Explain why `from_pretrained` failed, without a full stop: not here, not on the Hub, or the error's own words."""
+    """Explain in a sentence why `from_pretrained` failed: not here, not on the Hub, or the error's own words."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if Path(name_or_path).exists():
-        return first_line(error)
+        return f"{first_line(error)}."
     try:
         validate_repo_id(name_or_path)
     except HFValidationError:
-        return f"there is no such folder.{nearest(name_or_path, folders_beside(name_or_path))}".rstrip(".")
+        return f"there is no such folder.{nearest(name_or_path, folders_beside(name_or_path))}"
     hint = nearest(name_or_path, folders_beside(name_or_path))
-    return f"there is no such folder, and the Hub gave none ({first_line(error)}).{hint}".rstrip(".")
+    return f"there is no such folder, and the Hub gave none ({first_line(error)}).{hint}"
 
 
 def _plain(name: str) -> str:

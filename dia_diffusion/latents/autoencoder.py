@@ -60,7 +60,7 @@ def load_vae(name_or_path: str) -> VAE:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(
-            f"cannot load a VAE from '{name_or_path}': {why_not_loaded(name_or_path, error)}. Name a "
+            f"cannot load a VAE from '{name_or_path}': {why_not_loaded(name_or_path, error)} Name a "
             f"folder or a Hub id of an {_names()}, or of a pipeline that holds one."
         ) from error
     if info["missing_keys"]:

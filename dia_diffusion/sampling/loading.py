@@ -47,7 +47,7 @@ def load_pipeline(
         pipeline = known.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         reason = _why_not_loaded(name_or_path, error)
-        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}.") from error
+        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}") from error
     if guide is not None:
         set_guide(pipeline, load_pipeline(guide), guide)
     unets = [unet for name in ("unet", "guide") if isinstance(unet := getattr(pipeline, name, None), nn.Module)]
@@ -86,7 +86,7 @@ def _check_unet(name_or_path: str, pipeline: DiffusionPipeline) -> None:
 def _why_not_loaded(name_or_path: str, error: Exception) -> str:
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
-        return f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there"
+        return f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there."
     return why_not_loaded(name_or_path, error)
 
 

@@ -203,7 +203,7 @@ def _load_unet(name_or_path: str, flags: dict[str, Any]) -> DIAUNet2DModel:
     except UsageError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UsageError(f"cannot load a UNet from '{name_or_path}': {why_not_loaded(name_or_path, error)}.") from error
+        raise UsageError(f"cannot load a UNet from '{name_or_path}': {why_not_loaded(name_or_path, error)}") from error
 
 
 def _check_flags(unet: UNet2DModel, flags: dict[str, Any]) -> None:

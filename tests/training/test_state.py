@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from autoencoders import random_vae
 from dia_diffusion import DIAUNet2DModel
 from dia_diffusion.errors import UsageError
-from dia_diffusion.options.optimisation import OptimisationOptions
+from dia_diffusion.options.objective import OptimisationOptions
 from dia_diffusion.options.training import TrainingConfig
 from dia_diffusion.training import loop, state
 from dia_diffusion.training.state import MovingAverage, TrainingState, remarks_on_schedule
