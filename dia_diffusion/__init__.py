@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .models.attach import attach, detach
+    from .models.find import find_branches
     from .models.unet import DIAUNet2DModel
     from .pipelines.pipeline_dia_unet import DIAUNetPipeline
 
@@ -17,8 +18,9 @@ _EXPORTS = {
     "DIAUNetPipeline": "pipelines.pipeline_dia_unet",
     "attach": "models.attach",
     "detach": "models.attach",
+    "find_branches": "models.find",
 }
-__all__ = ["DIAUNet2DModel", "DIAUNetPipeline", "__version__", "attach", "detach"]
+__all__ = ["DIAUNet2DModel", "DIAUNetPipeline", "__version__", "attach", "detach", "find_branches"]
 
 
 def __getattr__(name: str) -> Any:

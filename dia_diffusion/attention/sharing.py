@@ -74,8 +74,8 @@ class SharedAttention(nn.Module):
         bridge (`str`, *optional*, defaults to `"carry"`):
             How the LSTM's state enters another level. `carry` lets it go on; with `sharing="level"` that of each width,
             where this width comes again, so that in a network whose widths come once it is `reset`. `reset` starts
-            again as at the first block. `skip` joins it with the one that the level in `joins` left behind: a learned
-            convex combination for each channel.
+            again as at the first block; a level that comes again goes on where it was left. `skip` joins it with the
+            one that the level in `joins` left behind: a learned convex combination for each channel.
         hidden_size (`int`, *optional*, defaults to 64): Width of the module with `sharing="network"`.
         reduction (`int`, *optional*, defaults to 4): Reduction ratio of bottlenecks.
         init (`str`, *optional*, defaults to `"identity"`):
@@ -88,7 +88,8 @@ class SharedAttention(nn.Module):
             `time` needs it.
         levels (`Sequence[str]`, *optional*): The level of each block; by default all are on one.
         joins (`dict[str, str]`, *optional*): For a level, the earlier one whose state it joins with `skip`.
-        channel_dim (`int`, *optional*, defaults to 1): The dimension of the branches that holds their channels.
+        channel_dim (`int` or `Sequence[int]`, *optional*, defaults to 1):
+            The dimension of the branches that holds their channels, for all or for each.
 
     Raises:
         UsageError: for an unknown name, and for combinations that have no meaning.
@@ -101,20 +102,23 @@ class SharedAttention(nn.Module):
         context_size: int | None = None,
         levels: Sequence[str] | None = None,
         joins: Mapping[str, str] | None = None,
-        channel_dim: int = 1,
+        channel_dim: int | Sequence[int] = 1,
         **options: Any,
     ):
         super().__init__()
         chosen = AttentionOptions(**options)
-        chosen.check_place(context_size is not None, channel_dim)
+        self.widths = tuple(widths)
+        self.channel_dims = (channel_dim,) * len(self.widths) if isinstance(channel_dim, int) else tuple(channel_dim)
+        chosen.check_place(context_size is not None, next((dim for dim in self.channel_dims if dim != 1), 1))
         attention, sharing, init, hidden_size = chosen.attention, chosen.sharing, chosen.init, chosen.hidden_size
         self.recurrent = attention == "lstm"
         self.bridge = chosen.bridge
         self.gate_scale, self.gate_slope = (2.0, chosen.gate_slope) if init == "identity" else (1.0, 1.0)
-        self.widths = tuple(widths)
         self.levels = ("",) * len(self.widths) if levels is None else tuple(levels)
         self.joins = dict(joins or {})
-        self.channel_dim = channel_dim
+        # Levels that are entered more than once: streams of image and text take turns.
+        entered = [level for level, before in zip(self.levels, (None, *self.levels), strict=False) if level != before]
+        self._returning = {level for level in entered if entered.count(level) > 1}
         self.keys = tuple(_module_key(sharing, position, width) for position, width in enumerate(self.widths))
         sizes = {
             key: hidden_size if sharing == "network" else width
@@ -179,7 +183,7 @@ class SharedAttention(nn.Module):
             if maps is not None:
                 maps[state.position] = channel_gate
             shape = [1] * branch.ndim
-            shape[0], shape[self.channel_dim] = channel_gate.shape
+            shape[0], shape[self.channel_dims[state.position]] = channel_gate.shape
             gate, key = channel_gate.view(shape), self.keys[state.position]
             if key in self.spatial:
                 gate = gate * self._gate(self.spatial[key](branch * gate.to(branch.dtype)))
@@ -209,7 +213,7 @@ class SharedAttention(nn.Module):
     def _recurrent_gate(self, branch: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """Return the gate of each channel `(B, C)`, and the state with the LSTM's new memory."""
         key, width, constants = self.keys[state.position], str(self.widths[state.position]), state.constants
-        pooled = self._pool("mean", branch)
+        pooled = self._pool("mean", branch, state.position)
         if self.encoders:
             pooled = _apply(constants.encoders.get(width), self.encoders[width], pooled)
         memory = state.memory.get(key) or (torch.zeros_like(pooled),) * 2
@@ -222,7 +226,7 @@ class SharedAttention(nn.Module):
     def _memoryless_gate(self, branch: Tensor, state: AttentionState) -> Tensor:
         """Return the gate of each channel `(B, C)` from the statistics of this branch, or for `time` the context."""
         key, width = self.keys[state.position], str(self.widths[state.position])
-        statistics = [self._pool(name, branch) for name in self.statistics] or state.constants.start[key]
+        statistics = [self._pool(name, branch, state.position) for name in self.statistics] or state.constants.start[key]
         pooled = torch.stack(list(statistics), dim=1)
         if width in self.encoders:
             pooled = self.encoders[width](pooled)
@@ -237,8 +241,12 @@ class SharedAttention(nn.Module):
         if level == state.level:
             return state
         memory, left = state.memory, state.left
-        if state.level is None or self.bridge == "reset":
+        if state.level is None:
             memory = state.constants.start
+        elif self.bridge == "reset":
+            if state.level in self._returning:
+                left = {**left, state.level: memory}
+            memory = left.get(level, state.constants.start)
         elif self.bridge == "skip":
             left = {**left, state.level: memory}
             if self.joins.get(level) in left:
@@ -252,9 +260,11 @@ class SharedAttention(nn.Module):
             for key, held in memory.items()
         }
 
-    def _pool(self, statistic: str, branch: Tensor) -> Tensor:
+    def _pool(self, statistic: str, branch: Tensor, position: int) -> Tensor:
         """Return a statistic `(B, C)` over all dimensions but the channels, in full precision: half would overflow."""
-        channels = self.channel_dim % branch.ndim
+        if branch.ndim == 2:
+            branch = branch.unsqueeze(-1)
+        channels = self.channel_dims[position] % branch.ndim
         dims = [dim for dim in range(1, branch.ndim) if dim != channels]
         dtype = _full_precision(branch)
         if statistic == "max":

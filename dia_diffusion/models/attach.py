@@ -1,20 +1,23 @@
 """Shared attention attached to a model that has none, and taken off again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ..attention.forward_pass import record_maps
-from ..attention.sharing import SharedAttention
+from ..attention.forward_pass import GatedBlocks, record_maps
+from ..attention.sharing import AttentionState, SharedAttention
 from ..errors import UsageError
 from ..options.attention import with_attention_options
-from .families import Backbone, find_backbone, named_backbone
-from .hooks import NAME, ModelHooks
+from .branches import Branch
+from .families import FOUND, NAMED, Backbone, ContextPlace, find_backbone, find_joins, named_backbone
+from .find import find_branches, find_named
+from .hooks import NAME, ModelHooks, has_gates, hooks_of
 
 
 class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
@@ -23,13 +26,17 @@ class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
 
     Args:
         family (`str`), names, ends (lists of `str`), widths (list of `int`), levels (list of `str`):
-            What it is made for: see `Backbone` and `Branch`.
-        joins (`dict[str, str]`), channel_dim (`int`), context_size (`int`, *optional*):
+            The model that it is made for: see `Backbone` and `Branch`.
+        joins (`dict[str, str]`), channel_dim (`int` or list of `int`), context_size (`int`, *optional*):
             See `SharedAttention`.
+        elements (list of `int` or `None`, *optional*): For each branch its number in the output of its module.
+        context (list, *optional*): Where the context passes: module, argument and index of `ContextPlace`.
         attention, sharing, bridge, hidden_size, reduction, init, gate_slope: See `SharedAttention`.
     """
 
     config_name = "config.json"
+    # The branches of the model that it is attached to.
+    _blocks: GatedBlocks | None = None
 
     @register_to_config
     @with_attention_options
@@ -41,43 +48,69 @@ class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
         widths: Sequence[int],
         levels: Sequence[str],
         joins: dict[str, str],
-        channel_dim: int,
+        channel_dim: int | Sequence[int],
         context_size: int | None,
+        elements: Sequence[int | None] | None = None,
+        context: Sequence[Any] | None = None,
         **options: Any,
     ):
         place = {"context_size": context_size, "levels": levels, "joins": joins, "channel_dim": channel_dim}
         SharedAttention.__init__(self, widths, **place, **options)
 
+    def forward(
+        self, branch: Tensor, state: AttentionState | None = None, maps: dict[int, Tensor] | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """See `SharedAttention`."""
+        if state is None:
+            raise UsageError(
+                f"the model calls all of its submodules, and so the attention '{NAME}' too: put it into a module of your "
+                "own whose forward calls it, and attach to that."
+            )
+        return super().forward(branch, state, maps)
+
     def record(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """A context that gives a dictionary, which after each forward pass of the model inside of it holds the channel
-        gates `(B, C)` of the blocks by name, in order of execution."""
-        return record_maps(self._hooks.blocks)
+        """Return a context with a dictionary: after each forward pass of the model in it, the channel gates `(B, C)`
+        of the branches by name, in order of execution.
+
+        Raises:
+            UsageError: if the attention is not attached to a model.
+        """
+        if self._blocks is None:
+            raise UsageError("this attention is not attached to a model, so it has no maps: call attach first.")
+        return record_maps(self._blocks)
 
 
 @with_attention_options
 def attach(
     model: nn.Module,
     time_conditioned: bool | None = None,
-    branches: Sequence[str] | None = None,
+    branches: Sequence[str] | Sequence[Branch] | None = None,
+    inputs: Mapping[str, Any] | Sequence[Any] | Tensor | None = None,
+    context: str | None = None,
     pretrained: str | PathLike | None = None,
     **options: Any,
 ) -> AttachedAttention:
-    """Gates the residual branches of a model with shared attention (arXiv 2210.16101), which becomes its submodule
-    `dia`. With the default `init` the model computes what it computed before, to the last bit, until `dia` is trained.
+    """Gate the residual branches of a model with shared attention (arXiv 2210.16101).
+
+    The attention becomes the model's submodule `dia`. With the default `init` the model computes what it computed
+    before, to the last bit, until `dia` is trained.
 
     Args:
         model (`nn.Module`):
-            Any model whose blocks are those of a family in `families.py`: UNets, ControlNets and transformers of
-            diffusers, ResNets, ViT and ConvNeXt of transformers, ResNets of torchvision and timm, and detectors built
-            on them. Any other with `branches`.
+            Any model. Without further arguments its blocks must be those of a family in `families.py`: UNets,
+            ControlNets and transformers of diffusers, ResNets, ViT and ConvNeXt of transformers, ResNets of
+            torchvision and timm, and detectors built on them. For any other give `inputs` or `branches`.
         attention, sharing, bridge, hidden_size, reduction, init, gate_slope:
             As the `dia_*` arguments of [`DIAUNet2DModel`].
         time_conditioned (`bool`, *optional*):
-            Whether the LSTM's first state is projected from the embedding of the timestep; by default where the model
-            has one for all of its blocks.
-        branches (`Sequence[str]`, *optional*):
-            Names of the submodules whose outputs are the residual branches, in order of execution, for a model of no
-            known family.
+            Whether the LSTM's first state is projected from the context, an embedding of the timestep; by default
+            where all blocks are given one.
+        branches (list of `str` or of `Branch`, *optional*):
+            The result of [`find_branches`], or a part of it; or the names of the modules that put out the branches, in
+            order of execution.
+        inputs (`dict`, `tuple` or `Tensor`, *optional*):
+            Inputs for the model's `forward`. It runs once, and the branches are those that [`find_branches`] sees.
+        context (`str`, *optional*): The module whose output `(B, E)` is the context, with `inputs` or found branches.
         pretrained (`str` or `PathLike`, *optional*):
             A folder or Hub id in which an attention for such a model was saved, instead of the arguments above.
 
@@ -85,14 +118,106 @@ def attach(
         [`AttachedAttention`]: the submodule `dia`. `dia.save_pretrained` saves it alone, `dia.record()` looks at it.
 
     Raises:
-        UsageError: for a model of no known family or that has an attention already, for an attention of another kind
-            of model, and for arguments without a meaning.
+        UsageError: for a model without branches that can be gated, or with an attention already, for an attention of
+            another kind of model, and for arguments without a meaning.
     """
+    model = _uncompiled(model)
     _check_free(model)
+    dia = None
     if pretrained is not None:
-        own = {} if time_conditioned is None else {"time_conditioned": time_conditioned}
-        _check_alone(options | own, str(pretrained))
-    backbone = find_backbone(model) if branches is None else named_backbone(model, branches)
+        own = {"time_conditioned": time_conditioned, "context": context}
+        _check_alone([*options, *(name for name, value in own.items() if value is not None)], str(pretrained))
+        dia = AttachedAttention.from_pretrained(pretrained)
+    backbone = _choose_branches(model, branches, inputs, context, dia)
+    if dia is not None:
+        backbone = _fit(dia, model, backbone, str(pretrained))
+    else:
+        dia = _make_attention(model, backbone, time_conditioned, options)
+    dia.train(model.training)
+    hooks = ModelHooks(model, backbone, dia.config.context_size is not None)
+    dia._blocks = hooks.blocks
+    model.add_module(NAME, dia.to(_home(model)))
+    return dia
+
+
+def detach(model: nn.Module) -> None:
+    """Take the attention that `attach` gave to a model off again: it is the model that it was.
+
+    Raises:
+        UsageError: if none is attached.
+    """
+    model = _uncompiled(model)
+    dia, hooks = getattr(model, NAME, None), hooks_of(model)
+    if not isinstance(dia, AttachedAttention) or hooks is None:
+        raise UsageError(f"{type(model).__name__} has no attention attached.")
+    hooks.remove(model)
+    delattr(model, NAME)
+    dia._blocks = None
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _home(model: nn.Module) -> torch.device:
+    """Return the device that a model computes on: offloaded weights lie elsewhere between forward passes."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        registry = getattr(module, "_diffusers_hook", None)
+        offload = registry.get_hook("group_offloading") if registry is not None else None
+        if offload is not None:
+            device = offload.config.onload_device
+        if device is not None:
+            return torch.device(device)
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _choose_branches(
+    model: nn.Module, branches: Sequence | None, inputs: Any, context: str | None, dia: AttachedAttention | None
+) -> Backbone:
+    """Return what is to be gated, from the first of these that tells it."""
+    found = None
+    args = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
+    kwargs = inputs if isinstance(inputs, Mapping) else {}
+    if branches is not None and all(isinstance(branch, str) for branch in branches):
+        backbone = named_backbone(model, branches, with_widths=inputs is None)
+        if inputs is not None:
+            found = find_named(model, branches, args, kwargs)
+            backbone = Backbone(NAMED, found.branches, find_joins(found), found.context)
+    elif branches is not None or inputs is not None:
+        found = find_branches(model, *args, **kwargs) if branches is None else branches
+        if len(found) == 0:
+            raise UsageError(_nothing_found(model, found))
+        backbone = Backbone(FOUND, list(found), find_joins(found), getattr(found, "context", None))
+    elif dia is not None and dia.config.family in (FOUND, NAMED):
+        backbone = _saved_backbone(dia)
+    else:
+        backbone = find_backbone(model)
+    if context is None:
+        return backbone
+    embeddings = getattr(found, "embeddings", {})
+    if context not in embeddings:
+        known = ", ".join(embeddings) or "none: give inputs, so that a forward pass shows them"
+        raise UsageError(
+            f"'{context}' puts out no context (B, E) before the first branch (context). Modules that do: {known}."
+        )
+    return backbone._replace(context=embeddings[context])
+
+
+def _nothing_found(model: nn.Module, found: Sequence[Branch]) -> str:
+    lines = getattr(found, "not_gated", [])
+    seen = (
+        f"Residual additions that cannot be gated: {len(lines)}. The first: {lines[0]}."
+        if lines
+        else ("Its forward pass shows no sum of two tensors of one shape of which one came through more layers.")
+    )
+    return f"no residual branches of {type(model).__name__} can be gated. {seen}"
+
+
+def _make_attention(
+    model: nn.Module, backbone: Backbone, time_conditioned: bool | None, options: dict[str, Any]
+) -> AttachedAttention:
+    """Return new attention for these branches, without a change of the random state."""
     if time_conditioned is None:
         time_conditioned = backbone.context is not None
     if time_conditioned and backbone.context is None:
@@ -100,41 +225,17 @@ def attach(
             f"{type(model).__name__} has no embedding of the timestep that all of its blocks share: leave "
             "time_conditioned out."
         )
-    if pretrained is not None:
-        dia = AttachedAttention.from_pretrained(pretrained)
-        _check_fit(dia, model, backbone, str(pretrained))
-    else:
-        dia = AttachedAttention(
-            **_made_for(backbone),
-            context_size=backbone.context.size if time_conditioned else None,
-            **options,
-        )
-    reference = next(model.parameters())
-    dia.to(reference.device).train(model.training)
-    dia._hooks = ModelHooks(model, backbone, dia.config.context_size is not None, in_order=branches is not None)
-    model.add_module(NAME, dia)
-    return dia
-
-
-def detach(model: nn.Module) -> None:
-    """Takes the attention that `attach` gave to a model off again: it is the model that it was.
-
-    Raises:
-        UsageError: if none is attached.
-    """
-    dia = getattr(model, NAME, None)
-    if not isinstance(dia, AttachedAttention):
-        raise UsageError(f"{type(model).__name__} has no attention attached.")
-    dia._hooks.remove(model)
-    delattr(model, NAME)
+    size = backbone.context.size if time_conditioned else None
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if _home(model).type == "meta" else "cpu"):
+        return AttachedAttention(**_made_for(backbone), context_size=size, **options)
 
 
 def _check_free(model: nn.Module) -> None:
     """Refuses a model that has attention, itself or in a part of it."""
-    if isinstance(model, nn.Sequential):
+    if isinstance(model, nn.Sequential | nn.ModuleDict | nn.ModuleList):
         raise UsageError(
-            f"{type(model).__name__} calls all of its submodules one after the other, and would call '{NAME}' too: "
-            "attach to a module that holds it."
+            f"{type(model).__name__} is a container whose forward calls all of its submodules, and would call '{NAME}' "
+            "too: attach to a module that holds it."
         )
     if callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None)):
         raise UsageError(
@@ -146,22 +247,28 @@ def _check_free(model: nn.Module) -> None:
             owner = name.rpartition(".")[0]
             where = f"the part '{owner}' of {type(model).__name__}" if owner else type(model).__name__
             raise UsageError(f"{where} has attention attached already: detach it first.")
-    if hasattr(model, NAME):
+    if hasattr(model, NAME) and not isinstance(getattr(model, NAME), AttachedAttention):
         raise UsageError(
             f"{type(model).__name__} has a '{NAME}' of its own: a DIAUNet2DModel gets its attention by its arguments "
             "(dia_attention), not by attach."
         )
+    if has_gates(model):
+        raise UsageError(
+            f"{type(model).__name__} is a part of a model that has attention, which gates its branches: detach that "
+            "first, or attach to another part."
+        )
 
 
-def _check_alone(options: dict[str, Any], source: str) -> None:
+def _check_alone(given: Sequence[str], source: str) -> None:
     """Refuse options beside a saved attention, which has its own."""
-    if options:
-        raise UsageError(f"the attention in '{source}' brings its own {', '.join(options)}: leave that out.")
+    if given:
+        raise UsageError(f"the attention in '{source}' brings its own {', '.join(given)}: leave that out.")
 
 
 def _made_for(backbone: Backbone) -> dict[str, Any]:
-    """What a configuration says of the model, ready for JSON."""
-    names, ends, widths, levels = (list(column) for column in zip(*(branch[:4] for branch in backbone.branches), strict=True))
+    """Return the entries of a configuration that describe the model, ready for JSON."""
+    names, ends, widths, levels, dims, elements = (list(column) for column in zip(*backbone.branches, strict=True))
+    seen = backbone.family in (FOUND, NAMED)
     return {
         "family": backbone.family,
         "names": names,
@@ -169,25 +276,43 @@ def _made_for(backbone: Backbone) -> dict[str, Any]:
         "widths": widths,
         "levels": levels,
         "joins": backbone.joins,
-        "channel_dim": backbone.channel_dim,
+        "channel_dim": dims[0] if len(set(dims)) == 1 else dims,
+        "elements": elements if any(element is not None for element in elements) else None,
+        "context": list(backbone.context[:3]) if seen and backbone.context is not None else None,
     }
 
 
-def _check_fit(dia: AttachedAttention, model: nn.Module, backbone: Backbone, source: str) -> None:
-    """Refuses an attention that was made for another kind of model."""
-    made, here = dia.config, _made_for(backbone)
-    if made.family != here["family"]:
-        reason = f"it was made for {made.family}, and {type(model).__name__} is of {here['family']}"
-    elif len(made.ends) != len(here["ends"]):
-        reason = f"it was made for {len(made.ends)} branches, and {type(model).__name__} has {len(here['ends'])}"
+def _saved_backbone(dia: AttachedAttention) -> Backbone:
+    """Return the branches that a saved attention was made for, as its configuration has them."""
+    made, count = dia.config, len(dia.config.names)
+    elements = made.get("elements") or [None] * count
+    columns = zip(made.names, made.ends, made.widths, made.levels, dia.channel_dims, elements, strict=True)
+    place = made.get("context")
+    context = None if place is None else ContextPlace(*place, made.context_size)
+    return Backbone(made.family, [Branch(*column) for column in columns], dict(made.joins), context)
+
+
+def _fit(dia: AttachedAttention, model: nn.Module, backbone: Backbone, source: str) -> Backbone:
+    """Return the branches of a model with the ends of a saved attention; refuse one made for another kind of model."""
+    made, here = _saved_backbone(dia), backbone
+    modules = {name for name, _ in model.named_modules()}
+    pairs = list(zip(made.branches, here.branches, strict=False))
+    other = next((pair for pair in pairs if pair[0].name != pair[1].name or pair[0].width != pair[1].width), None)
+    absent = next((branch.end for branch in here.branches if branch.end not in modules), None)
+    size = None if backbone.context is None else backbone.context.size
+    if made.family != here.family:
+        reason = f"it was made for {made.family}, and {type(model).__name__} is of {here.family}"
+    elif len(made.branches) != len(here.branches):
+        reason = f"it was made for {len(made.branches)} branches, and {type(model).__name__} has {len(here.branches)}"
+    elif other is not None:
+        then, now = other
+        reason = f"it was made for '{then.end}' of {then.width} channels, here is '{now.end}' of {now.width}"
+    elif absent is not None:
+        reason = f"it was made for a branch that ends at '{absent}', and {type(model).__name__} has no such module"
+    elif dia.config.context_size not in (None, size):
+        reason = f"it starts from a time embedding of width {dia.config.context_size}, here it is {size}"
     else:
-        pairs = zip(made.ends, made.widths, here["ends"], here["widths"], strict=True)
-        other = next((pair for pair in pairs if pair[:2] != pair[2:]), None)
-        size = None if backbone.context is None else backbone.context.size
-        if other is not None:
-            reason = f"it was made for '{other[0]}' of {other[1]} channels, here is '{other[2]}' of {other[3]}"
-        elif made.context_size not in (None, size):
-            reason = f"it starts from a time embedding of width {made.context_size}, here it is {size}"
-        else:
-            return
+        # An earlier version may have gated another module of the same block.
+        ends = [then.end if then.end in modules else now.end for then, now in pairs]
+        return here._replace(branches=[b._replace(end=end) for b, end in zip(here.branches, ends, strict=True)])
     raise UsageError(f"the attention in '{source}' does not fit: {reason}.")

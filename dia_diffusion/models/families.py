@@ -68,8 +68,10 @@ FAMILIES = (
     ),
     Family("ViT", {"ViTLayer": ("attention.o_proj|attention.output.dense", "mlp.fc2|output.dense")}, -1),
     Family("ConvNeXt", {"ConvNextLayer": ("pwconv2",)}, -1),
-    Family("torchvision or timm ResNet", {"BasicBlock": ("bn2",), "Bottleneck": ("bn3",)}, 1),
+    Family("torchvision or timm ResNet", {"BasicBlock": ("se|bn2",), "Bottleneck": ("se|bn3",)}, 1),
 )
+# Families of branches that no table knows: from a forward pass, and from a list of names.
+FOUND, NAMED = "found branches", "named branches"
 _LEVEL = re.compile(r"^(.*\.)?(down_blocks\.\d+|mid_block|up_blocks\.\d+|stages\.\d+|layer\d)(?=\.)")
 _PATHS = ("down_blocks", "mid_block", "up_blocks")
 
@@ -81,14 +83,12 @@ class Backbone(NamedTuple):
         family (`str`): Name of its family.
         branches (list of `Branch`): In order of execution.
         joins (`dict[str, str]`): For a level on the way up, the one on the way down.
-        channel_dim (`int`): The dimension of the branches that holds the channels.
         context (`ContextPlace`, *optional*): Where the embedding of the timestep passes, if there is one for all.
     """
 
     family: str
     branches: list[Branch]
     joins: dict[str, str]
-    channel_dim: int
     context: ContextPlace | None
 
 
@@ -98,51 +98,61 @@ def find_backbone(model: nn.Module) -> Backbone:
     Raises:
         UsageError: if it is of none.
     """
+    if hasattr(model, "temporal_transformer_blocks"):
+        raise UsageError(
+            f"{type(model).__name__} holds frames and positions in the batch by turns, and a gate is for one sample: "
+            "it cannot be gated."
+        )
     for family in FAMILIES:
         branches = [branch for name, module in model.named_modules() for branch in _of_block(family, name, module)]
         if branches:
             # A UNet lists its middle last.
             branches.sort(key=lambda branch: next((i for i, path in enumerate(_PATHS) if path in branch.level), 0))
-            return Backbone(family.name, branches, _joins(branches), family.channel_dim, _find_context(model))
-    known = "; ".join(f"{family.name} ({', '.join(family.blocks)})" for family in FAMILIES)
+            return Backbone(family.name, branches, find_joins(branches), _find_context(model))
+    known = ", ".join(family.name for family in FAMILIES)
     raise UsageError(
-        f"no residual blocks that are known were found in {type(model).__name__}. Known are: {known}. For any other "
-        'model name the modules whose outputs are its residual branches: branches=["layer1.0.bn2", ...].'
+        f"{type(model).__name__} is not of a family whose residual branches are known by name ({known}). Give its "
+        'inputs, so that one forward pass shows the branches: attach(model, inputs={"x": ...}). Or name the modules that '
+        'put them out: branches=["layer1.0.bn2", ...].'
     )
 
 
-def named_backbone(model: nn.Module, ends: Sequence[str]) -> Backbone:
-    """The branches of any model, of which the caller names the ends; levels are by width.
+def named_backbone(model: nn.Module, ends: Sequence[str], with_widths: bool = True) -> Backbone:
+    """Return the branches of any model of which the caller names the ends; levels are by width.
+
+    Args:
+        model (`nn.Module`), ends (`Sequence[str]`): The model, and the modules that put out its branches.
+        with_widths (`bool`, *optional*): Whether the modules must tell their numbers of channels.
 
     Raises:
         UsageError: if one is not there or is named twice, or has no known number of channels.
     """
-    modules, branches, dims = dict(model.named_modules()), [], set()
+    modules, branches = dict(model.named_modules()), []
     for end in ends:
         if end not in modules:
             raise UsageError(f"{type(model).__name__} has no module '{end}' (branches).")
-        width, channel_dim = _output_of(end, modules[end])
-        branches.append(Branch(end, end, width, str(width)))
-        dims.add(channel_dim)
+        width, channel_dim = _output_of(end, modules[end]) if with_widths else (0, 1)
+        branches.append(Branch(end, end, width, str(width), channel_dim))
     if len(set(ends)) < len(branches) or not branches:
         raise UsageError(f"branches must name each end of a residual branch once, but are {list(ends)}.")
-    if len(dims) > 1:
-        raise UsageError("some of these branches hold their channels in dimension 1 and others in the last one.")
-    return Backbone("named branches", branches, {}, dims.pop(), None)
+    return Backbone(NAMED, branches, {}, None)
 
 
 def _of_block(family: Family, name: str, module: nn.Module) -> list[Branch]:
-    """The branches of a module, if it is a block of the family."""
+    """Return the branches of a module, if it is a block of the family."""
     ends = next((family.blocks[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in family.blocks), ())
     inside, level = dict(module.named_modules()), _LEVEL.match(f"{name}.")
     branches = []
     for alternatives in ends:
-        end = next((end for end in alternatives.split("|") if end in inside), None)
-        if end is None:
-            raise UsageError(f"'{name}' ({type(module).__name__}) has no submodule '{alternatives}' to gate.")
-        width, _ = _output_of(f"{name}.{end}", inside[end])
-        label = name if len(ends) == 1 else f"{name}.{end.split('.')[0]}"
-        branches.append(Branch(label, f"{name}.{end}", width, level.group() if level else ""))
+        there = [end for end in alternatives.split("|") if end in inside]
+        if not there:
+            # Another library's block of the same name.
+            return []
+        # A module of attention behind the norm does not tell the width, and the norm does.
+        width, _ = _output_of(f"{name}.{there[-1]}", inside[there[-1]])
+        label = name if len(ends) == 1 else f"{name}.{there[0].split('.')[0]}"
+        end = f"{name}.{there[0]}"
+        branches.append(Branch(label, end, width, level.group() if level else "", family.channel_dim))
     return branches
 
 
@@ -158,11 +168,11 @@ def _output_of(name: str, module: nn.Module) -> tuple[int, int]:
         return len(module.running_mean), 1
     raise UsageError(
         f"'{name}' ({type(module).__name__}) does not say how many channels its output has: name a convolution, a "
-        "linear layer or a normalisation."
+        "linear layer or a normalisation, or give inputs, so that one forward pass shows it."
     )
 
 
-def _joins(branches: Sequence[Branch]) -> dict[str, str]:
+def find_joins(branches: Sequence[Branch]) -> dict[str, str]:
     """Each level on the way up joins the one as far from the middle on the way down."""
     levels = list(dict.fromkeys(branch.level for branch in branches))
     down = [level for level in levels if "down_blocks" in level]

@@ -98,19 +98,30 @@ def find_branches(model: nn.Module, *args: Any, **kwargs: Any) -> FoundBranches:
     Returns:
         [`FoundBranches`]: a sequence of `Branch` with `not_gated`, the additions that cannot be gated and why.
     """
-    watch = ForwardWatch(model)
+    return _watch(model, args, kwargs).find()
+
+
+def find_named(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> FoundBranches:
+    """Run a model once and return the outputs of these modules as its branches, in the order of the names.
+
+    Raises:
+        UsageError: for a module that does not run once, or whose output shows no channels.
+    """
+    return _watch(model, args, kwargs).named(names)
+
+
+def _watch(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "_Search":
+    watch, batch = ForwardWatch(model), batch_size(args, kwargs)
     with _restored(model), torch.no_grad(), watch.watching():
         model(*args, **kwargs)
-    return _Search(model, watch, batch_size(args, kwargs)).find()
+    return _Search(model, watch, batch)
 
 
 def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Return the number of samples in the inputs of a forward pass: the first dimension of the largest tensor."""
     tensors = [value for value in tree_leaves((tuple(args), dict(kwargs))) if isinstance(value, Tensor) and value.ndim]
     if not tensors:
-        raise UsageError(
-            "the inputs hold no tensor, so that the size of the batch is unknown: give the model's inputs."
-        )
+        raise UsageError("the inputs hold no tensor: give what the model's forward pass takes.")
     return max(tensors, key=lambda tensor: tensor.ndim).shape[0]
 
 
@@ -181,8 +192,28 @@ class _Search:
         name = type(self.model).__name__
         return FoundBranches(name, branches, not_gated, self._context(found), self._embeddings(found))
 
+    def named(self, names: Sequence[str]) -> FoundBranches:
+        """Return the outputs of these modules as branches."""
+        found = []
+        for name in names:
+            if self.watch.calls[name] != 1:
+                raise UsageError(f"'{name}' runs {self.watch.calls[name]} times in a forward pass: a branch ends once.")
+            number, output = next(
+                (number, output)
+                for number, outputs in self.watch.outputs.items()
+                for output in outputs
+                if output.module == name
+            )
+            try:
+                found.append(self._end(number, [output], (name.rpartition(".")[0],)))
+            except _Reason as reason:
+                raise UsageError(f"'{name}' cannot be gated: {reason}.") from reason
+        branches = with_levels(self.model, [(item.branch, item.modules[-1], item.tokens) for item in found])
+        kind = type(self.model).__name__
+        return FoundBranches(kind, branches, [], self._context(found), self._embeddings(found))
+
     def _search(self, dimensions: int) -> tuple[list[_Found], list[tuple[Addition, str]]]:
-        """Return the branches in order of execution, and the additions that cannot be gated, of this many dimensions."""
+        """Return the branches in order, and the additions that cannot be gated, of at least so many dimensions."""
         self.dimensions, self.sums = dimensions, {}
         found: dict[tuple[str, int | None], _Found] = {}
         reasons = []
@@ -271,7 +302,7 @@ class _Search:
             outputs = [output for output in self.watch.outputs.get(number, ()) if output.module not in addition.modules]
             once = [output for output in outputs if self.watch.calls[output.module] == 1]
             if once and step.shape[0] == self.batch:
-                return [self._end(number, once, addition)]
+                return [self._end(number, once, addition.modules)]
             if outputs and not once:
                 last = outputs[-1].module
                 seen = f"'{last}' runs {self.watch.calls[last]} times in a forward pass"
@@ -294,7 +325,7 @@ class _Search:
             raise _Reason(seen or "its branch is a product of tensors of full size")
         return full[0]
 
-    def _end(self, number: int, outputs: list[Output], addition: Addition) -> _Found:
+    def _end(self, number: int, outputs: list[Output], modules: tuple[str, ...]) -> _Found:
         # The outermost module that puts out this tensor alone, or else the one nearest to the layer.
         output = next((output for output in reversed(outputs) if output.element is None), outputs[0])
         shape = self.steps[number].shape
@@ -305,7 +336,7 @@ class _Search:
         last = dim == len(shape) - 1 and dim != 1
         branch = Branch(label, output.module, shape[dim], "", -1 if last else dim, output.element)
         tokens = math.prod(shape[1:]) // shape[dim]
-        return _Found(branch, output.order, addition.modules, tokens)
+        return _Found(branch, output.order, modules, tokens)
 
     def _channel_dim(self, number: int) -> int | None:
         """Return the dimension of a tensor that holds its channels, from the layer or norm that made it."""
@@ -328,9 +359,9 @@ class _Search:
         for number, outputs in self.watch.outputs.items():
             shape = self.steps[number].shape
             for output in outputs:
-                if len(shape) == 2 and shape[0] == self.batch and output.order < first:
-                    if self.watch.calls[output.module] == 1:
-                        places.setdefault(output.module, ContextPlace(output.module, None, output.element, shape[1]))
+                once = self.watch.calls[output.module] == 1
+                if once and len(shape) == 2 and shape[0] == self.batch and output.order < first:
+                    places.setdefault(output.module, ContextPlace(output.module, None, output.element, shape[1]))
         return places
 
     def _context(self, found: Sequence[_Found]) -> ContextPlace | None:

@@ -4,21 +4,22 @@ from typing import Any
 
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ..attention.forward_pass import CarryState, ContextHook, ForwardPass, Gate, current_pass
+from ..attention.forward_pass import CarryState, ContextHook, ForwardPass, Gate, GatedBlocks, current_pass
 from ..errors import UsageError
 from .branches import FusedResnetBlock2D, fuse_resnets, gate_branches
-from .families import Backbone
+from .families import FOUND, NAMED, Backbone
 
 # The submodule of a model that is its attention.
 NAME = "dia"
 
 
 class OutputHook(ContextHook):
-    """Takes the context where it is a part of what a module puts out."""
+    """Take the context where it is the output of a module, or an element of it."""
 
-    def of_output(self, module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> None:
-        self.take(output[self.index])
+    def of_output(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.take(output if self.index is None else pytree.tree_leaves(output)[self.index])
 
 
 class EndHook:
@@ -48,13 +49,20 @@ class EndHook:
         self.handle.remove()
 
 
-class OrderedGate(Gate):
-    """A gate on a branch that the caller named: one that runs before another that is listed ahead of it, or twice, or
-    that has another shape, is a mistake of who listed them.
+class CheckedGate(Gate):
+    """A gate on a branch that a caller has named or a forward pass has shown.
+
+    Args:
+        blocks (`GatedBlocks`), position (`int`): See `Gate`.
+        element (`int`, *optional*): The branch's number where its module puts out several tensors.
 
     Raises:
-        UsageError: in the forward pass.
+        UsageError: in a forward pass in which the branch runs twice or out of order or has another shape.
     """
+
+    def __init__(self, blocks: GatedBlocks, position: int, element: int | None = None):
+        super().__init__(blocks, position)
+        self.element = element
 
     def __call__(self, branch: Tensor) -> Tensor | None:
         current = current_pass(self.blocks)
@@ -62,12 +70,19 @@ class OrderedGate(Gate):
             self._check(branch, current)
         return super().__call__(branch)
 
+    def hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self.element is None:
+            return super().hook(module, args, output)
+        values, form = pytree.tree_flatten(output)
+        values[self.element] = super().hook(module, args, values[self.element])
+        return pytree.tree_unflatten(values, form)
+
     def _check(self, branch: Tensor, current: ForwardPass) -> None:
         name, before = self.blocks.names[self.position], current.state.position - 1
         if self.position <= before:
             raise UsageError(f"the branch '{name}' ran after '{self.blocks.names[before]}': list each once, in order.")
-        width, dim = current.attention.widths[self.position], current.attention.channel_dim
-        if not isinstance(branch, Tensor) or branch.ndim < 3 or branch.shape[dim] != width:
+        width, dim = current.attention.widths[self.position], current.attention.channel_dims[self.position]
+        if not isinstance(branch, Tensor) or branch.ndim < 2 or branch.shape[dim] != width:
             found = tuple(branch.shape) if isinstance(branch, Tensor) else type(branch).__name__
             raise UsageError(f"the branch '{name}' should have {width} channels in dimension {dim}, but is {found}.")
 
@@ -77,17 +92,20 @@ class ModelHooks:
 
     Args:
         model (`nn.Module`), backbone (`Backbone`): The model, and what is gated in it.
-        with_context (`bool`): Whether its runs start from the context.
-        in_order (`bool`): See `OrderedGate`.
+        with_context (`bool`): Whether its forward passes start from the context.
     """
 
-    def __init__(self, model: nn.Module, backbone: Backbone, with_context: bool, in_order: bool):
+    def __init__(self, model: nn.Module, backbone: Backbone, with_context: bool):
         fuse_resnets(model)
-        self.in_order = in_order
-        gate = OrderedGate if in_order else Gate
-        self.blocks, self.handles = gate_branches(model, backbone.branches, gate, EndHook)
-        if with_context:
-            place = backbone.context
+        # Those who list branches by hand may list too many; a model that skips layers in training leaves out some.
+        self.complete = backbone.family == NAMED
+
+        def make_gate(blocks: GatedBlocks, position: int) -> Gate:
+            return CheckedGate(blocks, position, backbone.branches[position].element)
+
+        checked = backbone.family in (FOUND, NAMED)
+        self.blocks, self.handles = gate_branches(model, backbone.branches, make_gate if checked else Gate, EndHook)
+        if with_context and (place := backbone.context) is not None:
             module, hook = model.get_submodule(place.module), OutputHook(self.blocks, place.argument, place.index)
             if place.argument is None:
                 self.handles.append(module.register_forward_hook(hook.of_output))
@@ -122,7 +140,7 @@ class ModelHooks:
                 "since. Detach it and attach it anew."
             )
         left_out = self.blocks.names[current.state.position :]
-        if self.in_order and left_out and output is not None:
+        if self.complete and left_out and output is not None:
             raise UsageError(f"the branch '{left_out[0]}' did not run in this forward pass: leave it out of branches.")
 
     def remove(self, model: nn.Module) -> None:
@@ -135,3 +153,21 @@ class ModelHooks:
             if isinstance(module, FusedResnetBlock2D):
                 module.__class__ = ResnetBlock2D
                 module.__dict__.pop("gate", None)
+
+
+def hooks_of(model: nn.Module) -> ModelHooks | None:
+    """Return what `attach` did to this model; None if nothing is attached to it."""
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, ModelHooks)), None)
+
+
+def has_gates(model: nn.Module) -> bool:
+    """Tell whether a branch in this model has a gate, of its own attention or of that of a model around it."""
+    return any(
+        isinstance(owner, Gate)
+        for module in model.modules()
+        for owner in (
+            getattr(module, "gate", None),
+            *(getattr(hook, "__self__", None) for hook in module._forward_hooks.values()),
+        )
+    )

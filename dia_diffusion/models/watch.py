@@ -155,7 +155,8 @@ class ForwardWatch(TorchFunctionMode):
         self.calls[name] += 1
         names = [*inspect.signature(module.forward).parameters][: len(args)]
         names += [str(index) for index in range(len(names), len(args))]
-        given = [(Given(key, index), value) for index, (key, value) in enumerate([*zip(names, args), *kwargs.items()])]
+        named = [*zip(names, args, strict=True), *kwargs.items()]
+        given = [(Given(key, index), value) for index, (key, value) in enumerate(named)]
         vectors = [(place, value) for place, value in given if isinstance(value, Tensor) and value.ndim == 2]
         numbered = {self.number(value): place for place, value in vectors if value.is_floating_point()}
         self.given.setdefault(name, {}).update(numbered)

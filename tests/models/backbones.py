@@ -7,6 +7,7 @@ import torch
 from diffusers import (
     ControlNetModel,
     DiTTransformer2DModel,
+    ModelMixin,
     PixArtTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -15,6 +16,7 @@ from diffusers import (
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
+    PreTrainedModel,
     ResNetBackbone,
     ResNetConfig,
     ResNetForImageClassification,
@@ -48,7 +50,7 @@ class PlainCNN(torch.nn.Module):
         self.second = torch.nn.Conv2d(12, 12, 3, padding=1)
         self.third = torch.nn.Conv2d(12, 12, 1)
 
-    def forward(self, images, return_dict=False):
+    def forward(self, images):
         x = self.stem(images)
         x = torch.relu(x + self.first(x))
         x = self.widen(x)
@@ -211,6 +213,7 @@ BACKBONES = {
 
 def outputs(model, inputs):
     """All tensors that a model puts out, one after the other."""
-    result = model(**inputs, return_dict=False)
+    short = {"return_dict": False} if isinstance(model, ModelMixin | PreTrainedModel) else {}
+    result = model(**inputs, **short)
     flat = torch.utils._pytree.tree_leaves(result)
     return [value for value in flat if isinstance(value, torch.Tensor)]

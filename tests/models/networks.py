@@ -79,6 +79,21 @@ def of_transformers(name, **config):
     return lambda: strong(model(model.config_class(**config)))
 
 
+def calibrated(make, inputs):
+    """Let batch normalisations take their statistics from a batch, or the features of a deep network fade to zero."""
+
+    def made():
+        model = make().train()
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            model(**inputs(4))
+        return model
+
+    return made
+
+
 def of_diffusers(name, **config):
     return lambda: strong(getattr(diffusers, name)(**config))
 
@@ -283,8 +298,9 @@ NETWORKS = {
             | text(size)
             | {name: torch.tensor([[8.0, 8.0]] * size) for name in ("original_size", "target_size", "crop_coords")}
         ),
-        2 * 3,
-        context="time_condition_embed",
+        2 * 2,
+        not_gated=2 * 2,  # one feed-forward for both streams
+        context="transformer_blocks.0",
     ),
     "HunyuanDiT": Network(
         of_diffusers(
@@ -410,7 +426,8 @@ NETWORKS = {
             **HEADS,
         ),
         lambda size: video(size) | text(size, 16) | {"encoder_attention_mask": torch.ones(size, 5).bool()},
-        2 * 4 - 1,
+        2 * 4 - 2,
+        context="time_embed",
     ),
     # Diffusers: UNets
     "UNet2DModel": Network(
@@ -426,28 +443,7 @@ NETWORKS = {
         BACKBONES["ControlNetModel"].make, BACKBONES["ControlNetModel"].inputs, 4 + 2 * 4, context="time_embedding"
     ),
     "UNet3DConditionModel": Network(
-        BACKBONES["UNet3DConditionModel"].make, BACKBONES["UNet3DConditionModel"].inputs, 8, 44
-    ),
-    "UNetMotionModel": Network(
-        of_diffusers(
-            "UNetMotionModel",
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=12,
-            num_attention_heads=2,
-            motion_num_attention_heads=2,
-            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-            motion_max_seq_length=4,
-        ),
-        lambda size: (
-            {"sample": noise(size, 4, 2, 8, 8), "timestep": timesteps(size)}
-            | {"encoder_hidden_states": noise(2 * size, 5, 12)}
-        ),
-        0,
-        0,
+        lambda: strong(BACKBONES["UNet3DConditionModel"].make()), BACKBONES["UNet3DConditionModel"].inputs, 8, 44
     ),
     "UNet1DModel": Network(
         of_diffusers(
@@ -467,7 +463,8 @@ NETWORKS = {
             act_fn="mish",
         ),
         lambda size: {"sample": noise(size, 2, 32), "timestep": timesteps(size)},
-        0,
+        5 * 2,
+        context="time_mlp",
     ),
     "Kandinsky 3": Network(
         of_diffusers(
@@ -484,7 +481,8 @@ NETWORKS = {
             {"sample": noise(size, 4, 8, 8), "timestep": timesteps(size), "encoder_attention_mask": torch.ones(size, 5)}
             | text(size, 10)
         ),
-        0,
+        4 * 3 * 2 + 3 * (3 + 1) * 2,
+        context="add_time_condition",
     ),
     "Stable Cascade": Network(
         of_diffusers(
@@ -509,7 +507,7 @@ NETWORKS = {
             "clip_text": noise(size, 5, 12),
             "clip_img": noise(size, 1, 6),
         },
-        0,
+        4 * 2,
     ),
     # Transformers: vision
     "ViT": Network(BACKBONES["ViTForImageClassification"].make, BACKBONES["ViTForImageClassification"].inputs, 2 * 2),
@@ -548,7 +546,9 @@ NETWORKS = {
     ),
     "MobileNet V2": Network(of_transformers("MobileNetV2Model", depth_multiplier=0.25), pixels(), 10),
     "EfficientNet": Network(
-        of_transformers("EfficientNetModel", width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320), pixels(), 9
+        calibrated(of_transformers("EfficientNetModel", width_coefficient=0.25, hidden_dim=320), pixels()),
+        pixels(),
+        9,
     ),
     "Segformer": Network(
         of_transformers(
@@ -602,7 +602,9 @@ NETWORKS = {
         pixels(),
         4 * 2,
     ),
-    "ViT-MAE": Network(of_transformers("ViTMAEModel", **VISION), pixels(), 2 * 2),
+    "ViT-MAE": Network(
+        of_transformers("ViTMAEModel", **VISION), lambda size: pixels()(size) | {"noise": noise(size, 16)}, 2 * 2
+    ),
     # Transformers: sound and words
     "Whisper encoder": Network(
         lambda: (

@@ -29,8 +29,9 @@ def test_a_second_attention_is_refused():
     dia = attach(model)
     assert "UNet2DConditionModel has attention attached already: detach it first" in refusal(attach, model)
     assert model.dia is dia
-    around = torch.nn.ModuleDict({"unet": model})
-    assert "the part 'unet' of ModuleDict has attention attached" in refusal(attach, around)
+    around = torch.nn.Module()
+    around.unet = model
+    assert "the part 'unet' of Module has attention attached" in refusal(attach, around)
     detach(model)
     attach(around)
 
@@ -71,7 +72,7 @@ def test_detach_needs_an_attention():
 
 def test_an_unknown_model_is_told_of_branches():
     words = refusal(attach, PlainCNN())
-    for word in ("PlainCNN", "ResnetBlock2D", "ViTLayer", "Bottleneck", 'branches=["layer1.0.bn2"'):
+    for word in ("PlainCNN", "diffusers UNet", "ViT", "attach(model, inputs=", 'branches=["layer1.0.bn2"'):
         assert word in words
 
 
@@ -86,11 +87,6 @@ def test_an_unknown_model_is_told_of_branches():
 )
 def test_branches_must_be_there_once_and_have_channels(ends, words):
     assert words in refusal(attach, PlainCNN(), branches=ends)
-
-
-def test_convolutions_and_linear_layers_do_not_mix():
-    model = torch.nn.ModuleDict({"convolution": torch.nn.Conv2d(3, 8, 1), "linear": torch.nn.Linear(8, 8)})
-    assert "dimension 1 and others in the last one" in refusal(attach, model, branches=["convolution", "linear"])
 
 
 class Wrong(PlainCNN):
