@@ -226,7 +226,9 @@ class SharedAttention(nn.Module):
     def _memoryless_gate(self, branch: Tensor, state: AttentionState) -> Tensor:
         """Return the gate of each channel `(B, C)` from the statistics of this branch, or for `time` the context."""
         key, width = self.keys[state.position], str(self.widths[state.position])
-        statistics = [self._pool(name, branch, state.position) for name in self.statistics] or state.constants.start[key]
+        statistics = [self._pool(name, branch, state.position) for name in self.statistics] or state.constants.start[
+            key
+        ]
         pooled = torch.stack(list(statistics), dim=1)
         if width in self.encoders:
             pooled = self.encoders[width](pooled)

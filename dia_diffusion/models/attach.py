@@ -63,8 +63,8 @@ class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
         """See `SharedAttention`."""
         if state is None:
             raise UsageError(
-                f"the model calls all of its submodules, and so the attention '{NAME}' too: put it into a module of your "
-                "own whose forward calls it, and attach to that."
+                f"the model calls all of its submodules, and so the attention '{NAME}' too: put it into a module of "
+                "your own whose forward calls it, and attach to that."
             )
         return super().forward(branch, state, maps)
 

@@ -112,8 +112,8 @@ def find_backbone(model: nn.Module) -> Backbone:
     known = ", ".join(family.name for family in FAMILIES)
     raise UsageError(
         f"{type(model).__name__} is not of a family whose residual branches are known by name ({known}). Give its "
-        'inputs, so that one forward pass shows the branches: attach(model, inputs={"x": ...}). Or name the modules that '
-        'put them out: branches=["layer1.0.bn2", ...].'
+        'inputs, so that one forward pass shows the branches: attach(model, inputs={"x": ...}). Or name the '
+        'modules that put them out: branches=["layer1.0.bn2", ...].'
     )
 
 

@@ -546,7 +546,10 @@ NETWORKS = {
     ),
     "MobileNet V2": Network(of_transformers("MobileNetV2Model", depth_multiplier=0.25), pixels(), 10),
     "EfficientNet": Network(
-        calibrated(of_transformers("EfficientNetModel", width_coefficient=0.25, hidden_dim=320), pixels()),
+        calibrated(
+            of_transformers("EfficientNetModel", width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320),
+            pixels(),
+        ),
         pixels(),
         9,
     ),
