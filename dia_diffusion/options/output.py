@@ -1,5 +1,6 @@
 """Options of training: what the run leaves, and when."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,6 +49,11 @@ class OutputOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license) is None:
+            raise UsageError(
+                f"license '{self.license}' is not an identifier of the Hub: use for example mit, apache-2.0, cc-by-4.0 "
+                "or other (the list: https://huggingface.co/docs/hub/repositories-licenses)."
+            )
         if self.eval_steps is not None and self.score_features is None:
             raise UsageError("eval_steps needs score_features: the features in which distances are measured.")
 

@@ -146,22 +146,22 @@ def _flag_values(value: Any) -> list[str]:
     return [Path(value).expanduser().resolve().name if local else str(value)]
 
 
-def check_card(config: TrainingConfig, hub_id: str | None) -> None:
-    """Let the Hub check the metadata of the card, before the run and not after it.
+def check_card(config: TrainingConfig) -> None:
+    """Let the Hub check the metadata of the card of a run that will be pushed, before the run and not after it.
 
     Raises:
         UsageError: if the Hub would refuse the card.
     """
-    if hub_id is None:
+    if not config.output.push_to_hub:
         return
     try:
         ModelCard(f"---\n{_metadata(config, {})}\n---\n").validate()
     except ValueError as error:
-        raise UsageError(
-            f"the Hub refuses the metadata of the model card: {first_line(error)}. See --license."
-        ) from error
-    except Exception:
-        pass
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the Hub refuses the metadata of the model card, see --license: {reason}") from error
+    except Exception:  # Of several libraries' kinds.
+        # No connection, which the next call to the Hub reports, or a Hub without this check.
+        return
 
 
 def _metadata(config: TrainingConfig, figures: dict[str, Any]) -> str:

@@ -162,8 +162,8 @@ def resume(run: Run) -> None:
     check_same_start(accelerator, run.start)
     if accelerator.is_main_process:
         # A repository or a card that the Hub refuses is noticed now, and not when the run is finished.
+        check_card(run.config)
         run.hub_id = make_hub_repository(output)
-        check_card(run.config, run.hub_id)
         prepare_output_dir(output, run.checkpoint)
         replace_text(folder / CONFIG, as_yaml(run.config))
         set_aside_later_steps(folder, run.start)

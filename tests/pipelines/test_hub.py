@@ -1,6 +1,9 @@
 """Pipelines on the Hub, for which a small server on this machine stands in (`hub_server.py`)."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from huggingface_hub import ModelCard
@@ -90,6 +93,21 @@ def test_a_repository_that_cannot_be_used_ends_the_run_before_it_starts(tmp_path
     with pytest.raises(UsageError, match=r"cannot use the repository 'run' on the Hub.*--hub_token"):
         run(tmp_path / "run", push_to_hub=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_card_that_the_hub_refuses_ends_the_run_before_it_starts(hub, tmp_path):
+    config = configure(tmp_path / "run", push_to_hub=True, hub_model_id="friend/digits", license="mit-license")
+    train = "import sys; from dia_diffusion.cli import train_main; sys.exit(train_main(sys.argv[1:]))"
+    command = [sys.executable, "-c", train, "--config", str(config)]
+    environment = {**os.environ, **hub.client_environment(tmp_path / "home")}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 2, process.stderr
+    assert "refuses the metadata of the model card, see --license: " in process.stderr
+    assert "must be one of [apache-2.0, mit, ...]" in process.stderr
+    assert not (tmp_path / "run").exists()
+    assert hub.repositories == {}
+    with pytest.raises(UsageError, match="license 'MIT License' is not an identifier of the Hub: use for example mit"):
+        run(tmp_path / "run", license="MIT License")
 
 
 def test_a_push_that_fails_leaves_the_finished_run_and_says_how_to_try_again(tmp_path, monkeypatch):
