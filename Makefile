@@ -25,7 +25,7 @@ docs: ## build the site of the documentation in site/
 release: ## build the distributions and check them with twine; nothing is uploaded
 benchmark: ## measure speed and memory, on a machine that does nothing else
 peers: ## install the trainer and the models that some benchmarks and tests compare with
-test-peers: ## tests with torchvision, timm and diffusers' own tests
+test-peers: ## tests with torchvision and timm; with DIFFUSERS=CLONE diffusers' own tests too
 clean: ## remove environments, runs and builds
 
 help:
@@ -78,8 +78,9 @@ peers:
 	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
 
 # Without the settings of the other tests, which need more than torch and diffusers.
-test-peers: peers
+test-peers: peers $(TOOLS)
 	$(PEERS)/bin/python -m pytest --noconftest tests/models/test_torchvision_resnets.py
+	$(BIN)/python tools/peer_tests.py $(DIFFUSERS)
 
 # The site is built in an environment of its own, so that `make test` needs no tools for it. mkdocstrings reads the
 # source; nothing is imported.

@@ -1,4 +1,4 @@
-"""A table of docs/study_details.md from the raw figures of a study, with differences in percent of the first line's mean.
+"""A table of docs/study_details.md from the raw figures of a study, with differences in percent of the first line.
 
     python tools/published_table.py docs/study/cifar10.json [--scores held_out_loss fid]
 

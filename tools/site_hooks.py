@@ -8,15 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import tomllib
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 
 def repository() -> str:
     """Return the address of the repository."""
+    import tomllib
+
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
 
@@ -29,6 +28,8 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages from the root of the repository."""
+    from mkdocs.structure.files import File
+
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=move_links((ROOT / source).read_text())))
     return files
