@@ -5,33 +5,19 @@ other. That one is the branch F(x) of x + F(x) (arXiv 2210.16101, eq. 1); the ot
 with one, a projection. From the addition the search walks back to the module that put out the branch.
 """
 
-import contextlib
 import heapq
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from ..errors import UsageError
 from .branches import Branch
+from .channels import TRANSPARENT, channel_dim
 from .families import ContextPlace, with_levels
-from .watch import Addition, ForwardWatch, Output, Step
-
-# Layers and norms by the dimension that they leave their channels in.
-_LAST = set("linear addmm matmul rmatmul mm bmm baddbmm einsum embedding multi_head_attention_forward".split())
-_LAST |= set("layer_norm rms_norm scaled_dot_product_attention lstm gru".split())
-_SECOND = {f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)}
-_SECOND |= {"batch_norm", "group_norm", "instance_norm"}
-# What a gate of channels may stand before as well as behind: each channel comes out of it scaled as it went in.
-_RESHAPES = set("reshape view view_as reshape_as flatten unflatten unsqueeze squeeze expand expand_as".split())
-_MOVES = set("permute transpose swapaxes swapdims movedim moveaxis".split())
-_CUTS = set("getitem narrow chunk split tensor_split split_with_sizes unbind select".split())
-_SCALES = set("mul rmul imul multiply div truediv neg dropout dropout1d dropout2d dropout3d feature_dropout".split())
-_SCALES |= set("to type type_as float half bfloat16 contiguous clone detach roll flip masked_fill alias".split())
+from .watch import Addition, ForwardWatch, Output, Step, watch_forward
 
 
 class FoundBranches(Sequence[Branch]):
@@ -98,7 +84,7 @@ def find_branches(model: nn.Module, *args: Any, **kwargs: Any) -> FoundBranches:
     Returns:
         [`FoundBranches`]: a sequence of `Branch` with `not_gated`, the additions that cannot be gated and why.
     """
-    return _watch(model, args, kwargs).find()
+    return _Search(model, *watch_forward(model, args, kwargs)).find()
 
 
 def find_named(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> FoundBranches:
@@ -107,46 +93,7 @@ def find_named(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwar
     Raises:
         UsageError: for a module that does not run once, or whose output shows no channels.
     """
-    return _watch(model, args, kwargs).named(names)
-
-
-def _watch(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "_Search":
-    watch, batch = ForwardWatch(model), batch_size(args, kwargs)
-    with _restored(model), torch.no_grad(), watch.watching():
-        model(*args, **kwargs)
-    return _Search(model, watch, batch)
-
-
-def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Return the number of samples in the inputs of a forward pass: the first dimension of the largest tensor."""
-    tensors = [value for value in tree_leaves((tuple(args), dict(kwargs))) if isinstance(value, Tensor) and value.ndim]
-    if not tensors:
-        raise UsageError("the inputs hold no tensor: give what the model's forward pass takes.")
-    return max(tensors, key=lambda tensor: tensor.ndim).shape[0]
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode; afterwards restore all that belongs to it, and the random state."""
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    registries = [
-        (registry, dict(registry))
-        for _, own in attributes
-        for registry in (own["_parameters"], own["_buffers"], own["_modules"])
-    ]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng():
-        try:
-            model.eval()
-            yield
-        finally:
-            for current, saved in [*((vars(module), own) for module, own in attributes), *registries]:
-                current.clear()
-                current.update(saved)
-            with torch.no_grad():
-                for buffer, saved in buffers:
-                    if buffer.device.type != "meta" and not torch.equal(buffer, saved):
-                        buffer.copy_(saved)
+    return _Search(model, *watch_forward(model, args, kwargs)).named(names)
 
 
 class _Found(NamedTuple):
@@ -179,7 +126,7 @@ class _Search:
         self.second = {
             name.rpartition(".")[0]
             for name, module in model.named_modules()
-            if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first
+            if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first and watch.calls[name]
         }
 
     def find(self) -> FoundBranches:
@@ -274,7 +221,8 @@ class _Search:
 
     def _least_layers(self, side: int, common: set[int]) -> float:
         """Return the number of layers on the shortest way to the common input, through tensors of full size."""
-        least, heap, best, size = {side: 0}, [-side], math.inf, math.prod(self.steps[side].shape)
+        heap, best, size = [-side], math.inf, math.prod(self.steps[side].shape)
+        least: dict[int, float] = {side: 0}
         while heap:
             number = -heapq.heappop(heap)
             if number in common:
@@ -319,7 +267,7 @@ class _Search:
         full = [source for source in step.inputs if math.prod(self.steps[source].shape) >= size]
         if step.weight or not step.inputs:
             raise _Reason(seen or "no module puts out its branch")
-        if step.name not in _SCALES | _RESHAPES | _MOVES | _CUTS:
+        if step.name not in TRANSPARENT:
             raise _Reason(seen or f"'{step.name}' stands between its last module and the addition")
         if len(full) != 1:
             raise _Reason(seen or "its branch is a product of tensors of full size")
@@ -329,7 +277,7 @@ class _Search:
         # The outermost module that puts out this tensor alone, or else the one nearest to the layer.
         output = next((output for output in reversed(outputs) if output.element is None), outputs[0])
         shape = self.steps[number].shape
-        dim = self._channel_dim(number)
+        dim = channel_dim(self.steps, number)
         if dim is None:
             raise _Reason(f"no layer tells which dimension of the output of '{output.module}' holds channels")
         label = output.module if output.element is None else f"{output.module}[{output.element}]"
@@ -337,20 +285,6 @@ class _Search:
         branch = Branch(label, output.module, shape[dim], "", -1 if last else dim, output.element)
         tokens = math.prod(shape[1:]) // shape[dim]
         return _Found(branch, output.order, modules, tokens)
-
-    def _channel_dim(self, number: int) -> int | None:
-        """Return the dimension of a tensor that holds its channels, from the layer or norm that made it."""
-        step = self.steps[number]
-        if step.name in _SECOND:
-            return 1
-        if step.name in _LAST:
-            return len(step.shape) - 1
-        by_size = sorted(step.inputs, key=lambda source: -math.prod(self.steps[source].shape))
-        for source in by_size:
-            dim = self._channel_dim(source)
-            if dim is not None:
-                return _dim_after(step, self.steps[source].shape, dim)
-        return None
 
     def _embeddings(self, found: Sequence[_Found]) -> dict[str, ContextPlace]:
         """Return the vectors `(B, E)` that modules put out once, before the first branch ends."""
@@ -376,7 +310,7 @@ class _Search:
                 return ContextPlace(output.module, None, output.element, size)
         block = next(name for name in found[0].modules[1:] if shared[0] in self.watch.given.get(name, ()))
         given_as = self.watch.given[block][shared[0]]
-        return ContextPlace(block, given_as.argument, given_as.index, size)
+        return ContextPlace(block, given_as.argument, given_as.place, size)
 
     def _is_embedding(self, number: int) -> bool:
         shape, above, seen = self.steps[number].shape, [number], {number}
@@ -387,42 +321,3 @@ class _Search:
             above += (new := set(step.inputs) - seen)
             seen |= new
         return False
-
-
-def _dim_after(step: Step, before: tuple[int, ...], dim: int) -> int | None:
-    """Return the dimension of the result of a step that dimension `dim` of its input, of shape `before`, has become."""
-    after = step.shape
-    if step.name in _MOVES:
-        numbers = [value % len(before) for value in tree_leaves(step.arguments[1:]) if isinstance(value, int)]
-        if step.name == "permute":
-            return numbers.index(dim)
-        if step.name.startswith("move"):
-            return None
-        swap = dict(zip(numbers, reversed(numbers), strict=True))
-        return swap.get(dim, dim)
-    if step.name in _RESHAPES:
-        for place, size in enumerate(after):
-            if size == before[dim] and math.prod(after[:place]) == math.prod(before[:dim]):
-                return place
-        # Heads that are joined.
-        return len(after) - 1 if dim == len(before) - 1 else None
-    if step.name == "getitem":
-        return _dim_of_item(step.arguments[1], len(before), dim)
-    return dim if len(after) == len(before) else None
-
-
-def _dim_of_item(index: Any, dimensions: int, dim: int) -> int | None:
-    """Return the dimension of `x[index]` that dimension `dim` of x has become."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(item, Tensor | list) for item in items):
-        return None
-    if Ellipsis in items:
-        here, taken = items.index(Ellipsis), sum(item is not None for item in items) - 1
-        items[here : here + 1] = [slice(None)] * (dimensions - taken)
-    before = after = 0
-    for item in items:
-        if item is not None and before == dim:
-            return after if isinstance(item, slice) else None
-        before += item is not None
-        after += not isinstance(item, int)
-    return after + dim - before

@@ -7,13 +7,15 @@ module. Nothing is computed again and no value is read, so tensors on `meta` and
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from ..errors import UsageError
 
 _ADDITIONS = {"add", "radd", "iadd", "addcmul"}
 # What a parameter does in these is to scale or to shift: a layer scale or a position embedding is no layer.
@@ -46,7 +48,7 @@ class Given(NamedTuple):
     """A tensor that a module was given."""
 
     argument: str  # its name
-    index: int
+    place: int
 
 
 class Addition(NamedTuple):
@@ -182,3 +184,43 @@ class ForwardWatch(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def watch_forward(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[ForwardWatch, int]:
+    """Run a model once in evaluation mode, leave it as it was, and return the notes and the number of samples."""
+    watch, batch = ForwardWatch(model), batch_size(args, kwargs)
+    with _restored(model), torch.no_grad(), watch.watching():
+        model(*args, **kwargs)
+    return watch, batch
+
+
+def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Return the number of samples in the inputs of a forward pass: the first dimension of the largest tensor."""
+    tensors = [value for value in tree_leaves((tuple(args), dict(kwargs))) if isinstance(value, Tensor) and value.ndim]
+    if not tensors:
+        raise UsageError("the inputs hold no tensor: give what the model's forward pass takes.")
+    return max(tensors, key=lambda tensor: tensor.ndim).shape[0]
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; afterwards restore all that belongs to it, and the random state."""
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    registries = [
+        (registry, dict(registry))
+        for _, own in attributes
+        for registry in (own["_parameters"], own["_buffers"], own["_modules"])
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        try:
+            model.eval()
+            yield
+        finally:
+            for current, saved in [*((vars(module), own) for module, own in attributes), *registries]:
+                current.clear()
+                current.update(saved)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if buffer.device.type != "meta" and not torch.equal(buffer, value):
+                        buffer.copy_(value)

@@ -9,7 +9,6 @@ import sys
 import time
 
 import psutil
-import psutil
 import pytest
 
 from dia_diffusion.cli import train_main

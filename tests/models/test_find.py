@@ -1,0 +1,264 @@
+"""Small networks of each kind: which branches `find_branches` finds, which it does not gate and why; it leaves no trace."""
+
+import diffusers
+import pytest
+import torch
+from backbones import noise
+from torch import nn
+from torch.nn import functional as F
+
+from dia_diffusion import attach, find_branches
+from dia_diffusion.errors import UsageError
+from tiny_unets import open_gates
+
+
+class Small(nn.Module):
+    """A network of one block, whose forward is a function of the module and features `(B, 6, 8)`."""
+
+    def __init__(self, block, **layers):
+        super().__init__()
+        self.block = block
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        return self.block(self, x)
+
+
+def in_place(m, x):
+    x = x.clone()
+    x += m.second(m.first(x))
+    return x
+
+
+def twice(m, x):
+    for _ in range(2):
+        x = x + m.first(x)
+    return x
+
+
+def parallel(m, x):
+    return x + (m.first(x) + m.second(x))
+
+
+def one_after_the_other(m, x):
+    return (x + m.first(x)) + m.second(x)
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return {"left": self.left(x), "right": (self.right(x) * 2, None)}
+
+
+def cut(m, x):
+    both = m.first(torch.cat([x[:, :2], x[:, 2:]], 1))
+    return torch.cat([x[:, :2] + both[:, :2], x[:, 2:] + both[:, 2:]], 1)
+
+
+FOUND = {
+    "linear layers": (lambda m, x: x + m.second(m.first(x)), ["second"]),
+    "in place": (in_place, ["second"]),
+    "by a method in place": (lambda m, x: x.clone().add_(m.first(x)), ["first"]),
+    "addcmul": (lambda m, x: torch.addcmul(x, m.first(x), torch.full((8,), 0.5)), ["first"]),
+    "a shortcut with a layer": (lambda m, x: m.first(x) + m.second(m.third(x).relu()), ["second"]),
+    "dropout and layer scale": (lambda m, x: x + 0.5 * F.dropout(m.first(x), 0.1, m.training), ["first"]),
+    "parallel branches": (parallel, ["first", "second"]),
+    "parallel branches in turn": (one_after_the_other, ["first", "second"]),
+    "an output that is cut": (cut, ["first"]),
+    "permuted": (lambda m, x: x + m.first(x.flip(1)).transpose(1, 2).contiguous().transpose(1, 2), ["first"]),
+    "an element of a dictionary": (lambda m, x: x + m.several(x)["right"][0], ["several[1]"]),
+    "a module without attributes": (lambda m, x: x + m.act(m.first(x)), ["act"]),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_branches_of_small_networks(name):
+    block, ends = FOUND[name]
+    model = Small(block, third=nn.Linear(8, 8), several=Several(), act=nn.GELU())
+    x = noise(3, 6, 8)
+    found = find_branches(model, x)
+    assert [branch.name for branch in found] == ends, found
+    assert all(branch.width == 8 for branch in found)
+    assert found.not_gated == []
+    # The gates multiply what is added: with all gates at zero the network is its shortcut.
+    expected = model(x)
+    dia = attach(model, branches=found)
+    assert torch.equal(model(x), expected)
+    for decoder in dia.decoders.values():
+        nn.init.zeros_(decoder.weight)
+        nn.init.constant_(decoder.bias, -200)
+    shortcut = model.first(x) if name == "a shortcut with a layer" else x
+    torch.testing.assert_close(model(x), shortcut)
+
+
+NOT_GATED = {
+    "a block that runs twice": (twice, "'first' runs 2 times in a forward pass"),
+    "an activation as a function": (lambda m, x: x + m.first(x).sin(), "'sin' stands between its last module"),
+    "a layer that is no module": (lambda m, x: x + F.linear(x, m.first.weight), "no module puts out its branch"),
+    "two layers": (lambda m, x: m.first(x) + m.second(x), r"both sides come through layers \(1 and 1\)"),
+    "windows": (
+        lambda m, x: (x.reshape(-1, 2, 8) + m.first(x.reshape(-1, 2, 8))).reshape(x.shape),
+        "'first' puts out 9 rows for 3 samples",
+    ),
+    "samples in dimension 1": (
+        lambda m, x: x + m.attention(x, x, x, need_weights=False)[0], "its samples are in dimension 1"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_GATED)
+def test_what_cannot_be_gated_is_told(name):
+    block, words = NOT_GATED[name]
+    model = Small(block, attention=nn.MultiheadAttention(8, 2))
+    found = find_branches(model, noise(3, 6, 8))
+    assert len(found) == 0
+    assert len(found.not_gated) == (2 if name == "a block that runs twice" else 1)
+    with pytest.raises(UsageError, match=f"no residual branches of Small can be gated.*{words}"):
+        attach(model, inputs=noise(3, 6, 8))
+    assert not hasattr(model, "dia")
+
+
+def test_a_network_without_additions_is_told():
+    with pytest.raises(UsageError, match="shows no sum of two tensors of one shape"):
+        attach(Small(lambda m, x: m.first(x)), inputs=noise(3, 6, 8))
+
+
+def test_a_network_of_vectors():
+    model = Small(lambda m, x: x + m.second(m.first(x).relu()))
+    x = noise(5, 8)
+    dia = attach(model, inputs=x, hidden_size=4)
+    open_gates(model)
+    with dia.record() as maps:
+        y = model(x)
+    branch = model.second.bias + F.linear(model.first(x).relu(), model.second.weight)
+    torch.testing.assert_close(y, x + branch * maps["second"])
+
+
+def test_the_shortcut_may_be_on_either_side_and_named_branches_need_no_attributes():
+    model = Small(lambda m, x: m.act(m.first(x)) + x, act=nn.GELU())
+    with pytest.raises(UsageError, match=r"'act' .* does not say how many channels"):
+        attach(model, branches=["act"])
+    dia = attach(model, branches=["act"], inputs={"x": noise(3, 6, 8)})
+    assert (dia.widths, dia.channel_dims) == ((8,), (-1,))
+
+
+class Timed(nn.Module):
+    """Blocks that are given an embedding, which a module makes, and another one that only the first is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.other = nn.Linear(1, 5), nn.Linear(1, 3)
+        self.blocks = nn.ModuleList([TimedBlock() for _ in range(2)])
+
+    def forward(self, x, t):
+        embedding, other = self.embed(t), self.other(t)
+        x = x + other.mean()
+        for block in self.blocks:
+            x = block(x, embedding)
+        return x
+
+
+class TimedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.time, self.layer = nn.Linear(5, 8), nn.Linear(8, 8)
+
+    def forward(self, x, embedding):
+        return x + self.layer(x + self.time(embedding)[:, None])
+
+
+def test_the_context_is_found_or_named():
+    model, inputs = Timed(), (noise(2, 6, 8), noise(2, 1))
+    found = find_branches(model, *inputs)
+    assert (found.context.module, found.context.size) == ("embed", 5)
+    assert "Context: the output of 'embed', of width 5" in str(found)
+    assert list(found.embeddings)[:2] == ["embed", "other"]
+    assert attach(model, branches=found).config.context_size == 5
+    model = Timed()
+    dia = attach(model, inputs=inputs, context="other", hidden_size=4)
+    open_gates(model)
+    assert dia.config.context_size == 3
+    with dia.record() as maps:
+        model(*inputs)
+        before = dict(maps)
+        nn.init.normal_(model.other.weight, std=5.0)
+        model(*inputs)
+    assert not torch.equal(maps["blocks.0.layer"], before["blocks.0.layer"])
+    with pytest.raises(UsageError, match=r"'blocks' puts out no context .* Modules that do: embed, other"):
+        attach(Timed(), inputs=inputs, context="blocks")
+    with pytest.raises(UsageError, match="give inputs, so that a forward pass shows them"):
+        attach(Timed(), branches=["blocks.0.layer"], context="embed")
+
+
+def test_branches_can_be_left_out_and_names_stay_possible():
+    inputs = (noise(2, 6, 8), noise(2, 1))
+    found = find_branches(Timed(), *inputs)
+    kept = found.without(r"blocks\.0")
+    assert [branch.name for branch in kept] == ["blocks.1.layer"]
+    assert kept.context == found.context
+    dia = attach(Timed(), branches=[branch for branch in found if "0" in branch.name])
+    assert (dia.config.names, dia.config.context_size) == (["blocks.0.layer"], None)
+
+
+class Careless(nn.Module):
+    """Keeps what it should not."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer, self.drop = nn.BatchNorm1d(6), nn.Linear(8, 8), nn.Dropout()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.cache = x
+        torch.rand(3)
+        return x + self.drop(self.layer(self.norm(x)))
+
+
+def test_nothing_of_the_model_changes():
+    model = Careless().train()
+    model.norm.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    assert len(find_branches(model, noise(2, 6, 8))) == 1
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not hasattr(model, "cache")
+    assert (model.training, model.norm.training, model.drop.training) == (True, False, True)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(UsageError, match="the inputs hold no tensor"):
+        find_branches(model, "x")
+
+
+def test_an_error_of_the_model_leaves_nothing_behind():
+    model = Careless().train()
+    with pytest.raises(RuntimeError):
+        find_branches(model, noise(2, 5, 8))
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_flux_as_it_is_published_on_the_meta_device():
+    """19 double blocks with four branches and 38 single ones, 12 billion parameters."""
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+        inputs = {
+            "hidden_states": torch.empty(1, 4096, 64),
+            "encoder_hidden_states": torch.empty(1, 512, 4096),
+            "pooled_projections": torch.empty(1, 768),
+            "timestep": torch.empty(1),
+            "guidance": torch.empty(1),
+            "img_ids": torch.empty(4096, 3),
+            "txt_ids": torch.empty(512, 3),
+        }
+        dia = attach(model, inputs=inputs)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 11.9e9
+    assert len(dia.widths) == 19 * 4 + 38
+    assert set(dia.widths) == {3072}
+    assert dia.config.context == ["time_text_embed", None, None]
+    assert all(parameter.device.type == "meta" for parameter in dia.parameters())
