@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import analyze, evaluate, sample, train
     from .models.attach import attach, detach
     from .models.find import find_branches
     from .models.unet import DIAUNet2DModel
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 _EXPORTS = {
+    "train": "api",
+    "sample": "api",
+    "evaluate": "api",
+    "analyze": "api",
     "DIAUNet2DModel": "models.unet",
     "DIAUNetPipeline": "pipelines.pipeline_dia_unet",
     "attach": "models.attach",
     "detach": "models.attach",
     "find_branches": "models.find",
 }
-__all__ = ["DIAUNet2DModel", "DIAUNetPipeline", "__version__", "attach", "detach", "find_branches"]
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ A command line is parsed and checked before torch or diffusers are imported, whi
 inside of the functions that need them.
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -137,7 +138,7 @@ def _sample(options: SampleOptions) -> None:
 def _evaluate(options: EvaluateOptions) -> None:
     from .scoring.dia_evaluate import score
 
-    score(options)
+    score(options, shlex.join(["dia", *sys.argv[1:]]))
 
 
 def _analyze(options: AnalyzeOptions) -> None:

@@ -12,7 +12,7 @@ from training_runs import ROOT
 
 # From the top; an import may only point down.
 ROOMS = (
-    "cli app study training analysis scoring sampling pipelines latents models objectives data attention options "
+    "cli api app study training analysis scoring sampling pipelines latents models objectives data attention options "
     "process bottom"
 ).split()
 # This package, and the trackers that a user may name and installs.

@@ -28,7 +28,7 @@ from .analysis_report import format_analysis, report
 from .maps import collect_classifier_maps, collect_maps, load_classifier, place_branches, read_processor
 
 
-def analyze(options: AnalyzeOptions) -> None:
+def analyze(options: AnalyzeOptions) -> dict[str, Any]:
     """Run `dia analyze` with its parsed options.
 
     Raises:
@@ -36,8 +36,7 @@ def analyze(options: AnalyzeOptions) -> None:
     """
     check_output_folder(options.output_dir)
     if options.attention is not None:
-        analyze_classifier(options)
-        return
+        return analyze_classifier(options)
     pipeline = load_pipeline(options.model, device=find_device(options.device, make_state()))
     unet = pipeline.unet
     if getattr(unet, "dia", None) is None:
@@ -62,10 +61,10 @@ def analyze(options: AnalyzeOptions) -> None:
     maps, timesteps = collect_maps(
         unet, scheduler, pixels, options.num_images, options.num_timesteps, options.batch_size, encode
     )
-    _finish(report(maps, timesteps, options.output_dir, facts=facts), options.output_dir)
+    return _finish(report(maps, timesteps, options.output_dir, facts=facts), options.output_dir)
 
 
-def analyze_classifier(options: AnalyzeOptions) -> None:
+def analyze_classifier(options: AnalyzeOptions) -> dict[str, Any]:
     """Analyse an image classifier of transformers with its attention, which has no timesteps."""
     device = find_device(options.device, make_state())
     model = load_classifier(options.model, options.attention, device)
@@ -74,7 +73,7 @@ def analyze_classifier(options: AnalyzeOptions) -> None:
     pixels = _prepare(dataset, size, model.config.num_channels)
     facts = _describe(options.model, model, model.dia, pixels, dataset, device)
     maps = collect_classifier_maps(model, pixels, mean, std, options.num_images, options.batch_size)
-    _finish(report(maps, [], options.output_dir, place_branches(model), facts), options.output_dir)
+    return _finish(report(maps, [], options.output_dir, place_branches(model), facts), options.output_dir)
 
 
 def _prepare(
@@ -109,9 +108,10 @@ def _describe(
     return facts | {"Device": str(device), "Date": f"{date.today():%d %B %Y}"}
 
 
-def _finish(figures: dict[str, Any], folder: Path) -> None:
+def _finish(figures: dict[str, Any], folder: Path) -> dict[str, Any]:
     print_main(format_analysis(figures))
     print_main(f"The report is {folder}/report.html; all figures and the pictures lie beside it.")
+    return figures
 
 
 def _find_images(pipeline: DiffusionPipeline) -> tuple[int, int, Callable[[Tensor], Tensor] | None]:

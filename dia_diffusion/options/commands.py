@@ -5,7 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from ..errors import UsageError
-from .fields import COUNT, Count, File, Location, Names, Natural, Options, Range, option
+from .fields import COUNT, Count, File, Label, Location, Names, Natural, Options, Range, option
 from .parser import rename_aliases
 from .rules import ANALYSIS_RULES, EVALUATION_RULES, STUDY_RULES, Rule, check_effect
 
@@ -89,7 +89,7 @@ class SampleOptions(SamplingOptions):
 
     model: Location = option(text=_MODEL)
     num_images: Count = option(64, "How many.", aliases=("n",))
-    class_label: str | int | None = option(None, "Name or number of the class of all images; by default all in turn.")
+    class_label: Label | None = option(None, "Name or number of the class of all images; by default all in turn.")
     output_dir: File | None = option(
         None, "Folder for the images alone; in Python without it no files are written.", shown="out"
     )

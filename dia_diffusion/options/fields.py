@@ -40,9 +40,10 @@ NATURAL = Range(least=0)
 # The seeds that torch takes.
 SEED = Range(least=0, most=2**64 - 1)
 
-# Marks of types: text or a path in which `~` is the user's home, and names separated by commas.
+# Marks of types: a path, in which `~` is the home; names separated by commas; a name that may be a number.
 PATH = "path"
 NAMES = "names"
+LABEL = "label"
 
 Count = Annotated[int, COUNT]
 Natural = Annotated[int, NATURAL]
@@ -50,6 +51,7 @@ Share = Annotated[float, Range(least=0, most=1)]
 Location = Annotated[str, PATH]
 File = Annotated[Path, PATH]
 Names = Annotated[list[str], NAMES]
+Label = Annotated[str, LABEL]
 
 
 def option(default: Any = MISSING, text: str = "", *, aliases: tuple[str, ...] = (), **about: Any) -> Any:
@@ -112,6 +114,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return to_number(name, value, kind, mark or Range())
     if isinstance(value, os.PathLike) and mark == PATH:
         value = os.fspath(value)
+    if isinstance(value, Integral) and not isinstance(value, bool) and mark == LABEL:
+        value = str(value)
     if not isinstance(value, str if kind is Path else kind):
         words = "true or false" if kind is bool else "text (put it in quotes)"
         raise UsageError(f"{name} must be {words}, but is '{value}'.")

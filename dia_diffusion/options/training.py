@@ -91,6 +91,13 @@ PARTS: dict[str, Any] = {
     "optimisation": OptimisationOptions,
     "output": OutputOptions,
 }
+
+
+@dataclass(kw_only=True)
+class TrainOptions(SourceOptions, DataOptions, ModelOptions, ObjectiveOptions, OptimisationOptions, OutputOptions):
+    """All options of training side by side, as `dia train` and `train` take them."""
+
+
 DEFAULTS = {item.name: item.default for part in PARTS.values() for item in fields(part)}
 OPTION_NAMES = frozenset(DEFAULTS)
 MODEL_OPTION_NAMES = frozenset(item.name for item in fields(ModelOptions))

@@ -18,24 +18,28 @@ from .numbered import check_sampling, describe_guidance, find_class, sample_imag
 _SAMPLES = re.compile(r"\d{5,}\.png|grid\.png")
 
 
-def sample(options: SampleOptions) -> None:
-    """Runs `dia sample` with its parsed options.
+def sample(options: SampleOptions) -> list[Image.Image]:
+    """Sample images; write them as PNG files and in one picture, if the options name a folder.
 
     The folder holds the images of one call and nothing else; the picture of them all lies beside it.
+
+    Returns:
+        list of `Image`: the images, if the options name no folder; else nothing.
 
     Raises:
         UsageError: for a pipeline that cannot be loaded, or cannot do what was asked for, or a folder that is taken.
     """
-    folder = options.output_dir.expanduser().resolve()
-    grid = folder.with_name(f"{folder.name}.png")
-    earlier = _find_earlier(folder, grid, options.overwrite)
+    folder = None if options.output_dir is None else options.output_dir.expanduser().resolve()
+    grid = None if folder is None else folder.with_name(f"{folder.name}.png")
+    earlier = [] if folder is None or grid is None else _find_earlier(folder, grid, options.overwrite)
     check_guide(options.guide, options.guidance_scale)
     device = find_device(options.device, make_state())
     pipeline = load_pipeline(options.model, options.scheduler, device, options.compile_mode, options.guide)
     check_sampling(pipeline, options.steps)
     class_label = None if options.class_label is None else find_class(pipeline, options.class_label)
     print(_what_is_used(options, pipeline, class_label), flush=True)
-    shown = []
+    shown: list[torch.Tensor] = []
+    made: list[Image.Image] = []
     batches = sample_images(
         pipeline,
         options.num_images,
@@ -47,18 +51,23 @@ def sample(options: SampleOptions) -> None:
     )
     number = 0
     for images in batches:
-        if number == 0:
+        if folder is not None and number == 0:
             # Not before there is something to put in their place.
             for path in earlier:
                 path.unlink()
             folder.mkdir(parents=True, exist_ok=True)
         for image in images:
-            pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
-            Image.fromarray(pixels).save(folder / f"{number:05d}.png")
+            picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
+            if folder is None:
+                made.append(picture)
+            else:
+                picture.save(folder / f"{number:05d}.png")
             number += 1
         shown.append(images[: max(0, 100 - sum(map(len, shown)))])
-    image_grid(torch.cat(shown)).save(grid)
-    print(f"{number} images are in {options.output_dir}, and a picture of them is {grid.name} beside it.")
+    if grid is not None:
+        image_grid(torch.cat(shown)).save(grid)
+        print(f"{number} images are in {options.output_dir}, and a picture of them is {grid.name} beside it.")
+    return made
 
 
 def _find_earlier(folder: Path, grid: Path, overwrite: bool) -> list[Path]:

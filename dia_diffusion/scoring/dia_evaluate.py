@@ -1,7 +1,5 @@
 """Run `dia evaluate`: find the images and the reference, score, and write the results."""
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +45,7 @@ class RealImages(NamedTuple):
     class_shares: list[float] | None = None
 
 
-def score(options: EvaluateOptions) -> dict[str, Any] | None:
+def score(options: EvaluateOptions, command: str | None = None) -> dict[str, Any] | None:
     """Score what the options of `dia evaluate` name.
 
     Returns:
@@ -97,8 +95,8 @@ def score(options: EvaluateOptions) -> dict[str, Any] | None:
         print_main(f"{title}: {text}")
     scores = evaluate(generated, reference, extractor, metrics, held_out, options.batch_size, state)
     if scores is not None:
-        command = shlex.join(["dia", *sys.argv[1:]])
-        scores = {"command": command, "what": options.what, "dataset": dataset} | scores
+        about = {"what": options.what, "dataset": dataset}
+        scores = ({} if command is None else {"command": command}) | about | scores
         _write(options, scores, facts, generated, reference, extractor)
     state.wait_for_everyone()
     state.destroy_process_group()
