@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from .pipelines.pipeline_dia_unet import DIAUNetPipeline
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,8 @@ def sample(model: Any, **given: Any) -> "list[Image]":
 
     from .sampling.dia_sample import sample as run
 
-    made = run(options)
-    return (
-        made if options.output_dir is None else [Image.open(path) for path in sorted(options.output_dir.glob("*.png"))]
-    )
+    made, folder = run(options), options.output_dir
+    return made if folder is None else [Image.open(path) for path in sorted(folder.glob("*.png"))]
 
 
 @_takes(EvaluateOptions)
