@@ -25,7 +25,18 @@ _EXPORTS = {
     "detach": "models.attach",
     "find_branches": "models.find",
 }
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "DIAUNet2DModel",
+    "DIAUNetPipeline",
+    "__version__",
+    "analyze",
+    "attach",
+    "detach",
+    "evaluate",
+    "find_branches",
+    "sample",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -36,7 +47,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 class _UnusedModule(ModuleType):
@@ -45,11 +56,13 @@ class _UnusedModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
-        self.__class__ = ModuleType
-        self.__spec__.loader.exec_module(self)
+        spec: Any = self.__spec__
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        spec.loader.exec_module(self)
         return getattr(self, name)
 
 
 # A pipeline of diffusers that holds a DIAUNet2DModel names its module, which diffusers does not import by itself.
-_unet = sys.modules[f"{__name__}.models.unet"] = module_from_spec(find_spec(f"{__name__}.models.unet"))
+_spec: Any = find_spec(f"{__name__}.models.unet")
+_unet = sys.modules[_spec.name] = module_from_spec(_spec)
 _unet.__class__ = _UnusedModule

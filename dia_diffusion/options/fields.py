@@ -107,7 +107,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if get_origin(kind) is Literal:
         return _convert_choice(name, value, get_args(kind))
     if get_origin(kind) in (list, tuple):
-        if not isinstance(value, list | tuple) or not value:
+        if not isinstance(value, list | tuple) or not (value or mark == NAMES):
             raise UsageError(f"{name} must be a list, for example [32, 64], but is '{value}'.")
         return [convert(name, item, get_args(kind)[0]) for item in value]
     if kind in (int, float):

@@ -159,7 +159,7 @@ class OptionParser(argparse.ArgumentParser):
             self.add_print("--help_all", text=f"Show {len(rare)} more options too.", make=self.format_help)
 
     def _add_option(self, part: type[Options], item: Any, hint: Any, has_positional: bool) -> argparse.Action:
-        owner = next(base for base in part.__mro__ if item.name in get_annotations(base))
+        owner: Any = next(base for base in part.__mro__ if item.name in get_annotations(base))
         title = item.metadata.get("group", owner.group)
         group = self._groups.get(title) or self._groups.setdefault(title, self.add_argument_group(title))
         kind, mark = unwrap(hint)
@@ -193,13 +193,13 @@ class OptionParser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         # A command reads all that stands behind it, and so refuses with its own usage what it does not know.
         args = None if args is None else [self._with_underscores(word) for word in args]
-        namespace, unknown = super().parse_known_args(args, namespace)
+        found, unknown = super().parse_known_args(args, namespace or argparse.Namespace())
         if unknown:
             flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
             known = [name.lstrip("-") for name in self._option_string_actions]
             hint = "" if flag is None else suggest(flag, known, "--")
             self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
-        return namespace, unknown
+        return found, unknown
 
     def _with_underscores(self, word: str) -> str:
         flag, equals, value = word.partition("=")

@@ -54,7 +54,7 @@ def score(options: EvaluateOptions, command: str | None = None) -> dict[str, Any
     Raises:
         UsageError: for options that do not fit each other or the data.
     """
-    check_metric_names(options.metrics or DEFAULT_METRICS)
+    check_metric_names(DEFAULT_METRICS if options.metrics is None else options.metrics)
     check_guide(options.guide, options.guidance_scale)
     _check_outputs(options)
     state = make_state()
