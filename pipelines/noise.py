@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-# Schedulers that no option tells from those for other models: distilled ones, or with another time.
+# Options of these schedulers alone; others that have them are for distilled models, or count time in another way.
 WITHOUT_OTHERS = {
     "sigma_schedule": (EDMEulerScheduler, EDMDPMSolverMultistepScheduler),
     "shift": (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler),
@@ -22,10 +22,10 @@ WITHOUT_OTHERS = {
 
 
 class NoiseKind(str, Enum):
-    """What a UNet was trained on; its value is a scheduler for it.
+    """The kind of noise that a UNet was trained on; its value is a scheduler for it.
 
-    A string too, because diffusers runs the code that a pipeline brings along once for each pipeline: members must
-    equal those of another time.
+    It is a string, so that members of two copies of this module are equal: diffusers runs the code that a pipeline
+    brings along once for each pipeline.
     """
 
     BETAS = "DDIMScheduler"
@@ -34,6 +34,7 @@ class NoiseKind(str, Enum):
 
     @property
     def words(self) -> str:
+        """Return how to name such a UNet in a sentence."""
         return {
             NoiseKind.BETAS: "a UNet that predicts noise, sample or velocity",
             NoiseKind.EDM: "a UNet with EDM's preconditioning",
@@ -42,7 +43,7 @@ class NoiseKind(str, Enum):
 
 
 def noise_kind(config: Mapping[str, Any]) -> NoiseKind | None:
-    """The kind of noise that the options of a scheduler are for. `None` where it is another."""
+    """Return the kind of noise that the configuration of a scheduler is for, or `None` for any other."""
     prediction, flow_sigmas = config.get("prediction_type"), config.get("use_flow_sigmas")
     if "sigma_data" in config:
         return NoiseKind.EDM if "sigma_schedule" in config else None
@@ -52,19 +53,16 @@ def noise_kind(config: Mapping[str, Any]) -> NoiseKind | None:
 
 
 def find_misfit(scheduler: SchedulerMixin, trained: NoiseKind | None = None) -> str | None:
-    """Why a scheduler would not denoise with a UNet that was trained on this kind of noise, or on any, in words.
-
-    `None` if it fits.
-    """
+    """Return why a scheduler would not denoise with a UNet of this kind of noise, or of any, or `None` if it fits."""
     accepted = inspect.signature(type(scheduler).__init__).parameters
-    # `from_config` also keeps what a scheduler was given and does not know: it is of the one that it was made from.
+    # `from_config` also keeps options that the class does not have: they come from the scheduler it was made from.
     own, before = (
         {name: value for name, value in scheduler.config.items() if (name in accepted) == known}
         for known in (True, False)
     )
     kind = noise_kind(own)
     if kind is None:
-        return _why_of_no_kind(own)
+        return _explain_no_kind(own)
     if any(name in own and not isinstance(scheduler, known) for name, known in WITHOUT_OTHERS.items()):
         return "it is for models of another kind"
     if before.get("use_flow_sigmas") or "shift" in before:
@@ -78,7 +76,7 @@ def find_misfit(scheduler: SchedulerMixin, trained: NoiseKind | None = None) -> 
     return None if trained in (None, kind) else f"it is for {kind.words}"
 
 
-def _why_of_no_kind(own: Mapping[str, Any]) -> str:
+def _explain_no_kind(own: Mapping[str, Any]) -> str:
     if "prediction_type" not in own:
         return "it has no prediction_type"
     flow = own.get("use_flow_sigmas") or own["prediction_type"] == "flow_prediction"
@@ -87,6 +85,6 @@ def _why_of_no_kind(own: Mapping[str, Any]) -> str:
 
 
 def _required(function: Any) -> set[str]:
-    """Names of the arguments without which a function cannot be called."""
+    """Return the names of the arguments without which a function cannot be called."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}

@@ -1,6 +1,8 @@
 """DIAUNetPipeline: images from a diffusion UNet, of pixels or of latents, unconditional or by class."""
 
 import inspect
+import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ..errors import NotFiniteImagesError, UsageError
 from ..latents.scaling import unscale_latents
+from .labels import make_labels
 from .noise import NoiseKind, find_misfit, noise_kind
 from .self_contained import SelfContained
 from .timesteps import set_timesteps
@@ -62,6 +65,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide=guide)
+        self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
         self._trained_on = None if scheduler is None or find_misfit(scheduler) else noise_kind(scheduler.config)
         if id2label is not None:
             # JSON, in which it is saved, has no numbers for keys.
@@ -69,22 +73,42 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
 
     @property
     def class_names(self) -> list[str] | None:
-        """The names of the classes, in the order of their numbers. `None` where they are not known."""
+        """Return the names of the classes, in the order of their numbers, or `None` where they are not known."""
         names = self.config.get("id2label")
         return None if names is None else [names[number] for number in sorted(names)]
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "DIAUNetPipeline":
-        """As [`~diffusers.DiffusionPipeline.from_pipe`], which by itself takes over no UNet with DIA."""
+        """Make a pipeline from the parts of another, a UNet with DIA too, which diffusers leaves out by itself."""
         unets = {name: getattr(pipeline, name, None) for name in ("unet", "guide")}
         unets = {name: unet for name, unet in unets.items() if isinstance(unet, UNet2DModel)}
         return super().from_pipe(pipeline, **unets | kwargs)
 
     @property
     def null_class(self) -> int | None:
-        """The label that stands for "no class": the last class embedding. `None` for an unconditional UNet."""
+        """Return the label that stands for no class, the last class embedding, or `None` for an unconditional UNet."""
         embeddings = self.unet.config.num_class_embeds
         return None if embeddings is None or self.unet.config.class_embed_type is not None else embeddings - 1
+
+    @property
+    def guidance_scale(self) -> float:
+        """Return the strength of guidance of the call under way; a callback may set `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Return whether the next step compares with the prediction without a class."""
+        return self._guidance_scale != 1.0 and self.guide is None and self.unet.class_embedding is not None
+
+    @property
+    def num_timesteps(self) -> int:
+        """Return how many evaluations of the scheduler the call takes: twice the steps with Heun's method."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Return whether the call ends after this step; a callback sets `_interrupt`."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -92,7 +116,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         batch_size: int = 1,
         num_inference_steps: int = 25,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
         latents: Tensor | None = None,
@@ -110,8 +134,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator for the batch, or one for each image; with the latter an image does not depend on the
                 others in its batch.
-            class_labels (`int`, sequence of `int` or `Tensor` of shape `(batch_size,)`, *optional*):
-                The class of each image, or one for all. By default no class.
+            class_labels (`int`, `str`, sequence of them or `Tensor` of shape `(batch_size,)`, *optional*):
+                The class of each image, or one for all, by number or by name. By default no class.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 How far a prediction goes on beyond that of something worse, `worse + guidance_scale * (unet - worse)`.
                 1 is no guidance. Worse is the `guide`, told the same classes, where there is one (autoguidance, Karras
@@ -122,11 +146,13 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                 Standard normal noise to start from, instead of drawing it.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `pil` (`PIL.Image`), `np` (`(B, H, W, C)` in [0, 1]), `pt` (`(B, C, H, W)` in [0, 1]) or `latent`
-                (`(B, C, H, W)`, the last sample as it is, about [-1, 1] in pixel space, and not decoded).
+                (`(B, C, H, W)`, the last sample as it is, about [-1, 1] in pixel space, and not decoded). Tensors have
+                the UNet's type; between the steps samples are float32 at least.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an `ImagePipelineOutput`.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step_index, timestep, {"latents": ...})` after each step; what it returns
-                replaces the latents. Setting `pipeline._interrupt = True` ends the sampling.
+                replaces the latents. Setting `pipeline._interrupt = True` ends the sampling, and
+                `pipeline._guidance_scale` changes the guidance of the steps that follow.
             callback_on_step_end_tensor_inputs (sequence of `str`, *optional*): Only `latents` exists.
 
         Returns:
@@ -137,7 +163,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                 that are not finite, unless they are asked for as they are (`latent`).
         """
         # 0. check inputs
-        self._check_inputs(output_type, callback_on_step_end_tensor_inputs, generator, batch_size)
+        self._check_inputs(output_type, callback_on_step_end_tensor_inputs, generator, batch_size, num_inference_steps)
         self._check_scheduler()
         if self.vae is not None:
             self._check_latents()
@@ -145,25 +171,29 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         self._check_guidance(guidance_scale, class_labels)
 
         # 1. timesteps and initial noise
-        set_timesteps(self.scheduler, num_inference_steps, self._execution_device)
-        latents = self._prepare_latents(latents, batch_size, generator)
+        height, width = self._sample_size()
+        shape = (self.unet.config.in_channels, height, width)
+        learned_variance = self.unet.config.out_channels == 2 * shape[0]
+        set_timesteps(self.scheduler, num_inference_steps, shape, self._execution_device, learned_variance)
+        latents = self._prepare_latents(latents, (batch_size, *shape), generator)
         step_arguments = self._step_arguments(generator, eta)
 
         # 2. denoise
-        self._interrupt = False
+        self._interrupt, self._guidance_scale = False, guidance_scale
+        self._num_timesteps = len(self.scheduler.timesteps)
         # Clipping would hide from the images what the model gives.
         finite = torch.ones((), dtype=torch.bool, device=self._execution_device)
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             # A flow does not scale.
             scale = getattr(self.scheduler, "scale_model_input", None)
             model_input = latents if scale is None else scale(latents, timestep)
-            prediction = self._predict(model_input, timestep, labels, guidance_scale)
+            prediction = self._predict(model_input.to(self.unet.dtype), timestep, labels).to(latents.dtype)
             finite &= prediction.isfinite().all()
-            latents = self._step(prediction, timestep, latents, step_arguments)
+            latents = self.scheduler.step(prediction, timestep, latents, **step_arguments).prev_sample
 
             if callback_on_step_end is not None:
                 returned = callback_on_step_end(self, index, timestep, {"latents": latents})
-                latents = (returned or {}).get("latents", latents)
+                latents = (returned or {}).get("latents", latents).to(latents.dtype)
             if self._interrupt:
                 break
 
@@ -174,8 +204,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, model_input: Tensor, timestep: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
-        if guidance_scale == 1.0:
+    def _predict(self, model_input: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+        if self._guidance_scale == 1.0 or (self.guide is None and labels is None):
             return self.unet(model_input, timestep, labels).sample
         if self.guide is not None:
             prediction = self.unet(model_input, timestep, labels).sample
@@ -184,7 +214,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             # Both predictions in one batch.
             both = torch.cat([labels, torch.full_like(labels, self.null_class)])
             prediction, worse = self.unet(torch.cat([model_input] * 2), timestep, both).sample.chunk(2)
-        return worse + guidance_scale * (prediction - worse)
+        return worse + self._guidance_scale * (prediction - worse)
 
     def _check_inputs(
         self,
@@ -192,15 +222,30 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         tensor_inputs: Sequence[str],
         generator: torch.Generator | list[torch.Generator] | None,
         batch_size: int,
+        num_inference_steps: int,
     ) -> None:
+        for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise UsageError(f"{name} must be a whole number, but is {value!r}.")
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, but is {batch_size}.")
         if output_type not in OUTPUT_TYPES:
             raise UsageError(f"unknown output_type '{output_type}'. Choose one of: {', '.join(OUTPUT_TYPES)}.")
+        if output_type == "pil" and self.image_channels not in (1, 3):
+            raise UsageError(
+                f"images of {self.image_channels} channels are no pictures: pictures have 1 or 3. Take output_type "
+                "'np' or 'pt'."
+            )
         if set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise UsageError(f"callback_on_step_end can be given only 'latents', not {list(tensor_inputs)}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise UsageError(f"{len(generator)} generators were given for a batch of {batch_size} images.")
 
-    def _check_guidance(self, guidance_scale: float, class_labels: int | Sequence[int] | Tensor | None) -> None:
+    def _check_guidance(self, guidance_scale: float, class_labels: Any) -> None:
+        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
+            raise UsageError(f"guidance_scale must be a number, but is {guidance_scale!r}.")
+        if not math.isfinite(guidance_scale):
+            raise UsageError(f"guidance_scale must be a finite number, but is {guidance_scale}.")
         if guidance_scale == 1.0:
             return
         if self.guide is None and (class_labels is None or self.null_class is None):
@@ -213,7 +258,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                 raise UsageError(f"the guide has {name} {of_guide}, and the UNet {own}: it does not fit.")
 
     def _check_scheduler(self) -> None:
-        """Refuses schedulers that would run, or nearly, but not denoise with what such a UNet predicts."""
+        """Refuse schedulers that would run, or nearly, but not denoise with what such a UNet predicts."""
         reason, trained = find_misfit(self.scheduler, self._trained_on), self._trained_on or NoiseKind.BETAS
         if reason is not None:
             raise UsageError(
@@ -222,7 +267,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             )
 
     def _check_latents(self) -> None:
-        """Refuses a VAE of other latents, and schedulers that keep samples within the range of pixels."""
+        """Refuse a VAE of other latents, and schedulers that keep samples within the range of pixels."""
         channels, decoded = self.unet.config.out_channels, self.vae.config.latent_channels
         if channels != decoded:
             raise UsageError(f"the UNet makes {channels} channels, and the VAE decodes {decoded}: they do not fit.")
@@ -235,7 +280,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                     f"{kind}.from_config(pipe.scheduler.config, {name}=False)."
                 )
 
-    def _prepare_labels(self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int) -> Tensor | None:
+    def _prepare_labels(self, class_labels: Any, batch_size: int) -> Tensor | None:
         if self.unet.class_embedding is None:
             if class_labels is not None:
                 raise UsageError("class_labels were given, but this UNet is not class-conditional.")
@@ -244,53 +289,60 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             if class_labels is None:
                 raise UsageError("this UNet needs class_labels.")
             return torch.as_tensor(class_labels, device=self._execution_device)
-        labels = torch.as_tensor(self.null_class if class_labels is None else class_labels)
-        labels = labels.to(self._execution_device).expand(batch_size) if labels.ndim == 0 else labels.long()
-        if labels.shape != (batch_size,):
-            raise UsageError(f"{len(labels)} class_labels were given for a batch of {batch_size} images.")
-        if labels.min() < 0 or labels.max() > self.null_class:
-            raise UsageError(f"class_labels must lie between 0 and {self.null_class}, but are {labels.tolist()}.")
-        return labels.to(self._execution_device)
+        labels = self.null_class if class_labels is None else class_labels
+        return make_labels(labels, batch_size, self.null_class, self.class_names).to(self._execution_device)
+
+    @property
+    def image_channels(self) -> int:
+        """Return the number of channels of the images: the VAE's, or the UNet's."""
+        return self.unet.config.in_channels if self.vae is None else self.vae.config.out_channels
+
+    def _sample_size(self) -> tuple[int, int]:
+        """Return height and width of what the UNet denoises."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
 
     def _prepare_latents(
-        self, latents: Tensor | None, batch_size: int, generator: torch.Generator | list[torch.Generator] | None
+        self,
+        latents: Tensor | None,
+        shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
     ) -> Tensor:
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+        # Samplers add small differences to large samples: in half precision they would be lost, or not be finite.
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
         elif latents.shape != shape:
             raise UsageError(f"latents must have the shape {shape}, but have {tuple(latents.shape)}.")
         # A flow begins with the noise as it is.
         scale = getattr(self.scheduler, "init_noise_sigma", 1.0)
-        return latents.to(device=self._execution_device, dtype=self.unet.dtype) * scale
+        return latents.to(device=self._execution_device, dtype=dtype) * scale
 
     def _step_arguments(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
-    def _step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, arguments: dict[str, Any]) -> Tensor:
-        try:
-            return self.scheduler.step(prediction, timestep, latents, **arguments).prev_sample
-        except (NotImplementedError, ValueError) as error:
-            # Some are written for some prediction types only, and say so at their first step.
-            raise UsageError(f"{type(self.scheduler).__name__} cannot be used here: {error}") from error
-
     def decode(self, latents: Tensor) -> Tensor:
-        """Images in about [-1, 1] `(B, C, H, W)` from what a step gives, as a callback has it."""
+        """Return images in about [-1, 1] `(B, C, H, W)` from what a step gives, as a callback has it."""
         if self.vae is None:
             return latents
-        images = self.vae.decode(unscale_latents(latents, self.vae.config).to(self.vae.dtype)).sample
+        dtype, latents = self.vae.dtype, unscale_latents(latents, self.vae.config)
+        # Some VAEs overflow in float16, and say so.
+        upcast = dtype == torch.float16 and self.vae.config.get("force_upcast", False)
+        if upcast:
+            self.vae.to(torch.float32)
+        images = self.vae.decode(latents.to(self.vae.dtype)).sample
+        if upcast:
+            self.vae.to(dtype)
         if not images.isfinite().all():
             raise NotFiniteImagesError(self.name_or_path or type(self.vae).__name__)
         return images
 
     def _postprocess(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
-            return latents
+            return latents.to(self.unet.dtype)
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
-            return images
+            return images.to(self.unet.dtype)
         images = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(images) if output_type == "pil" else images

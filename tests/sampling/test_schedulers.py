@@ -257,7 +257,7 @@ import sys
 sys.modules["scipy"] = None  # As if it were not installed.
 import diffusers
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sampling import make_scheduler
+from dia_diffusion.sampling.schedulers import make_scheduler
 try:
     make_scheduler("lms", diffusers.DDPMScheduler().config)
 except UsageError as error:
