@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffusers import ModelMixin
+
 # Module of a class in this package, and the name of the file that holds its code in a saved pipeline.
 _FILES = {"dia_diffusion.models.unet": "dia_unet", "dia_diffusion.pipelines.pipeline_dia_unet": "pipeline_dia_unet"}
 
@@ -60,6 +62,10 @@ class SelfContained:
         for name, library in self._libraries().items():
             class_name = type(self).__name__ if name == "_class_name" else index[name][1]
             index[name] = [_file_name(library), class_name]
+        own = [index[name] for name in self._libraries() if name != "_class_name"]
+        if own and len(own) == sum(isinstance(part, ModelMixin) for part in self.components.values()):
+            # AutoModel finds the code by this. It would look there for models of diffusers, too, if there were any.
+            index["auto_map"] = {"AutoModel": ".".join(own[0])}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def _libraries(self) -> dict[str, str]:
@@ -67,6 +73,11 @@ class SelfContained:
         modules = {name: value[0] for name, value in self.config.items() if isinstance(value, list | tuple)}
         modules["_class_name"] = type(self).__module__
         return {name: module for name, module in modules.items() if module and _package(module) == _package(__name__)}
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As [`~diffusers.ConfigMixin.extract_init_dict`], which would warn of the entry for AutoModel."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:

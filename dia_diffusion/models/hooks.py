@@ -78,8 +78,11 @@ class CheckedGate(Gate):
         return pytree.tree_unflatten(values, form)
 
     def _check(self, branch: Tensor, current: ForwardPass) -> None:
-        name, before = self.blocks.names[self.position], current.state.position - 1
-        if self.position <= before:
+        state, name = current.state, self.blocks.names[self.position]
+        first, before = state.first, state.position - 1
+        # The first one runs again where the model calls its backbone a second time.
+        again = self.position == first and (before > first or len(self.blocks.names) == 1)
+        if self.position <= before and not again:
             raise UsageError(f"the branch '{name}' ran after '{self.blocks.names[before]}': list each once, in order.")
         width, dim = current.attention.widths[self.position], current.attention.channel_dims[self.position]
         if not isinstance(branch, Tensor) or branch.ndim < 2 or branch.shape[dim] != width:
@@ -140,7 +143,7 @@ class ModelHooks:
                 "since. Detach it and attach it anew."
             )
         left_out = self.blocks.names[current.state.position :]
-        if self.complete and left_out and output is not None:
+        if self.complete and current.state.first is not None and left_out and output is not None:
             raise UsageError(f"the branch '{left_out[0]}' did not run in this forward pass: leave it out of branches.")
 
     def remove(self, model: nn.Module) -> None:
