@@ -1,13 +1,12 @@
-"""Image classification with shared attention, as in the paper: the ResNet for CIFAR, and a small vision transformer.
+"""Train an image classifier with shared attention: the paper's ResNet for CIFAR, a RegNet or a small ViT.
 
-    python examples/image_classification.py                       # the embedded digits
+    python examples/image_classification.py                       # ResNet-20 with DIA on the embedded digits, 30 epochs
     python examples/image_classification.py --dataset_name uoft-cs/cifar10 --depth 32 --epochs 164 --attention dia_paper
     python examples/image_classification.py --train_data_dir my_images --resolution 64 --attention se
 
-Runs of one seed start from the same weights and see the same images, whatever their attention. `result.json` in the
-output directory is written at the end, beside a picture of the curves and the trained `model`; a model of transformers
-is saved with its image processor, so that `dia evaluate --features` takes it. `compare_classifiers.py` runs variants
-over seeds.
+Results in `runs/image_classification` (`--output_dir`): `result.json`, `curves.png` and the trained model. A model of
+transformers is saved with its image processor, so that `dia evaluate --features` takes it. Runs of one seed start from
+the same weights and see the same images, whatever their attention. `compare_classifiers.py` runs variants over seeds.
 """
 
 import argparse
@@ -88,7 +87,7 @@ def make_optimizer(
 
 
 def train(options: argparse.Namespace) -> dict:
-    """Trains and tests; writes and returns the result."""
+    """Train and test a classifier; write and return the result."""
     if options.branch_scale != 1 and options.model not in RESNETS:
         raise UsageError(
             f"--branch_scale {options.branch_scale} is for {' and '.join(RESNETS)}, not for {options.model}."
@@ -114,7 +113,7 @@ def train(options: argparse.Namespace) -> dict:
     metrics = {"loss": MeanMetric(), "accuracy": Accuracy(task="multiclass", num_classes=train_set.classes)}
 
     def run(batches: Iterator[tuple[Tensor, Tensor]], training: bool) -> dict[str, float]:
-        """An epoch, or a test: loss and accuracy."""
+        """Run an epoch or a test; return loss and accuracy."""
         model.train(training)
         for metric in metrics.values():
             metric.to(device).reset()
@@ -160,7 +159,7 @@ def train(options: argparse.Namespace) -> dict:
 def leave(
     options: argparse.Namespace, result: dict, model: nn.Module, test_set: Images, mean: Tensor, std: Tensor
 ) -> None:
-    """The model, a picture of its curves and the result, completed by what the maps of its attention have in common."""
+    """Write the model, a picture of its curves, and the result with the correlation of its attention maps."""
     options.output_dir.mkdir(parents=True, exist_ok=True)
     if result["attention_parameters"]:
         result["correlation"] = correlate_maps(model, test_set, mean, std)
@@ -170,6 +169,7 @@ def leave(
 
 
 def save_curves(history: list[dict[str, float]], path: Path) -> None:
+    """Draw loss and accuracy over the epochs."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axis, kind in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split in ("train", "test"):

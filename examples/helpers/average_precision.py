@@ -8,13 +8,13 @@ RECALLS = np.linspace(0, 1, 101)
 
 
 def corners(boxes: Tensor) -> Tensor:
-    """Centre and size to left, top, right, bottom."""
+    """Convert boxes from centre and size to left, top, right, bottom."""
     centre, size = boxes.chunk(2, dim=-1)
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
 def intersection_over_union(some: Tensor, others: Tensor) -> Tensor:
-    """Of each box with each of the others, `(N, M)`."""
+    """Return the intersection over union of each box with each of the others, `(N, M)`."""
     some, others = corners(some)[:, None], corners(others)[None]
     sides = (torch.minimum(some, others)[..., 2:] - torch.maximum(some, others)[..., :2]).clamp(min=0)
     area, other_area = ((boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (some, others))
@@ -22,8 +22,12 @@ def intersection_over_union(some: Tensor, others: Tensor) -> Tensor:
 
 
 def average_precision(hits: np.ndarray, total: int) -> float:
-    """From detections in the order of their scores, each a hit or not: the mean over 101 recalls of the best precision
-    at that recall or a higher one (COCO)."""
+    """Return the mean over 101 recalls of the best precision at that recall or a higher one (COCO).
+
+    Args:
+        hits: Detections in the order of their scores, each a hit or not.
+        total: Number of objects.
+    """
     found = hits.cumsum()
     best = np.maximum.accumulate((found / np.arange(1, len(hits) + 1))[::-1])[::-1]
     reached = np.searchsorted(found / total, RECALLS)
@@ -31,8 +35,11 @@ def average_precision(hits: np.ndarray, total: int) -> float:
 
 
 def mean_average_precision(detections: list[dict], targets: list[dict], threshold: float = 0.5) -> float:
-    """Mean over the classes. A detection is a hit if the box of its class that it overlaps most, of those that no
-    detection with a higher score has taken, has at least this intersection over union."""
+    """Return the mean average precision over the classes.
+
+    A detection is a hit if the box of its class that it overlaps most has at least this intersection over union. Boxes
+    that a detection with a higher score has taken do not count.
+    """
     precisions = []
     for label in sorted({int(label) for target in targets for label in target["class_labels"]}):
         scores, hits, total = [], [], 0

@@ -1,6 +1,6 @@
 """The ResNet for small images (arXiv 1512.03385, section 4.2), with projections as shortcuts like that of the authors.
 
-Its layers have the names of torchvision's, so that `attach` knows where the residual branches end: behind the last
+Its layers have the names of torchvision's, so that `attach` knows where the residual branches end: after the last
 normalisation, before the shortcut is added.
 """
 
@@ -11,6 +11,8 @@ from dia_diffusion.errors import UsageError
 
 
 class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
     expansion, layers = 1, 2
 
     def __init__(self, channels: int, width: int, stride: int):
@@ -25,6 +27,8 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
+    """Convolutions of 1x1, 3x3 and 1x1, and a shortcut."""
+
     expansion, layers = 4, 3
 
     def __init__(self, channels: int, width: int, stride: int):
@@ -41,12 +45,14 @@ class Bottleneck(nn.Module):
 
 
 def conv(channels: int, width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """Make a convolution without bias, initialised as in arXiv 1502.01852."""
     layer = nn.Conv2d(channels, width, kernel, stride, kernel // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
 
 
 def shortcut(channels: int, width: int, stride: int) -> nn.Module:
+    """Make the identity, or a projection where channels or resolution change."""
     if channels == width and stride == 1:
         return nn.Identity()
     return nn.Sequential(conv(channels, width, 1, stride), nn.BatchNorm2d(width))

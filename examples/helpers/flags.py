@@ -1,4 +1,4 @@
-"""The flags that the examples share: what they take, refused in words before the work begins."""
+"""Types of the examples' flags. What a flag cannot take is refused before the work begins."""
 
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -13,9 +13,9 @@ seed = number_type(int, Range(least=0, most=2**32 - 1))
 
 
 def folder(text: str) -> Path:
-    """A folder that is there or can be made."""
+    """Return the path of a folder that exists or can be made."""
     path = Path(text).expanduser()
-    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not nearest.is_dir():
         raise ArgumentTypeError(f"'{nearest}' is a file, and a folder is needed there: choose another.")
     return path

@@ -1,4 +1,4 @@
-"""All images of a split in memory: batches are cut out of them at once, which is fast on one core."""
+"""Keep all images of a split in memory, so that batches are cut out of one tensor, which is fast on one core."""
 
 from collections.abc import Iterator
 
@@ -27,8 +27,10 @@ class Images:
         self.classes = data.num_classes
 
     def batches(self, rows: Tensor, size: int, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """These images and their labels, in batches; with a generator each image is cropped at random out of a black
-        border of 4 pixels, and flipped or not."""
+        """Yield batches of `size` images and labels, in the order of `rows`.
+
+        With a generator each image is cropped at random out of a black border of 4 pixels, and flipped or not.
+        """
         padded, side = F.pad(self.pixels, (4, 4, 4, 4)).permute(0, 2, 3, 1), torch.arange(self.pixels.shape[-1])
         for chosen in rows.split(size):
             down = across = 4 + side.expand(len(chosen), -1)

@@ -1,4 +1,4 @@
-"""What a trained classifier leaves: its weights, and what its attention maps have in common."""
+"""Save a trained classifier, and correlate its attention maps."""
 
 from pathlib import Path
 
@@ -16,9 +16,14 @@ from .images_in_memory import Images
 
 @torch.no_grad()
 def correlate_maps(model: nn.Module, images: Images, mean: Tensor, std: Tensor, most: int = 100) -> dict[str, dict]:
-    """The correlation, channel by channel, of the attention maps of each two blocks of equal width (arXiv 2210.16101,
-    section 1), over up to `most` images of each class: `all` images together, and `within_class`, where the mean map of
-    each class is taken out first. Statistics as those of `dia analyze`."""
+    """Correlate the attention maps of each two blocks of equal width, channel by channel (arXiv 2210.16101, section 1).
+
+    Over up to `most` images of each class.
+
+    Returns:
+        The statistics of `dia analyze`: over `all` images together, and `within_class`, with the mean map of each class
+        subtracted first.
+    """
     of_class = [(images.labels == label).nonzero().flatten() for label in range(images.classes)]
     count = min(most, *map(len, of_class))
     rows = torch.cat([rows[:count] for rows in of_class])
@@ -41,8 +46,7 @@ def correlate_maps(model: nn.Module, images: Images, mean: Tensor, std: Tensor, 
 
 
 def save_classifier(model: nn.Module, folder: Path, resolution: int, mean: Tensor, std: Tensor) -> None:
-    """The weights; of a model of transformers what `from_pretrained` and `dia` take: `model` with its image processor,
-    and `attention` apart."""
+    """Save the weights; of a model of transformers `model` with its image processor, and `attention` apart."""
     if not isinstance(model, PreTrainedModel):
         save_model(model, folder / "model.safetensors")
         return
