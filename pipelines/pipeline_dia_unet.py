@@ -171,9 +171,9 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         self._check_guidance(guidance_scale, class_labels)
 
         # 1. timesteps and initial noise
-        height, width = self._sample_size()
+        height, width = self.sample_size
         shape = (self.unet.config.in_channels, height, width)
-        learned_variance = self.unet.config.out_channels == 2 * shape[0]
+        learned_variance = self.unet.config.get("out_channels") == 2 * shape[0]
         set_timesteps(self.scheduler, num_inference_steps, shape, self._execution_device, learned_variance)
         latents = self._prepare_latents(latents, (batch_size, *shape), generator)
         step_arguments = self._step_arguments(generator, eta)
@@ -231,7 +231,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             raise UsageError(f"batch_size must be at least 1, but is {batch_size}.")
         if output_type not in OUTPUT_TYPES:
             raise UsageError(f"unknown output_type '{output_type}'. Choose one of: {', '.join(OUTPUT_TYPES)}.")
-        if output_type == "pil" and self.image_channels not in (1, 3):
+        if output_type == "pil" and self.image_channels not in (1, 3, None):
             raise UsageError(
                 f"images of {self.image_channels} channels are no pictures: pictures have 1 or 3. Take output_type "
                 "'np' or 'pt'."
@@ -293,11 +293,12 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         return make_labels(labels, batch_size, self.null_class, self.class_names).to(self._execution_device)
 
     @property
-    def image_channels(self) -> int:
+    def image_channels(self) -> int | None:
         """Return the number of channels of the images: the VAE's, or the UNet's."""
-        return self.unet.config.in_channels if self.vae is None else self.vae.config.out_channels
+        return self.unet.config.in_channels if self.vae is None else self.vae.config.get("out_channels")
 
-    def _sample_size(self) -> tuple[int, int]:
+    @property
+    def sample_size(self) -> tuple[int, int]:
         """Return height and width of what the UNet denoises."""
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)

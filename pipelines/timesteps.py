@@ -39,6 +39,14 @@ def set_timesteps(
         UsageError: with the reason, where the scheduler fails with this number of steps, gives values that are not
             finite, or ends far from the image even with a perfect model.
     """
+    check_steps(scheduler, num_inference_steps, shape, learned_variance)
+    scheduler.set_timesteps(num_inference_steps, device=device, **_timestep_arguments(scheduler, shape))
+
+
+def check_steps(
+    scheduler: SchedulerMixin, num_inference_steps: int, shape: tuple[int, int, int], learned_variance: bool = False
+) -> None:
+    """Refuse a number of steps that a scheduler cannot take: see `set_timesteps`."""
     name, timesteps = type(scheduler).__name__, scheduler.config.get("num_train_timesteps")
     most = timesteps if "beta_schedule" in scheduler.config else num_inference_steps
     if not 1 <= num_inference_steps <= most:
@@ -56,7 +64,6 @@ def set_timesteps(
             f"num_inference_steps {num_inference_steps} does not fit {name}: {reason}. Take for example one such as "
             f"{fitting[0]}, or another scheduler."
         )
-    scheduler.set_timesteps(num_inference_steps, device=device, **_timestep_arguments(scheduler, shape))
 
 
 def _timestep_arguments(scheduler: SchedulerMixin, shape: tuple[int, int, int]) -> dict[str, Any]:

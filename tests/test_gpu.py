@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.sampling.numbered import image_generators, sample_images
+from dia_diffusion.sampling.generation import image_generators, sample_images
 from dia_diffusion.sampling.schedulers import make_scheduler
 from dia_diffusion.training import loop
 from training_runs import fresh_state, run

@@ -1,37 +1,96 @@
-"""What `dia app` does: loads a model, and shows it in a browser until it is stopped."""
+"""`dia app`: load a model, and show its page in a browser until it is stopped."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..data.recorded import find_recorded_data
 from ..errors import UsageError
+from ..pipelines.noise import NoiseKind, noise_kind
+from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
 from ..process.distributed import find_device, make_state
 from ..sampling.loading import load_pipeline
-from .making import Maker
+from .stepwise import StepwiseSampler
+
+_PREDICTIONS = {"epsilon": "the noise", "sample": "the image", "v_prediction": "the velocity"}
 
 
-def launch_app(model: str, device: str | None = None, **launch: Any) -> None:
-    """Shows the page of a model, until it is stopped.
+def launch_app(
+    model: str,
+    device: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    **launch: Any,
+) -> None:
+    """Show the page of a model until it is stopped.
 
     Args:
         model (`str`): Folder or Hub id of a pipeline.
         device (`str`, *optional*): By default a GPU where there is one.
-        launch: For Gradio's `launch`. Its `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT` say where the page is.
+        host (`str`, *optional*): The address to listen on, by default `GRADIO_SERVER_NAME` or 127.0.0.1.
+        port (`int`, *optional*): By default `GRADIO_SERVER_PORT`, or the first free one from 7860.
+        share (`bool`, *optional*, defaults to `False`): Whether Gradio makes a public link, for a week.
+        launch: Further arguments of Gradio's `launch`.
 
     Raises:
-        UsageError: without Gradio, and for a model that cannot be shown.
+        UsageError: without Gradio, for a model that cannot be shown, and for an address that cannot be used.
     """
     if find_spec("gradio") is None:
         raise UsageError("the page needs Gradio: pip install 'dia-diffusion[app]'.")
-    maker = Maker(load_pipeline(model, device=find_device(device, make_state())))
-    # It takes seconds to import, which a mistake should not wait for.
+    sampler = StepwiseSampler(load_pipeline(model, device=find_device(device, make_state())))
+    # Gradio takes seconds to import, which a mistake should not wait for.
     import gradio as gr
 
     from .page import make_app
 
-    # Fonts that are there, instead of some from elsewhere.
+    # System fonts: the page loads nothing from elsewhere.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    app = make_app(maker, Path(model).name)
-    _, url, _ = app.launch(theme=theme, footer_links=[], quiet=True, prevent_thread_lock=True, **launch)
-    print(f"'{model}' can be tried at {url} (Ctrl-C ends it).", flush=True)
+    app = make_app(sampler, Path(model).name, describe_model(sampler.pipeline, model))
+    _reach_own_machine_directly(host)
+    arguments = {"server_name": host, "server_port": port, "share": share, "theme": theme, "footer_links": []}
+    try:
+        _, url, public = app.launch(**arguments | launch, quiet=True, prevent_thread_lock=True)
+    except OSError as error:
+        raise UsageError(f"the page cannot be shown at {host or '127.0.0.1'}, port {port or 7860}: {error}") from error
+    print(f"'{model}' can be tried at {url}{f' and {public}' if public else ''} (Ctrl-C ends it).", flush=True)
     app.block_thread()
+
+
+def describe_model(pipeline: DIAUNetPipeline, model: str) -> str:
+    """Return a paragraph about a model in Markdown: data, size, parameters and objective.
+
+    Args:
+        pipeline (`DIAUNetPipeline`): The model.
+        model (`str`): Its folder, in which a training run may have recorded its data.
+    """
+    data, unet = find_recorded_data(model), pipeline.unet
+    origin = data and (data.dataset_name or Path(data.train_data_dir or "").name)
+    height, width = pipeline.sample_size
+    size = f"{height}x{width} {'latents of a VAE' if pipeline.vae is not None else 'pixels'}"
+    classes = f", {pipeline.null_class} classes" if pipeline.null_class else ""
+    parameters = unet.num_parameters()
+    attention = getattr(unet, "dia", None)
+    if attention is not None:
+        own = sum(parameter.numel() for parameter in attention.parameters())
+        kind = f" ({own:,} of them shared attention: {unet.config.dia_attention}, {unet.config.dia_sharing})"
+    else:
+        kind = " (no attention of this package)"
+    objective = {
+        NoiseKind.EDM: "denoises with EDM's preconditioning",
+        NoiseKind.FLOW: "predicts the velocity of a flow",
+    }.get(noise_kind(pipeline.scheduler.config))
+    config = pipeline.scheduler.config
+    objective = (
+        objective or f"predicts {_PREDICTIONS[config.prediction_type]} of {config.num_train_timesteps:,} timesteps"
+    )
+    trained = f"Trained on **{origin}**. " if origin else ""
+    return f"{trained}{size}{classes}; {parameters:,} parameters{kind}; {objective}."
+
+
+def _reach_own_machine_directly(host: str | None) -> None:
+    """Exclude this machine from the proxies of the environment: Gradio opens its own page once it serves it."""
+    for name in ("NO_PROXY", "no_proxy"):
+        direct = [os.environ.get(name, ""), "localhost", "127.0.0.1", host or ""]
+        os.environ[name] = ",".join(filter(None, direct))

@@ -1,1 +1,1 @@
-"""Images from a saved pipeline, with any scheduler, each a function of the seed and its number."""
+"""Images from saved pipelines: loading, samplers by name, images by number, and `dia sample`."""

@@ -1,6 +1,7 @@
-"""What `dia sample` does: images as PNG files, and a picture of them all."""
+"""`dia sample`: images as PNG files, and a picture of them all."""
 
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -11,10 +12,10 @@ from ..data.grid import image_grid
 from ..errors import UsageError
 from ..options.commands import SampleOptions
 from ..process.distributed import find_device, make_state
+from .generation import check_sampling, describe_guidance, find_advice, find_class, sample_images
 from .loading import check_guide, load_pipeline
-from .numbered import check_sampling, describe_guidance, find_class, sample_images
 
-# What this command writes, and an earlier version wrote.
+# Files that this command writes, and `grid.png` of an earlier version.
 _SAMPLES = re.compile(r"\d{5,}\.png|grid\.png")
 
 
@@ -34,10 +35,14 @@ def sample(options: SampleOptions) -> list[Image.Image]:
     earlier = [] if folder is None or grid is None else _find_earlier(folder, grid, options.overwrite)
     check_guide(options.guide, options.guidance_scale)
     device = find_device(options.device, make_state())
-    pipeline = load_pipeline(options.model, options.scheduler, device, options.compile_mode, options.guide)
+    pipeline = load_pipeline(
+        options.model, options.scheduler, device, options.compile_mode, options.guide, options.variant
+    )
     check_sampling(pipeline, options.steps)
     class_label = None if options.class_label is None else find_class(pipeline, options.class_label)
-    print(_what_is_used(options, pipeline, class_label), flush=True)
+    if advice := find_advice(pipeline, options.steps):
+        print(advice, file=sys.stderr)
+    print(_describe(options, pipeline, class_label), flush=True)
     shown: list[torch.Tensor] = []
     made: list[Image.Image] = []
     batches = sample_images(
@@ -52,7 +57,7 @@ def sample(options: SampleOptions) -> list[Image.Image]:
     number = 0
     for images in batches:
         if folder is not None and number == 0:
-            # Not before there is something to put in their place.
+            # Keep the old images until there is something to put in their place.
             for path in earlier:
                 path.unlink()
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +76,11 @@ def sample(options: SampleOptions) -> list[Image.Image]:
 
 
 def _find_earlier(folder: Path, grid: Path, overwrite: bool) -> list[Path]:
-    """The samples of an earlier call, which may be replaced."""
+    """Return the samples of an earlier call, which may be replaced.
+
+    Raises:
+        UsageError: if there are some without `--overwrite`, or the folder holds anything else.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir '{folder}' is a file; name a folder.")
     found = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
@@ -87,12 +96,15 @@ def _find_earlier(folder: Path, grid: Path, overwrite: bool) -> list[Path]:
     return earlier
 
 
-def _what_is_used(options: SampleOptions, pipeline: DiffusionPipeline, class_label: int | None) -> str:
+def _describe(options: SampleOptions, pipeline: DiffusionPipeline, class_label: int | None) -> str:
+    """Return the line that says which images are made, and how."""
     names, classes = getattr(pipeline, "class_names", None) or [], getattr(pipeline, "null_class", None)
     kind = ""
     if classes and class_label is None:
         shown = ", ".join(names[:20]) + (", ..." if names[20:] else "")
         kind = f" of its {classes} classes in turn" + (f" ({shown})" if names else "")
+    elif classes and class_label == classes:
+        kind = " of no class"
     elif classes:
         kind = f" of class {class_label}" + (f" ({names[class_label]})" if 0 <= class_label < len(names) else "")
     # Schedulers of second order evaluate the model twice in each step but the last.

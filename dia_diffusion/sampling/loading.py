@@ -1,9 +1,8 @@
-"""Pipelines from a folder or from the Hub.
-
-Another pipeline's UNet as the guide of a pipeline, where both were trained on the same."""
+"""Pipelines from a folder or from the Hub, ready to sample: on a device, with a sampler, a guide, compiled."""
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
@@ -23,58 +22,95 @@ def load_pipeline(
     device: torch.device | str | None = None,
     compile_mode: str | None = None,
     guide: str | None = None,
+    variant: str | None = None,
 ) -> DiffusionPipeline:
-    """Loads a saved pipeline, with DIA or any other of diffusers, from a folder or from the Hub.
+    """Load a saved pipeline, with DIA or any other of diffusers, in float32.
 
     The weights of its UNet are laid out for speed, so that images differ in the last bits from those of the pipeline
     that `from_pretrained` of its class gives.
 
     Args:
         name_or_path (`str`): Folder or Hub id.
-        scheduler (`str`, *optional*): Short name of another scheduler than its own.
-        device (`torch.device` or `str`, *optional*): Where it runs, by default the CPU.
+        scheduler (`str`, *optional*): Short name of another sampler than its own.
+        device (`torch.device` or `str`, *optional*): The device to run on, by default the CPU.
         compile_mode (`str`, *optional*): Mode in which `torch.compile` compiles its UNet; by default it does not.
         guide (`str`, *optional*): Folder or Hub id of a pipeline whose UNet becomes the guide of this one.
+        variant (`str`, *optional*):
+            The variant of the weights, such as `fp16`; a folder that holds only one is loaded without its name.
 
     Raises:
         UsageError: if there is no such pipeline, scheduler or device, or if the guide does not fit.
     """
-    try:
-        index = DiffusionPipeline.load_config(name_or_path)
-        # The name of the class, or the file of its code and the name.
-        name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][-1]
-        known = DIAUNetPipeline if name == DIAUNetPipeline.__name__ else DiffusionPipeline
-        pipeline = known.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = _why_not_loaded(name_or_path, error)
-        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}") from error
+    pipeline = _from_pretrained(name_or_path, variant)
     if guide is not None:
         set_guide(pipeline, load_pipeline(guide), guide)
-    unets = [unet for name in ("unet", "guide") if isinstance(unet := getattr(pipeline, name, None), nn.Module)]
-    for unet in unets:
-        unet.to(memory_format=memory_format(device))
-    if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
-        # One image at a time: the memory of a decoder does not grow with the batch, and it takes no longer.
-        pipeline.vae.enable_slicing()
+    if scheduler is not None or compile_mode is not None:
+        pipeline = _with_any_sampler(pipeline)
     if scheduler is not None:
         pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     _check_unet(name_or_path, pipeline)
-    for unet in unets if compile_mode is not None else ():
-        unet.compile(mode=compile_mode)
+    unets = [unet for name in ("unet", "guide") if isinstance(unet := getattr(pipeline, name, None), nn.Module)]
+    for unet in unets:
+        unet.to(memory_format=memory_format(device))  # type: ignore[call-overload]
+        if compile_mode is not None:
+            unet.compile(mode=compile_mode)
+    if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+        # One image at a time: the memory of a decoder does not grow with the batch, and it takes no longer.
+        pipeline.vae.enable_slicing()
     try:
         return pipeline.to(device or "cpu")
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} cannot be used here: {first_line(error)}.") from error
 
 
+def _from_pretrained(name_or_path: str, variant: str | None) -> DiffusionPipeline:
+    variants = _find_variants(Path(name_or_path))
+    if variant is None and None not in variants and len(variants) == 1:
+        variant = next(iter(variants))
+    try:
+        index = DiffusionPipeline.load_config(name_or_path)
+        # The name of the class, or the file of its code and the name.
+        name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][-1]
+        known = DIAUNetPipeline if name == DIAUNetPipeline.__name__ else DiffusionPipeline
+        return known.from_pretrained(name_or_path, variant=variant)
+    except (OSError, ValueError, KeyError) as error:
+        folder, others = Path(name_or_path), sorted(filter(None, variants))
+        reason = why_not_loaded(name_or_path, error)
+        if folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
+            reason = f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there."
+        elif variants and variant not in variants:
+            held = f"Those here: {', '.join(others)}." if others else "Leave the variant out."
+            reason = f"the folder has no weights of the variant {variant or 'without a name'}. {held}"
+        elif variant is None and "no file named" in reason:
+            reason += " If there is a variant of the weights alone, name it: --variant fp16."
+        raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}") from error
+
+
+def _find_variants(folder: Path) -> set[str | None]:
+    """Return the variants of the UNet's weights in a folder; `None` among them are the weights without a variant."""
+    names = [path.stem.split("-0")[0] for path in (folder / "unet").glob("diffusion_pytorch_model*.safetensors")]
+    return {name.partition(".")[2] or None for name in names}
+
+
+def _with_any_sampler(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Return a DIAUNetPipeline of a UNet and a scheduler, for those of diffusers take one sampler only."""
+    if isinstance(pipeline, DIAUNetPipeline) or set(pipeline.components) != {"unet", "scheduler"}:
+        return pipeline
+    if not isinstance(pipeline.unet, UNet2DModel):
+        return pipeline
+    converted = DIAUNetPipeline(pipeline.unet, pipeline.scheduler)
+    converted.register_to_config(_name_or_path=pipeline.name_or_path)
+    return converted
+
+
 def _check_unet(name_or_path: str, pipeline: DiffusionPipeline) -> None:
-    """Refuses in words what the pipeline would fail at when it is called."""
+    """Refuse what the pipeline would fail at when it is called."""
     config = getattr(getattr(pipeline, "unet", None), "config", {})
     if "sample_size" in config and config["sample_size"] is None:
         raise UsageError(
             f"'{name_or_path}' does not say of which size its images are: set sample_size in its unet/config.json."
         )
-    scheduler = type(getattr(pipeline, "scheduler", None))
+    scheduler: Any = type(getattr(pipeline, "scheduler", None))
     learned = config.get("out_channels") == 2 * config.get("in_channels", 0)
     if learned and "variance_type" not in inspect.signature(scheduler.__init__).parameters:
         raise UsageError(
@@ -83,20 +119,13 @@ def _check_unet(name_or_path: str, pipeline: DiffusionPipeline) -> None:
         )
 
 
-def _why_not_loaded(name_or_path: str, error: Exception) -> str:
-    folder = Path(name_or_path)
-    if folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
-        return f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there."
-    return why_not_loaded(name_or_path, error)
-
-
 def set_guide(pipeline: DiffusionPipeline, other: DiffusionPipeline, name: str) -> None:
-    """Makes the UNet of another pipeline the guide of this one.
+    """Make the UNet of another pipeline the guide of this one.
 
     Args:
         pipeline (`DiffusionPipeline`): A DIAUNetPipeline.
         other (`DiffusionPipeline`): With a worse model of the same images.
-        name (`str`): Of the other, for the words of a refusal.
+        name (`str`): Folder or Hub id of the other, for error messages.
 
     Raises:
         UsageError: if their predictions are not of the same kind: other noise, prediction, classes or latents.
@@ -106,14 +135,14 @@ def set_guide(pipeline: DiffusionPipeline, other: DiffusionPipeline, name: str) 
             f"a guide is the UNet of one pipeline for another, both of DIAUNetPipeline's kind, but these are "
             f"{type(pipeline).__name__} and {type(other).__name__}."
         )
-    for what, own, of_guide in _compared(pipeline, other):
+    for what, own, of_guide in _compare(pipeline, other):
         if own != of_guide:
             raise UsageError(f"'{name}' does not fit as the guide: its {what} is {of_guide}, and the model's {own}.")
     pipeline.register_modules(guide=other.unet)
 
 
-def _compared(pipeline: DIAUNetPipeline, other: DiffusionPipeline) -> list[tuple[str, object, object]]:
-    """What must be the same of two pipelines: its name, and the value in each."""
+def _compare(pipeline: DIAUNetPipeline, other: DiffusionPipeline) -> list[tuple[str, object, object]]:
+    """Return what must be equal in a model and its guide: a name, and the value in each."""
     pairs = [(part.scheduler.config, part.unet.config) for part in (pipeline, other)]
     (noise, unet), (other_noise, other_unet) = pairs
     compared = [("kind of noise", noise_kind(noise), noise_kind(other_noise))]
@@ -129,7 +158,7 @@ def _compared(pipeline: DIAUNetPipeline, other: DiffusionPipeline) -> list[tuple
 
 
 def check_guide(guide: str | None, guidance_scale: float) -> None:
-    """Refuses a guide that would do nothing.
+    """Refuse a guide that would do nothing.
 
     Raises:
         UsageError: with what to do.

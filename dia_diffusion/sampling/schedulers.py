@@ -1,8 +1,7 @@
-"""The samplers for each kind of noise, by short names.
+"""Samplers by short names: which fit a model, how they are made for it, and images noised as in training.
 
-Schedulers by name.
-
-Images as a model saw them in training: noised by the scheduler that it was saved with."""
+diffusers calls its samplers schedulers. A model belongs to a kind of noise (`pipelines/noise.py`), and a kind has a
+family of samplers."""
 
 import inspect
 from collections.abc import Mapping
@@ -24,13 +23,12 @@ class Family(NamedTuple):
 
     Attributes:
         of_the_model (`tuple[str, ...]`):
-            What belongs to the model, and not to the sampler that was saved with it: the noise that it was trained on,
-            what it predicts, and the range of its images. All else that a configuration holds (orders, types of solver,
-            spacings of noise levels) has other values and meanings in other samplers, and is left to the one that is
-            named.
-        samplers (`dict`): For each short name the class of diffusers, and its options.
+            Options that belong to the model, and not to the sampler that was saved with it: the noise that it was
+            trained on, what it predicts, the range of its images. All other options of a configuration (orders, types
+            of solver, spacings of noise levels) mean something else in other samplers, and are dropped.
+        samplers (`dict`): The class of diffusers for each short name, and its options.
         default (`str`): The sampler that pipelines are saved with.
-        noising (`str`): The one whose table of noise levels is finest, for images that are to be noised.
+        noising (`str`): The sampler with the finest table of noise levels, to noise images with.
     """
 
     of_the_model: tuple[str, ...]
@@ -100,27 +98,27 @@ FAMILIES = {
 }
 
 
-# Schedules of noise that all samplers can make.
+# Noise schedules that all samplers know by name.
 _COMMON_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-# Of the signal that is left where none should be: as in diffusers, so that noise levels stay finite.
+# The least signal, as in diffusers: noise levels stay finite.
 _LAST_SIGNAL = 2**-24
 
 
 def scheduler_names(config: Mapping[str, Any]) -> list[str]:
-    """The names of those that fit the model of a configuration. None where its kind of noise is not known."""
+    """Return the names of the samplers that fit a model, from its scheduler's configuration; empty if none is known."""
     family = _find_family(config)
     return [] if family is None else list(family.samplers)
 
 
 def make_scheduler(name: str | None, config: Mapping[str, Any]) -> SchedulerMixin:
-    """The scheduler of this short name, for the model of a configuration, whichever scheduler that was saved by.
+    """Return the sampler of this short name for a model, from the configuration of any scheduler saved with it.
 
     It starts at the highest noise level (`timestep_spacing="trailing"`, Lin et al. 2023, arXiv 2305.08891, section
-    3.3), whatever the configuration says. Without a name it is the one that pipelines of this kind are saved with.
+    3.3), whatever the configuration says. Without a name it is the sampler that pipelines of this kind are saved with.
 
     Raises:
-        UsageError: for a name that is not one of those for this kind of noise (lists them), for one whose package is
-            not installed, and for a model that was trained on another kind.
+        UsageError: for a name that this kind of noise does not have (lists those that it has), for a sampler whose
+            package is not installed, and for a model of an unknown kind of noise.
     """
     family = find_family(config)
     class_name, options = _find_sampler(family, name or family.default)
@@ -137,10 +135,10 @@ def make_scheduler(name: str | None, config: Mapping[str, Any]) -> SchedulerMixi
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The samplers for the model of a configuration.
+    """Return the samplers that fit a model, from its scheduler's configuration.
 
     Raises:
-        UsageError: if there are none.
+        UsageError: if no sampler is known for its kind of noise.
     """
     family = _find_family(config)
     if family is None:
@@ -166,13 +164,13 @@ def _find_sampler(family: Family, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _flow(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """How times are shifted towards the noise, which has two names."""
+    """Return the shift of times towards the noise, which has two names in diffusers."""
     shift = config.get("shift", config.get("flow_shift", 1.0))
     return {name: shift for name in ("shift", "flow_shift") if name in own}
 
 
 def _schedule(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The schedule of betas, where a scheduler with these arguments cannot make it from its name."""
+    """Return the betas as numbers, where a scheduler with these arguments cannot make them from the schedule's name."""
     rescaled = config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in own
     if "beta_schedule" not in own or (not rescaled and config["beta_schedule"] in _COMMON_SCHEDULES):
         return {}
@@ -180,7 +178,7 @@ def _schedule(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, An
 
 
 def _betas(config: Mapping[str, Any]) -> list[float]:
-    """The noise schedule of a configuration as numbers, which every sampler takes."""
+    """Return the betas of a configuration's noise schedule."""
     own = inspect.signature(DDPMScheduler.__init__).parameters
     schedule = {key: config[key] for key in FAMILIES[NoiseKind.BETAS].of_the_model if key in own and key in config}
     signal = DDPMScheduler.from_config(schedule | {"variance_type": "fixed_small"}).alphas_cumprod.double()
@@ -189,22 +187,22 @@ def _betas(config: Mapping[str, Any]) -> list[float]:
 
 
 def make_noising_scheduler(config: Mapping[str, Any]) -> SchedulerMixin:
-    """The scheduler that noises images for the model of a configuration.
+    """Return the scheduler that noises images as in the training of a model, from its scheduler's configuration.
 
     Raises:
-        UsageError: if there is none.
+        UsageError: if its kind of noise is not known.
     """
     return make_scheduler(find_family(config).noising, config)
 
 
 def spread_timesteps(scheduler: SchedulerMixin, count: int) -> Tensor:
-    """`count` timesteps, evenly spread over all that a fresh scheduler has, from little noise to much."""
+    """Return `count` timesteps, evenly spread over all of a fresh scheduler, from little noise to much."""
     table = scheduler.timesteps.flip(0)
     return table[[int((number + 0.5) * len(table) / count) for number in range(count)]]
 
 
 def noise_images(scheduler: SchedulerMixin, images: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """What a network sees at a timestep, which is one of the scheduler's, of images `(B, C, H, W)`."""
+    """Return the network's input for images `(B, C, H, W)` at one of the scheduler's timesteps."""
     timesteps = timestep.expand(len(images))
     if hasattr(scheduler, "scale_noise"):  # a flow
         return scheduler.scale_noise(images, timesteps, noise)

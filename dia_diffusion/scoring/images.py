@@ -22,7 +22,7 @@ from ..data.decoding import UNREADABLE
 from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..files import check_output_folder, replace_file, to_json, weights_digest, write_json
-from ..sampling.numbered import check_sampling, sample_batch
+from ..sampling.generation import check_sampling, sample_batch
 from .archives import ArchiveImages
 
 _RECORD = "settings.json"

@@ -20,7 +20,7 @@ from ..options.output import OutputOptions
 from ..options.training import CONFIG
 from ..page import folded, heading, markdown, picture, write_page
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
-from ..sampling.numbered import sample_images
+from ..sampling.generation import sample_images
 from ..sampling.schedulers import make_scheduler
 from ..scoring.evaluation import DEFAULT_METRICS, evaluate
 from ..scoring.features.named import get_extractor

@@ -10,8 +10,8 @@ from PIL import Image
 
 from browser import open_browser
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
-from dia_diffusion.app.making import Maker
-from dia_diffusion.sampling.numbered import sample_batch
+from dia_diffusion.app.stepwise import StepwiseSampler
+from dia_diffusion.sampling.generation import sample_batch
 from dia_diffusion.sampling.schedulers import make_scheduler
 from tiny_unets import GREY
 
@@ -32,7 +32,7 @@ def opened():
     from dia_diffusion.app.page import make_app
 
     pipeline = make_pipeline()
-    app = make_app(Maker(pipeline), "animals")
+    app = make_app(StepwiseSampler(pipeline), "animals")
     with open_browser() as browser:
         _, url, _ = app.launch(quiet=True, prevent_thread_lock=True, server_name="127.0.0.1")
         page = browser.new_page(viewport={"width": 1200, "height": 900})

@@ -12,8 +12,8 @@ from autoencoders import random_vae
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
+from dia_diffusion.sampling.generation import sample_batch
 from dia_diffusion.sampling.loading import load_pipeline
-from dia_diffusion.sampling.numbered import sample_batch
 from dia_diffusion.scoring.images import PipelineImages
 from environments import run_python
 from tiny_unets import GREY

@@ -11,8 +11,8 @@ from autoencoders import PatchVAE, random_tiny, random_vae
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
+from dia_diffusion.sampling.generation import sample_images
 from dia_diffusion.sampling.loading import load_pipeline
-from dia_diffusion.sampling.numbered import sample_images
 from environments import REFERENCE, digest
 
 TINY = {

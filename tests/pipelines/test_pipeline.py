@@ -19,8 +19,8 @@ from diffusers import (
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
 from dia_diffusion.pipelines.noise import NoiseKind
+from dia_diffusion.sampling.generation import image_generators, sample_images
 from dia_diffusion.sampling.loading import load_pipeline
-from dia_diffusion.sampling.numbered import image_generators, sample_images
 from dia_diffusion.sampling.schedulers import FAMILIES, make_scheduler
 
 TINY = {

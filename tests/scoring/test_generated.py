@@ -12,7 +12,7 @@ from dia_diffusion.data.decoding import image_to_pixels
 from dia_diffusion.data.preparation import prepare_at_own_size
 from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sampling.numbered import sample_batch
+from dia_diffusion.sampling.generation import sample_batch
 from dia_diffusion.scoring.images import PipelineImages
 
 

@@ -1,16 +1,13 @@
-"""The gates of all blocks over the steps of a sampling, as a heat map.
-
-Images while they are made: each step of the sampling as it is done, with the gates of the attention."""
+"""Images while they are denoised: a snapshot after each step, with the gates of the attention."""
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from queue import Queue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -18,27 +15,21 @@ from torch import Tensor
 from ..errors import UsageError
 from ..models.unet import DIAUNet2DModel
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
-from ..sampling.numbered import check_sampling, image_generators
+from ..sampling.generation import check_sampling, image_generators, to_uint8
 from ..sampling.schedulers import make_scheduler
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_MOST_TICKS = 12
-
-
-# Of the noise of a variant, the share (in angle) that is its own.
+# The angle between the noise of an image and that of its variant, as a share of a right angle.
 _VARIATION = 0.4
-# Seeds of what makes variants differ: far from those that people choose.
+# Seeds of the variants' own noise: far from those that people choose.
 _VARIATION_SEEDS = 2**40
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made. With the same seed, numbers and settings the images are those of `dia sample`.
+    """Images to make. With the same seed, numbers and settings they are those of `dia sample`.
 
     Args:
-        numbers (tuple of `int`): Which images of the seed.
+        numbers (tuple of `int`): The numbers of the images.
         seed, steps (`int`), scheduler (`str`, *optional*), guidance_scale (`float`): As for `dia sample`.
         class_label (`int`, *optional*): The class of all; by default a class-conditional model takes its classes in
             turn.
@@ -55,27 +46,27 @@ class Request:
     variation: int = 0
 
     def again(self) -> "Request":
-        """The same from the next seed."""
+        """Return the same request with the next seed."""
         return replace(self, seed=self.seed + 1, variation=0)
 
-    def vary(self, which: int | None = None) -> "Request":
-        """Variants of the image at this place, or of each."""
-        if which is None:
+    def vary(self, index: int | None = None) -> "Request":
+        """Return a request for variants of the image at this index, or of each."""
+        if index is None:
             return replace(self, variation=self.variation + 1)
-        return replace(self, numbers=(self.numbers[which],) * len(self.numbers), variation=self.variation + 1)
+        return replace(self, numbers=(self.numbers[index],) * len(self.numbers), variation=self.variation + 1)
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What there is after a step.
+class Snapshot:
+    """The state of a sampling after a step.
 
     Attributes:
-        step, steps (`int`): How many of how many are done.
-        timestep (`float`): Of the noise that the UNet was told.
-        images (`Callable`): Gives them as they are now: uint8 `(B, C, H, W)` on the CPU. `None` where they were let go.
-        gates (`dict`): For each block the mean gate, and their standard deviation, over images and channels; empty
+        step, steps (`int`): Steps done, and steps in all.
+        timestep (`float`): The timestep that the UNet was given.
+        images (`Callable`): Returns the images as they are now: uint8 `(B, C, H, W)` on the CPU. `None` if dropped.
+        gates (`dict`): For each block the mean and the standard deviation of its gates over images and channels; empty
             without attention.
-        last (`bool`): Whether the images are those that were asked for.
+        last (`bool`): Whether these are the finished images.
     """
 
     step: int
@@ -85,12 +76,13 @@ class Moment:
     gates: dict[str, tuple[float, float]]
     last: bool = False
 
-    def without_images(self) -> "Moment":
+    def without_images(self) -> "Snapshot":
+        """Return the snapshot without its images, which hold the latents in memory."""
         return replace(self, images=None)
 
 
-class Maker:
-    """Makes images with a pipeline, one request at a time: a new one stops the one before.
+class StepwiseSampler:
+    """Sample from a pipeline step by step, one request at a time: a new one stops the one before.
 
     Args:
         pipeline (`DiffusionPipeline`): A DIAUNetPipeline, or another of diffusers that has nothing but a UNet2DModel
@@ -114,18 +106,19 @@ class Maker:
 
     @property
     def has_attention(self) -> bool:
+        """Return whether the UNet has shared attention."""
         return getattr(self.pipeline.unet, "dia", None) is not None
 
-    def make(self, request: Request) -> Iterator[Moment]:
-        """Makes the images; to stop, close the iterator.
+    def sample(self, request: Request) -> Iterator[Snapshot]:
+        """Make the images; to stop, close the iterator.
 
         Raises:
-            UsageError: in the words of the pipeline, for what it cannot do.
+            UsageError: if the pipeline refuses the request, or another request takes its place.
         """
         return self._run(self.pipeline, request)
 
-    def make_without_attention(self, request: Request) -> Iterator[Moment]:
-        """The same with all gates at 1."""
+    def sample_without_attention(self, request: Request) -> Iterator[Snapshot]:
+        """Make the images with all gates at 1."""
         if not self.has_attention:
             raise UsageError("this model has no attention that could be taken off.")
         if self._plain is None:
@@ -133,28 +126,28 @@ class Maker:
             self._plain = DIAUNetPipeline(**self.pipeline.components | {"unet": unet})
         return self._run(self._plain, request)
 
-    def _run(self, pipeline: DIAUNetPipeline, request: Request) -> Iterator[Moment]:
-        moments: Queue[Moment | BaseException | None] = Queue()
+    def _run(self, pipeline: DIAUNetPipeline, request: Request) -> Iterator[Snapshot]:
+        snapshots: Queue[Snapshot | BaseException | None] = Queue()
         stop = threading.Event()
 
         def work() -> None:
             try:
-                self._sample(pipeline, request, moments.put, stop)
-                moments.put(None)
-            except BaseException as error:  # It is raised where the moments are taken.
-                moments.put(error)
+                self._sample(pipeline, request, snapshots.put, stop)
+                snapshots.put(None)
+            except BaseException as error:  # Raised again in the thread that reads the snapshots.
+                snapshots.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
         with self._lock:
-            # What nobody listens to any more, as after a click on Stop, may still be at work.
+            # A request whose reader has left, as after a click on Stop, may still be at work.
             self._stop()
             self._at_work = stop, thread
             thread.start()
         try:
-            while (moment := moments.get()) is not None:
-                if isinstance(moment, BaseException):
-                    raise moment
-                yield moment
+            while (snapshot := snapshots.get()) is not None:
+                if isinstance(snapshot, BaseException):
+                    raise snapshot
+                yield snapshot
         finally:
             stop.set()
             thread.join()
@@ -166,7 +159,7 @@ class Maker:
             thread.join()
 
     def _sample(
-        self, pipeline: DIAUNetPipeline, request: Request, tell: Callable[[Moment], None], stop: threading.Event
+        self, pipeline: DIAUNetPipeline, request: Request, tell: Callable[[Snapshot], None], stop: threading.Event
     ) -> None:
         config, own = self._own.config, request.scheduler is None
         pipeline.scheduler = self._own if own else make_scheduler(request.scheduler, config)
@@ -184,7 +177,7 @@ class Maker:
                 gates = {name: gate[: len(latents)].float() for name, gate in maps.items()}
                 spread = {name: (gate.mean().item(), gate.std(correction=0).item()) for name, gate in gates.items()}
                 pipeline._interrupt = stop.is_set()
-                tell(Moment(index + 1, steps, float(timestep), lambda: show_latents(pipeline, latents), spread))
+                tell(Snapshot(index + 1, steps, float(timestep), lambda: show_latents(pipeline, latents), spread))
                 return {}
 
             images = pipeline(
@@ -198,9 +191,9 @@ class Maker:
             ).images
         if stop.is_set():
             raise UsageError("another request has taken the place of this one.")
-        last = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).mul(255).round().to(torch.uint8)
+        last = to_uint8(images)
         steps = len(pipeline.scheduler.timesteps)
-        tell(Moment(steps, steps, 0.0, lambda: last, {}, last=True))
+        tell(Snapshot(steps, steps, 0.0, lambda: last, {}, last=True))
 
 
 def _class_arguments(pipeline: DIAUNetPipeline, request: Request) -> dict[str, Any]:
@@ -213,60 +206,26 @@ def _class_arguments(pipeline: DIAUNetPipeline, request: Request) -> dict[str, A
 
 
 def vary_noise(pipeline: DIAUNetPipeline, request: Request, generators: list[torch.Generator]) -> Tensor:
-    """Noise `(B, C, H, W)` near that of each image, standard normal as well: z cos(a) + z' sin(a).
+    """Return noise `(B, C, H, W)` near that of each image, standard normal as well: z cos(a) + z' sin(a).
 
-    It takes from the generators what the pipeline would have taken, so that what they give later is the same.
+    It draws from the generators as the pipeline would, so that their later numbers are the same.
     """
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, pipeline.unet.config.in_channels, height, width)
+    shape = (1, pipeline.unet.config.in_channels, *pipeline.sample_size)
     others = image_generators(_VARIATION_SEEDS + request.variation, range(len(request.numbers)), "cpu")
     angle = _VARIATION * math.pi / 2
     noise = []
-    for place, (generator, other) in enumerate(zip(generators, others, strict=True)):
-        mine, more = (torch.randn(shape, generator=one) for one in (generator, other))
-        noise.append(mine if place == 0 else math.cos(angle) * mine + math.sin(angle) * more)
+    for index, (generator, other) in enumerate(zip(generators, others, strict=True)):
+        own, added = (torch.randn(shape, generator=one) for one in (generator, other))
+        noise.append(own if index == 0 else math.cos(angle) * own + math.sin(angle) * added)
     return torch.cat(noise)
 
 
 def show_latents(pipeline: DIAUNetPipeline, latents: Tensor) -> Tensor:
-    """What noisy latents look like: uint8 `(B, C, H, W)` on the CPU.
+    """Return noisy latents as images: uint8 `(B, C, H, W)` on the CPU.
 
-    Some samplers count noise in units of the image's, up to a hundred of them: it is brought down to about the range
-    that is seen.
+    Samplers that add noise to an image without shrinking it (sigma up to a hundred) are scaled to the visible range.
     """
     spread = latents.flatten(1).std(dim=1).clamp(min=1.0).view(-1, 1, 1, 1)
     with torch.no_grad():
         images = pipeline.decode(latents / spread)
     return (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
-
-
-def gate_table(moments: Sequence[Moment]) -> tuple[list[str], list[float], np.ndarray]:
-    """The blocks, the timesteps, and mean and standard deviation of the gates: `(2, blocks, timesteps)`."""
-    seen = [moment for moment in moments if moment.gates]
-    blocks = list(seen[0].gates)
-    figures = np.array([[moment.gates[block] for moment in seen] for block in blocks])
-    return blocks, [moment.timestep for moment in seen], figures.transpose(2, 0, 1)
-
-
-def draw_gates(moments: Sequence[Moment]) -> "Figure":
-    """Mean gate and its spread over images and channels: a row for each block in order of execution, a column for each
-    step, from noise to image."""
-    from matplotlib.figure import Figure
-
-    blocks, timesteps, (mean, spread) = gate_table(moments)
-    figure = Figure(figsize=(11, 1.6 + 0.24 * len(blocks)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    # A gate of 1 changes nothing: it has the neutral colour.
-    far = max(np.abs(mean - 1).max(), 1e-3)
-    ticks = range(0, len(timesteps), -(-len(timesteps) // _MOST_TICKS))
-    for axis, values, title, style in (
-        (left, mean, "mean gate", {"cmap": "coolwarm", "vmin": 1 - far, "vmax": 1 + far}),
-        (right, spread, "spread of the gates (standard deviation)", {"cmap": "viridis", "vmin": 0}),
-    ):
-        shown = axis.imshow(values, aspect="auto", interpolation="nearest", **style)
-        axis.set(title=title, xlabel="timestep: from noise to image")
-        axis.set_xticks(list(ticks), [f"{timesteps[tick]:.4g}" for tick in ticks])
-        figure.colorbar(shown, ax=axis)
-    left.set_yticks(range(len(blocks)), blocks)
-    return figure
