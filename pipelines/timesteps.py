@@ -9,13 +9,15 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from .noise import NoiseKind, noise_kind
 
-# Of what a rehearsal should remove: the root mean square that may be left, in units of an image in [-1, 1].
-_TOLERANCE = 0.1
-# Signal that remains at the highest noise level of schedules that leave none, as in diffusers.
-_LEAST_SIGNAL = 2**-24
+# A rehearsal samples from two distributions of pixels in [-1, 1]: one grey, and Gaussian ones around it.
+_GREY, _WIDTHS = 0.5, (0.0, 0.5)
+# The root mean square error of the grey, and the contrast in multiples of the Gaussian's, that it may end with.
+_TOLERANCE, _MOST_CONTRAST = 0.1, 2.0
+# The least signal, squared, so that models without any at the highest noise level have a finite one.
+_LEAST_SIGNAL = 1e-12
 _OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
@@ -92,8 +94,9 @@ def _near_numbers(scheduler: SchedulerMixin, steps: int, most: int) -> list[int]
 def _rehearse(scheduler: SchedulerMixin, steps: int, shape: tuple[int, int, int], learned_variance: bool) -> str | None:
     """Return why a scheduler does not denoise with this number of steps, or `None`.
 
-    It denoises a few pixels with the answers of a perfect model of one grey image. Whatever the order of a solver and
-    however few its steps, it then ends at that image: the noise, and the image, are the same at all steps.
+    It samples a few pixels with perfect models of two distributions. One grey is the exact end of every solver, however
+    few its steps, for the image and its noise are the same at all steps. Gaussian pixels end with less contrast after
+    few steps, and with much more where a solver is not stable.
     """
     # A copy: some schedulers count their steps, or keep the predictions of earlier ones.
     scheduler = copy.deepcopy(scheduler)
@@ -105,41 +108,58 @@ def _rehearse(scheduler: SchedulerMixin, steps: int, shape: tuple[int, int, int]
             scheduler.set_timesteps(steps, device="cpu", **_timestep_arguments(scheduler, shape))
             if reason := _find_uneven_steps(scheduler, steps):
                 return reason
-            sample = torch.randn(1, shape[0], 8, 8, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
+            noise = torch.randn(2, shape[0], 8, 8, generator=generator)
+            sample = noise * getattr(scheduler, "init_noise_sigma", 1.0)
             for timestep in scheduler.timesteps:
                 scale = getattr(scheduler, "scale_model_input", None)
                 model_input = sample if scale is None else scale(sample, timestep)
-                answer = _answer_for_grey(scheduler, model_input, float(timestep))
+                prediction = _perfect_prediction(scheduler, model_input, float(timestep))
                 if learned_variance:
-                    answer = torch.cat([answer, torch.zeros_like(answer)], dim=1)
-                sample = scheduler.step(answer, timestep, sample, **arguments).prev_sample
+                    prediction = torch.cat([prediction, torch.zeros_like(prediction)], dim=1)
+                sample = scheduler.step(prediction, timestep, sample, **arguments).prev_sample
     except Exception as error:  # Whatever diffusers, numpy or torch do.
         return _explain(scheduler, steps, error)
     if sample.shape[1] != shape[0]:
         return f"it takes the variance that the UNet predicts for further channels of {shape[0]}"
-    left = sample.square().mean().sqrt().item()
-    if not math.isfinite(left):
+    if not sample.isfinite().all():
         return "its own arithmetic gives values that are not finite, whatever the model" + _options_in_words(scheduler)
-    # Schedulers from images to noise end where these begin.
-    backwards = scheduler.timesteps[-1] > scheduler.timesteps[0]
-    if not backwards and left > max(_TOLERANCE, 2 * _last_level(scheduler)):
-        return "it would leave noise in the image, even of a perfect model" + _options_in_words(scheduler)
+    if scheduler.timesteps[-1] > scheduler.timesteps[0]:
+        return None  # It goes from images to noise.
+    error = (sample[0] - _GREY).square().mean().sqrt().item()
+    contrast = sample[1].std().item() / _WIDTHS[1]
+    if error > max(_TOLERANCE, 2 * _last_level(scheduler)):
+        return "it would miss the image even with a perfect model" + _options_in_words(scheduler)
+    if contrast > _MOST_CONTRAST:
+        return f"it overshoots: images have {contrast:.1f} times their contrast even with a perfect model"
     return None
 
 
-def _answer_for_grey(scheduler: SchedulerMixin, model_input: Tensor, timestep: float) -> Tensor:
-    """Return what a perfect model of the image 0 predicts: the sample is its noise alone, and tells how much it is."""
+def _perfect_prediction(scheduler: SchedulerMixin, model_input: Tensor, timestep: float) -> Tensor:
+    """Return what a perfect model of pixels of mean m and standard deviation s predicts.
+
+    From a sample x = a y + b n it tells n = b d and y = m + a s² d, where d = (x - a m) / (a² s² + b²).
+    """
     config, kind = scheduler.config, noise_kind(scheduler.config)
+    width = torch.tensor(_WIDTHS).view(-1, 1, 1, 1)
     if kind == NoiseKind.FLOW:
-        return model_input / max(timestep / config.num_train_timesteps, 1e-6)
+        noise = max(timestep / config.num_train_timesteps, 1e-6)
+        signal = 1 - noise
+    elif kind == NoiseKind.EDM:
+        signal, noise = 1.0, math.exp(4 * timestep)
+        model_input = model_input * math.hypot(noise, config.sigma_data)
+    else:
+        squared = _signal_at(scheduler, timestep)
+        signal, noise = math.sqrt(squared), math.sqrt(1 - squared)
+    deviation = (model_input - signal * _GREY) / (signal**2 * width**2 + noise**2)
+    drawn, image = noise * deviation, _GREY + signal * width**2 * deviation
+    if kind == NoiseKind.FLOW:
+        return drawn - image
     if kind == NoiseKind.EDM:
-        # F = (D - c_skip x) / c_out with D = 0, at the input c_in x (Karras et al. 2022, table 1).
-        sign = 1 if config.prediction_type == "v_prediction" else -1
-        return model_input * sign * config.sigma_data / math.exp(4 * timestep)
-    signal = _signal_at(scheduler, timestep)
-    noise = math.sqrt(1 - signal)
-    factors = {"epsilon": 1 / noise, "v_prediction": math.sqrt(signal) / noise, "sample": 0.0}
-    return model_input * factors[config.prediction_type]
+        # Preconditioning (Karras et al. 2022, table 1): F = (D - c_skip x) / c_out.
+        data, total = config.sigma_data, noise**2 + config.sigma_data**2
+        sign = -1 if config.prediction_type == "v_prediction" else 1
+        return sign * (image - data**2 / total * model_input) * math.sqrt(total) / (noise * data)
+    return {"epsilon": drawn, "v_prediction": signal * drawn - noise * image, "sample": image}[config.prediction_type]
 
 
 def _signal_at(scheduler: SchedulerMixin, timestep: float) -> float:
@@ -163,7 +183,7 @@ def _last_level(scheduler: SchedulerMixin) -> float:
 
 def _explain(scheduler: SchedulerMixin, steps: int, error: Exception) -> str:
     """Return the reason of a failure in words, and what the scheduler was set to where that has to do with it."""
-    text = str(error).strip().partition("\n")[0].rstrip(".")
+    text = first_line(error)
     options = _options_in_words(scheduler)
     if scheduler.config.get("shift_terminal") and steps == 1:
         return f"shift_terminal {scheduler.config['shift_terminal']} sets the last of several times, and 1 step has one"
@@ -173,7 +193,7 @@ def _explain(scheduler: SchedulerMixin, steps: int, error: Exception) -> str:
         return text
     if options:
         return f"its noise levels do not fit its own table of timesteps{options} ({type(error).__name__}: {text})"
-    return text if isinstance(error, ValueError) and text else f"diffusers fails ({type(error).__name__}: {text})"
+    return text if isinstance(error, ValueError) else f"diffusers fails ({type(error).__name__}: {text})"
 
 
 def _options_in_words(scheduler: SchedulerMixin) -> str:

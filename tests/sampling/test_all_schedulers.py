@@ -7,63 +7,60 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
 from dia_diffusion.pipelines.noise import NoiseKind
 from dia_diffusion.sampling.schedulers import FAMILIES, make_scheduler
-from gaussian_unets import MEAN, EDMGaussianUNet, FlowGaussianUNet, GaussianUNet, draw, generators
-from tiny_unets import PLAIN
+from gaussian_unets import MEAN, EDMGaussianUNet, FlowGaussianUNet, GaussianUNet, draw
 
-STEPS = [1, 2, 3, 4, 5, 6, 7, 9, 10, 13, 25, 37, 60]
+STEPS = [1, 2, 3, 4, 5, 7, 10, 25, 60]
 # For each noise schedule: its options, and what the model predicts.
 MODELS = {
     "linear": {"prediction_type": "epsilon"},
     "cosine": {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
     "zero-snr": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
     "zero-snr-sample": {"prediction_type": "sample", "rescale_betas_zero_snr": True},
-    "sigmoid": {"prediction_type": "epsilon", "beta_schedule": "sigmoid"},
+    "cosine-epsilon": {"prediction_type": "epsilon", "beta_schedule": "squaredcos_cap_v2"},
 }
 OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
-class NearlyOneImage:
-    """A distribution so narrow that few steps land on it: what is left after sampling is the sampler's error."""
-
-    width = 0.02
-
-    def forward(self, sample, timestep, class_labels=None):
-        self.evaluations += 1
-        return super().forward(sample, timestep, class_labels)
-
-
 def narrow(unet_class, **arguments):
-    unet = type(f"Narrow{unet_class.__name__}", (NearlyOneImage, unet_class), {"evaluations": 0})(
-        **{"sample_size": 8} | arguments
-    )
-    return unet
+    """A UNet that knows the answer for a narrow and a wide distribution of pixels, and counts its calls."""
+
+    class Counting(unet_class):
+        evaluations = 0
+
+        def forward(self, sample, timestep, class_labels=None):
+            self.evaluations += 1
+            return super().forward(sample, timestep, class_labels)
+
+    return Counting(**{"sample_size": 8} | arguments)
 
 
 @pytest.fixture(autouse=True)
-def _narrow_distribution(monkeypatch):
-    monkeypatch.setattr("gaussian_unets.STD", NearlyOneImage.width)
+def _widths(monkeypatch):
+    """Two images of a distribution so narrow that few steps land on it, and two of a wide one."""
+    monkeypatch.setattr("gaussian_unets.STD", torch.tensor([1e-4, 1e-4, 0.4, 0.4]).view(-1, 1, 1, 1).double())
 
 
-def sweep(make_unet, make):
+def sweep(unet, scheduler):
     """Return the numbers of steps that were refused, each with the words."""
     refused = {}
     for steps in STEPS:
-        unet = make_unet()
+        before = unet.evaluations
         try:
-            images = draw(unet, make(), steps=steps)
+            images = draw(unet, scheduler, steps=steps)
         except UsageError as error:
             refused[steps] = str(error)
         if steps in refused:
-            assert unet.evaluations == 0, f"refused after a step: {refused[steps]}"
+            assert unet.evaluations == before, f"refused after a step: {refused[steps]}"
             assert "diverged" not in refused[steps]
             continue
         assert images.isfinite().all(), steps
-        assert images.mean().item() == pytest.approx(MEAN, abs=0.05), steps
-        assert images.std().item() < 0.12, steps
+        assert images[:2].mean().item() == pytest.approx(MEAN, abs=0.1), steps
+        assert images[:2].std().item() < 0.1, steps
+        # Few steps give less contrast than there should be, and never much more.
+        assert images[2:].std().item() < 1, steps
     return refused
 
 
@@ -78,10 +75,11 @@ def unet_of(config):
 @pytest.mark.parametrize("model", MODELS)
 def test_samplers_by_name(model):
     config = DDPMScheduler(clip_sample=False, **MODELS[model]).config
+    unet = unet_of(config)
     for name in FAMILIES[NoiseKind.BETAS].samplers:
-        refused = sweep(lambda: unet_of(config), lambda name=name: make_scheduler(name, config))
+        refused = sweep(unet, make_scheduler(name, config))
         # Those that diffusers wrote for other predictions fail with any number of steps, and others with a few.
-        assert len(refused) <= 7 or (len(refused) == len(STEPS) and model == "zero-snr-sample"), (name, refused)
+        assert len(refused) <= 6 or (len(refused) == len(STEPS) and model == "zero-snr-sample"), (name, refused)
 
 
 @pytest.mark.parametrize("kind", [NoiseKind.EDM, NoiseKind.FLOW])
@@ -89,12 +87,13 @@ def test_samplers_of_other_kinds_take_any_number_of_steps(kind):
     config = (EDMEulerScheduler() if kind == NoiseKind.EDM else FlowMatchEulerDiscreteScheduler()).config
     unet_class = EDMGaussianUNet if kind == NoiseKind.EDM else FlowGaussianUNet
     for name in FAMILIES[kind].samplers:
-        assert not sweep(lambda: narrow(unet_class), lambda name=name: make_scheduler(name, config)), name
+        assert not sweep(narrow(unet_class), make_scheduler(name, config)), name
 
 
 @pytest.mark.parametrize("model", ["linear", "cosine"])
 def test_other_spacings_of_schedulers_that_are_given(model):
     config = DDPMScheduler(clip_sample=False, **MODELS[model]).config
+    unet = unet_of(config)
     for name, (class_name, options) in FAMILIES[NoiseKind.BETAS].samplers.items():
         scheduler_class = getattr(diffusers, class_name)
         own = inspect.signature(scheduler_class.__init__).parameters
@@ -102,7 +101,7 @@ def test_other_spacings_of_schedulers_that_are_given(model):
         if "timestep_spacing" in own:
             settings += [{"timestep_spacing": spacing} for spacing in ("leading", "linspace")]
         for setting in settings:
-            refused = sweep(lambda: unet_of(config), lambda: scheduler_class.from_config(config, **options, **setting))
+            refused = sweep(unet, scheduler_class.from_config(config, **options, **setting))
             for steps, words in refused.items():
                 assert class_name in words, (name, setting)
                 assert "num_inference_steps" not in words or f"num_inference_steps {steps} does not fit" in words
@@ -122,7 +121,7 @@ def test_options_of_a_flow(options, steps, words):
     scheduler = FlowMatchEulerDiscreteScheduler(**options)
     if words is None:
         images = draw(narrow(FlowGaussianUNet), scheduler, steps=steps)
-        assert images.mean().item() == pytest.approx(MEAN, abs=0.05)
+        assert images[:2].mean().item() == pytest.approx(MEAN, abs=0.05)
         return
     with pytest.raises(UsageError, match=words):
         draw(narrow(FlowGaussianUNet), scheduler, steps=steps)
@@ -140,28 +139,28 @@ def test_the_shift_of_a_flow_follows_the_size_as_in_diffusers(size):
     assert torch.equal(scheduler.sigmas, expected.sigmas)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.005), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.004), (torch.bfloat16, 0.025)])
 @pytest.mark.parametrize("kind", [*MODELS, NoiseKind.EDM, NoiseKind.FLOW])
-def test_half_precision_of_the_network_leaves_the_sampler_in_float32(kind, dtype, tolerance):
-    """Images of a half-precision UNet are those of the same weights in float32, whichever sampler."""
-    saved = {NoiseKind.EDM: EDMEulerScheduler(), NoiseKind.FLOW: FlowMatchEulerDiscreteScheduler()}
-    config = (saved.get(kind) or DDPMScheduler(**MODELS[kind])).config
-    torch.manual_seed(0)
-    half = DIAUNet2DModel(**PLAIN).eval().to(dtype)
-    full = DIAUNet2DModel(**PLAIN).eval()
-    full.load_state_dict({name: tensor.float() for name, tensor in half.state_dict().items()})
-    family = FAMILIES[kind if isinstance(kind, NoiseKind) else NoiseKind.BETAS]
-    for name in family.samplers:
-        images = []
-        for unet in (half, full):
-            pipe = DIAUNetPipeline(unet, make_scheduler(name, config))
-            pipe.set_progress_bar_config(disable=True)
-            try:
-                images.append(pipe(2, 10, generators(2), output_type="np").images)
-            except UsageError:
-                assert unet is half
-                assert kind in ("zero-snr-sample", "cosine")
-                break
-        if len(images) == 2:
-            assert abs(images[0] - images[1]).mean() < tolerance, name
-            assert images[0].std() > 0.01
+def test_a_half_precision_network_leaves_the_sampler_in_float32(kind, dtype, tolerance):
+    """Input and output of the network are rounded, and the images are nearly those of float32, whichever sampler."""
+    saved = {
+        NoiseKind.EDM: (EDMGaussianUNet, EDMEulerScheduler()),
+        NoiseKind.FLOW: (FlowGaussianUNet, FlowMatchEulerDiscreteScheduler()),
+    }
+    if kind in saved:
+        config = saved[kind][1].config
+        full, half = (narrow(saved[kind][0]) for _ in range(2))
+    else:
+        config = DDPMScheduler(**MODELS[kind]).config
+        full, half = unet_of(config), unet_of(config)
+    half.to(dtype)
+    for name in FAMILIES[kind if kind in saved else NoiseKind.BETAS].samplers:
+        try:
+            expected = draw(full, make_scheduler(name, config), steps=10, output_type="pt")
+        except UsageError:
+            assert kind == "zero-snr-sample"
+            continue
+        images = draw(half, make_scheduler(name, config), steps=10, output_type="pt")
+        assert images.dtype == dtype
+        assert expected.std() > 0.1
+        assert (images.float() - expected).square().mean().sqrt() < tolerance, name

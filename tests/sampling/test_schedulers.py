@@ -36,6 +36,8 @@ from tiny_unets import PLAIN
 SCHEDULERS = FAMILIES[NoiseKind.BETAS].samplers
 # Those that diffusers has for the prediction of noise and velocity only.
 WITHOUT_SAMPLE = {"pndm", "euler_ancestral", "kdpm2", "kdpm2_ancestral"}
+# With 20 timesteps of the cosine schedule: refused, for their images have more than twice the contrast of the data.
+OVERSHOOTING = {("pndm", 2), ("pndm", 5), ("heun", 2), ("heun", 5), ("kdpm2_ancestral", 2)}
 # Accepted by the pipeline, but not for models trained here: see `FAMILIES`.
 OTHERS = {
     "CogVideoXDDIMScheduler": "another noise schedule",
@@ -116,8 +118,13 @@ def test_every_scheduler_starts_from_what_every_other_saved(saved_by):
         fresh = make_scheduler(name, trained.config)
         for steps in (1, 2, 5, 20):
             # Bounded predictions, whatever the model.
+            try:
+                expected = draw(ShrinkingUNet(), fresh, steps=steps)
+            except UsageError:
+                assert (name, steps) in OVERSHOOTING
+                continue
             images = draw(ShrinkingUNet(), make_scheduler(name, config), steps=steps)
-            assert torch.equal(images, draw(ShrinkingUNet(), fresh, steps=steps)), (name, steps)
+            assert torch.equal(images, expected), (name, steps)
             assert images.isfinite().all()
 
 
