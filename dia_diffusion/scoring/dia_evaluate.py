@@ -20,8 +20,8 @@ from ..options.model import DataOptions
 from ..options.rules import is_archive, is_images
 from ..process.distributed import find_device, make_state
 from ..process.output import print_main
-from ..sampling.loading import check_guide, load_pipeline
 from ..sampling.generation import check_sampling, describe_guidance, sample_batch
+from ..sampling.loading import check_guide, load_pipeline
 from .archives import SAMPLES, STATISTICS, ArchiveImages, array_names
 from .evaluation import DEFAULT_METRICS, check_metric_names, check_metrics, evaluate
 from .features.extractor import FeatureExtractor
