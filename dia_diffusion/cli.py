@@ -150,8 +150,7 @@ def _analyze(options: AnalyzeOptions) -> None:
 def _app(options: AppOptions) -> None:
     from .app.dia_app import launch_app
 
-    address = {"server_name": options.host, "server_port": options.port, "share": options.share or None}
-    launch_app(options.model, options.device, **{name: value for name, value in address.items() if value is not None})
+    launch_app(options.model, options.device, options.host, options.port, options.share)
 
 
 def _study(options: StudyOptions) -> None:

@@ -1,8 +1,12 @@
 """Errors for people: each message says what was wrong and what to do about it."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+
+# NAMESPACE/NAME or NAME, as huggingface_hub accepts them.
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class UsageError(ValueError):
@@ -54,16 +58,12 @@ def folders_beside(path: str) -> list[str]:
 
 def why_not_loaded(name_or_path: str, error: Exception) -> str:
     """Explain in a sentence why `from_pretrained` failed: not here, not on the Hub, or the error's own words."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     if Path(name_or_path).exists():
         return f"{first_line(error)}."
-    try:
-        validate_repo_id(name_or_path)
-    except HFValidationError:
-        return f"there is no such folder.{nearest(name_or_path, folders_beside(name_or_path))}"
-    hint = nearest(name_or_path, folders_beside(name_or_path))
-    return f"there is no such folder, and the Hub gave none ({first_line(error)}).{hint}"
+    reason, hint = "there is no such folder", nearest(name_or_path, folders_beside(name_or_path))
+    if _HUB_ID.fullmatch(name_or_path):
+        reason += f", and the Hub gave none ({first_line(error)})"
+    return f"{reason}.{hint}"
 
 
 def _plain(name: str) -> str:

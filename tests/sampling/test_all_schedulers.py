@@ -139,7 +139,7 @@ def test_the_shift_of_a_flow_follows_the_size_as_in_diffusers(size):
     assert torch.equal(scheduler.sigmas, expected.sigmas)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.004), (torch.bfloat16, 0.025)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.008), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("kind", [*MODELS, NoiseKind.EDM, NoiseKind.FLOW])
 def test_a_half_precision_network_leaves_the_sampler_in_float32(kind, dtype, tolerance):
     """Input and output of the network are rounded, and the images are nearly those of float32, whichever sampler."""
@@ -162,5 +162,5 @@ def test_a_half_precision_network_leaves_the_sampler_in_float32(kind, dtype, tol
             continue
         images = draw(half, make_scheduler(name, config), steps=10, output_type="pt")
         assert images.dtype == dtype
-        assert expected.std() > 0.1
+        assert expected.std() > 0.05
         assert (images.float() - expected).square().mean().sqrt() < tolerance, name
