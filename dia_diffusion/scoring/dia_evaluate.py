@@ -62,7 +62,9 @@ def score(options: EvaluateOptions, command: str | None = None) -> dict[str, Any
     pixels = _load_scored(options.what, state)
     pipeline = None
     if pixels is None:
-        pipeline = load_pipeline(options.what, options.scheduler, device, options.compile_mode, options.guide)
+        pipeline = load_pipeline(
+            options.what, options.scheduler, device, options.compile_mode, options.guide, options.variant
+        )
         check_sampling(pipeline, options.steps)
     dataset, recorded = choose_data(options.what, options.dataset, options.dataset_config_name, options.image_column)
     archive = Path(dataset).expanduser() if is_archive(dataset) else None
