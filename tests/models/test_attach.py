@@ -1,14 +1,18 @@
 """What `attach` and `detach` refuse, and that the words say why."""
 
 import copy
+import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from backbones import BACKBONES, CONDITION, PlainCNN, noise
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, LatteTransformer3DModel, UNet2DConditionModel
 
 from dia_diffusion import DIAUNet2DModel, attach, detach
+from dia_diffusion.attention.forward_pass import GatedBlocks
 from dia_diffusion.errors import UsageError
+from dia_diffusion.models.attach import AttachedAttention
 from tiny_unets import TINY, open_gates
 
 ENDS = ["first.1", "second", "third"]
@@ -249,3 +253,187 @@ def test_an_autoencoder_is_gated_in_its_parts():
         assert torch.equal(vae.decode(latents).sample, expected)
         torch.nn.init.normal_(dia.decoders["8"].weight)
         assert not torch.equal(vae.decode(latents).sample, expected)
+
+
+def state_of(model):
+    return {
+        name: (type(module), {*vars(module)}, len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("attention", [None, "lstm"])
+def test_a_part_of_a_model_that_has_attention_is_refused_without_damage(attention):
+    model = unet() if attention is None else DIAUNet2DModel(**TINY)
+    if attention is None:
+        attach(model, hidden_size=8)
+    before = state_of(model)
+    for part in (model.mid_block, model.down_blocks[0].resnets[0]):
+        assert "is a part of a model that has attention" in refusal(attach, part)
+        assert "is a part of a model that has attention" in refusal(attach, part, branches=["conv1"])
+    assert state_of(model) == before
+    if attention is None:
+        detach(model)
+        attach(model.mid_block, hidden_size=8)
+
+
+def test_containers_are_refused_and_modules_that_call_all_of_their_children_say_so():
+    for container in (torch.nn.Sequential(PlainCNN()), torch.nn.ModuleList([PlainCNN()])):
+        assert "calls all of its submodules" in refusal(attach, container, branches=["0.third"])
+    assert "calls all of its submodules" in refusal(attach, torch.nn.ModuleDict({"a": PlainCNN()}))
+
+    class All(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = PlainCNN()
+
+        def forward(self, x):
+            for child in self.children():
+                x = child(x)
+            return x
+
+    model = All()
+    expected = model(noise(2, 3, 8, 8))[0]
+    attach(model, branches=[f"one.{end}" for end in ENDS])
+    assert "put it into a module of your own" in refusal(model, noise(2, 3, 8, 8))
+    detach(model)
+    assert torch.equal(model(noise(2, 3, 8, 8))[0], expected)
+
+
+def test_latte_is_refused_before_it_runs():
+    """Its blocks see frames and positions in the batch by turns."""
+    size = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "sample_size": 8, "patch_size": 2}
+    latte = LatteTransformer3DModel(
+        **size, num_layers=1, caption_channels=8, cross_attention_dim=16, norm_type="ada_norm_single", video_length=2
+    )
+    before = state_of(latte)
+    assert "LatteTransformer3DModel holds frames and positions in the batch by turns" in refusal(attach, latte)
+    assert state_of(latte) == before
+
+
+class BasicBlock(torch.nn.Module):
+    """As in timm's ResNets: with channel attention of its own between the last norm and the addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn2, self.se = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3), Scale()
+
+    def forward(self, x):
+        return x + self.se(self.bn2(self.conv1(x)))
+
+
+class Scale(torch.nn.Module):
+    def forward(self, x):
+        return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+
+def test_the_gate_of_a_resnet_comes_behind_the_attention_of_its_own(tmp_path):
+    model = torch.nn.Module()
+    model.layer1 = torch.nn.Sequential(BasicBlock())
+    model.forward = model.layer1.forward
+    dia = attach(model, hidden_size=8)
+    assert dia.config.ends == ["layer1.0.se"]
+    # What an earlier version saved gates the norm, and still does.
+    dia.save_pretrained(tmp_path)
+    detach(model)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"ends": ["layer1.0.bn2"]}
+    for entry in ("elements", "context"):
+        del config[entry]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    attach(model, pretrained=tmp_path)
+    assert model.layer1[0].bn2._forward_hooks
+    assert not model.layer1[0].se._forward_hooks
+
+
+def test_an_attention_does_not_take_its_model_along(tmp_path):
+    model = PlainCNN()
+    model.ballast = torch.nn.Parameter(torch.zeros(1_000_000))
+    dia = attach(model, branches=ENDS, hidden_size=8)
+    torch.save(dia, tmp_path / "dia.pt")
+    assert (tmp_path / "dia.pt").stat().st_size < 200_000
+    copied = copy.deepcopy(dia)
+    assert sum(parameter.numel() for parameter in copied.parameters()) == sum(p.numel() for p in dia.parameters())
+    seen, queue = set(), [copied]
+    while queue:
+        item = queue.pop()
+        if id(item) not in seen and isinstance(item, torch.nn.Module | dict | list | tuple | GatedBlocks):
+            seen.add(id(item))
+            assert not isinstance(item, PlainCNN)
+            queue += (
+                item if isinstance(item, list | tuple) else (item if isinstance(item, dict) else vars(item)).values()
+            )
+
+
+def test_maps_of_an_attention_that_is_not_attached_are_refused(tmp_path):
+    model = PlainCNN()
+    dia = attach(model, branches=ENDS)
+    dia.save_pretrained(tmp_path)
+    assert "not attached to a model" in refusal(AttachedAttention.from_pretrained(tmp_path).record)
+    detach(model)
+    assert "not attached to a model" in refusal(dia.record)
+
+
+def test_attaching_leaves_the_random_state_and_depends_on_it():
+    weights = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        weights.append(attach(unet(), hidden_size=8).state_dict()["encoders.8.weight"])
+        torch.manual_seed(seed)
+        model = unet()
+        state = torch.get_rng_state()
+        attach(model)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def replicate(module):
+    """One replica, as torch.nn.parallel.replicate makes them: parameters are plain tensors there."""
+    copied = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else replicate(child)
+    for name, parameter in module._parameters.items():
+        copied._parameters.pop(name, None)
+        setattr(copied, name, None if parameter is None else parameter * 1)
+    for name, buffer in module._buffers.items():
+        copied._buffers[name] = buffer
+    return copied
+
+
+def test_replicas_of_data_parallel_compute_the_same():
+    model, inputs = unet().eval(), (noise(2, 4, 8, 8), 7, noise(2, 5, 12))
+    attach(model, hidden_size=8)
+    open_gates(model)
+    with torch.no_grad():
+        torch.testing.assert_close(replicate(model)(*inputs).sample, model(*inputs).sample)
+
+
+def test_attached_after_offloading():
+    """accelerate keeps the weights on the meta device between forward passes."""
+    model, inputs = unet().eval(), (noise(2, 4, 8, 8), 7, noise(2, 5, 12))
+    with torch.no_grad():
+        expected = model(*inputs).sample
+        cpu_offload(model, execution_device="cpu")
+        dia = attach(model, hidden_size=8)
+        assert {parameter.device.type for parameter in dia.parameters()} == {"cpu"}
+        assert torch.equal(model(*inputs).sample, expected)
+        open_gates(model)
+        assert not torch.equal(model(*inputs).sample, expected)
+
+
+def test_attached_to_a_compiled_model_that_has_run():
+    model, inputs = PlainCNN().eval(), noise(2, 3, 8, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        expected = compiled(inputs)[0]
+        dia = attach(compiled, branches=ENDS, hidden_size=8)
+        assert model.dia is dia
+        torch.testing.assert_close(compiled(inputs)[0], expected)
+        open_gates(model)
+        torch.testing.assert_close(compiled(inputs)[0], model(inputs)[0])
+        assert not torch.allclose(compiled(inputs)[0], expected)
+        detach(compiled)
+        torch.testing.assert_close(compiled(inputs)[0], expected)
+    torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Small networks of each kind: which branches `find_branches` finds, which it does not gate and why; it leaves no trace."""
+"""Small networks of each kind: the branches that `find_branches` finds, and why it does not gate others."""
 
 import diffusers
 import pytest
@@ -79,7 +79,7 @@ FOUND = {
 @pytest.mark.parametrize("name", FOUND)
 def test_branches_of_small_networks(name):
     block, ends = FOUND[name]
-    model = Small(block, third=nn.Linear(8, 8), several=Several(), act=nn.GELU())
+    model = Small(block, third=nn.Linear(8, 8), several=Several(), act=nn.GELU()).eval()
     x = noise(3, 6, 8)
     found = find_branches(model, x)
     assert [branch.name for branch in found] == ends, found

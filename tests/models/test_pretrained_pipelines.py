@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from backbones import CONDITION, SDXL, TRANSFORMER, noise, strong
 from diffusers import (
     AutoencoderKL,
@@ -13,6 +14,9 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
@@ -22,6 +26,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from diffusers.models.embeddings import ImageProjection
+from networks import NETWORKS
 
 from dia_diffusion import attach, detach
 from tiny_unets import open_gates
@@ -30,8 +35,17 @@ EMBEDS = {"prompt_embeds": noise(1, 5, 12), "negative_prompt_embeds": noise(1, 5
 POOLED = {"pooled_prompt_embeds": noise(1, 10), "negative_pooled_prompt_embeds": noise(1, 10) / 2}
 
 
-def vae():
+def attach_any(model, **arguments):
+    """Attach by the table of families, or by what a forward pass shows where the model is of none."""
+    if isinstance(model, SD3Transformer2DModel) and "pretrained" not in arguments:
+        arguments["inputs"] = NETWORKS["SD3"].inputs(2)
+        arguments["inputs"] = {k: v.to(model.dtype) for k, v in arguments["inputs"].items()}
+    return attach(model, **arguments)
+
+
+def vae(**arguments):
     return AutoencoderKL(
+        **arguments,
         block_out_channels=(8, 8),
         norm_num_groups=4,
         latent_channels=4,
@@ -95,6 +109,15 @@ def dit():
     return DiTPipeline(transformer, vae(), DDIMScheduler()), {"class_labels": [3, 7], "guidance_scale": 3.0}
 
 
+def stable_diffusion_3():
+    transformer = NETWORKS["SD3"].make()
+    absent = {f"{part}{n}": None for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")}
+    decoder = vae(shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False)
+    pipeline = StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(), decoder, **absent)
+    pooled = {"pooled_prompt_embeds": noise(1, 6), "negative_pooled_prompt_embeds": noise(1, 6) / 2}
+    return pipeline, EMBEDS | pooled | {"height": 16, "width": 16}
+
+
 PIPELINES = {
     "Stable Diffusion": (stable_diffusion, ("unet",)),
     "Stable Diffusion XL": (stable_diffusion_xl, ("unet",)),
@@ -102,6 +125,7 @@ PIPELINES = {
     "IP-Adapter": (ip_adapter, ("unet",)),
     "T2I-Adapter": (t2i_adapter, ("unet",)),
     "DiT": (dit, ("transformer",)),
+    "Stable Diffusion 3": (stable_diffusion_3, ("transformer",)),
 }
 
 
@@ -127,7 +151,7 @@ def test_images_are_the_same_before_at_the_start_and_after(case, tmp_path):
     assert expected.std() > 0.01
     for name in names:
         model = getattr(pipeline, name)
-        attach(model, hidden_size=8)
+        attach_any(model, hidden_size=8)
         assert np.array_equal(images(pipeline, inputs), expected)
         open_gates(model)
         gated = images(pipeline, inputs)
@@ -161,7 +185,7 @@ def test_what_is_beside_it_counts(case):
 
 
 def open_gates_of(model):
-    attach(model, hidden_size=8)
+    attach_any(model, hidden_size=8)
     open_gates(model)
 
 
@@ -179,7 +203,7 @@ def test_two_attentions_in_one_pipeline_work_together():
     assert not np.allclose(different[1], different[2], atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [stable_diffusion, dit], ids=["Stable Diffusion", "DiT"])
+@pytest.mark.parametrize("make", [stable_diffusion, dit, stable_diffusion_3], ids=["Stable Diffusion", "DiT", "SD3"])
 def test_lora_beside_it_in_both_orders(make):
     """Adapters wrap layers of the attention, in DiT also those whose outputs are the branches, and convolutions."""
     config = peft.LoraConfig(
@@ -243,7 +267,7 @@ def test_a_pipeline_in_half_precision_is_the_same_at_the_start(case):
     inputs = {name: half(value) for name, value in inputs.items()}
     expected = images(pipeline, inputs)
     for name in names:
-        attach(getattr(pipeline, name), hidden_size=8)
+        attach_any(getattr(pipeline, name), hidden_size=8)
     assert np.array_equal(images(pipeline, inputs), expected)
     for name in names:
         open_gates(getattr(pipeline, name))
@@ -268,4 +292,56 @@ def test_group_offloading_moves_the_attention_too(case):
             onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
         )
         assert any(hasattr(module, "_diffusers_hook") for module in getattr(pipeline, name).dia.modules())
+    assert np.array_equal(images(pipeline, inputs), expected)
+
+
+BESIDE = {"SD": (stable_diffusion, "unet"), "SD3": (stable_diffusion_3, "transformer")}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_weights_that_are_stored_in_eight_bits(name):
+    """Layers compute in float32: with gates at 1 the images are those of the model without attention."""
+    make, part = BESIDE[name]
+    pipeline, inputs = make()
+    model = getattr(pipeline, part)
+    attach_any(model, hidden_size=8)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert any(parameter.dtype == torch.float8_e4m3fn for parameter in model.dia.parameters())
+    with_attention = images(pipeline, inputs)
+    for decoder in model.dia.decoders.values():
+        decoder.bias.data = (decoder.bias.data.float() + 1).to(decoder.bias.dtype)
+    assert not np.allclose(images(pipeline, inputs), with_attention, atol=1e-4)
+    detach(model)
+    assert np.array_equal(images(pipeline, inputs), with_attention)
+
+
+@pytest.mark.parametrize("order", ["attention first", "offloading first"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_offloading_of_whole_models(name, order):
+    """What `enable_model_cpu_offload` does, with the CPU as both places."""
+    make, part = BESIDE[name]
+    pipeline, inputs = make()
+    model = getattr(pipeline, part)
+    expected = images(pipeline, inputs)
+    if order == "attention first":
+        attach_any(model, hidden_size=8)
+    _, hook = cpu_offload_with_hook(model, execution_device="cpu")
+    if order == "offloading first":
+        attach_any(model, hidden_size=8)
+    assert np.array_equal(images(pipeline, inputs), expected)
+    open_gates(model)
+    gated = images(pipeline, inputs)
+    assert not np.allclose(gated, expected, atol=1e-4)
+    hook.remove()
+    assert np.array_equal(images(pipeline, inputs), gated)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_eight_bit_integers_of_torchao(name):
+    quantization = pytest.importorskip("torchao.quantization")
+    make, part = BESIDE[name]
+    pipeline, inputs = make()
+    quantization.quantize_(getattr(pipeline, part), quantization.Int8WeightOnlyConfig())
+    expected = images(pipeline, inputs)
+    attach_any(getattr(pipeline, part), hidden_size=8)
     assert np.array_equal(images(pipeline, inputs), expected)
