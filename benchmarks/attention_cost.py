@@ -2,7 +2,8 @@
 
 DIA is compared with the same model without attention, with SE in each block, with its gates as hooks instead of in the
 fused residual block, and with diffusers' UNet2DModel, whose residual block adds and divides in two passes more. Ratios
-are of times, so 1.03 is 3% slower; the models take turns.
+are of times, so 1.03 is 3% slower; the models take turns. Also measured: the calls of operators that a gate adds, and
+the time until torch.compile has traced the model.
 
     python benchmarks/attention_cost.py [--families] [--rounds N] [--output RESULT.json]
 
@@ -13,6 +14,7 @@ On a GPU where there is one.
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,27 +95,55 @@ def gate_by_hooks(model: DIAUNet2DModel) -> None:
             module.conv2.register_forward_hook(gate.hook)
 
 
-def count_operations(model: UNet2DModel, batch: int) -> int:
-    """Operations that a forward pass gives to the device, as torch's profiler sees them."""
-    forward = make_passes(model, model, batch)["forward"]
-    forward()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        forward()
-    parents = (event.cpu_parent for event in profiler.events() if event.name.startswith("aten::"))
-    return sum(parent is None or not parent.name.startswith("aten::") for parent in parents)
+def count_calls(model: UNet2DModel, batch: int) -> tuple[int, int]:
+    """Return the calls under `aten::` of a forward and of a backward pass that torch's profiler sees, views and all."""
+    predict = make_passes(model, model, batch)["predict"]
+
+    def count(function: Callable) -> tuple[Any, int]:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            result = function()
+        return result, sum(event.name.startswith("aten::") for event in profiler.events())
+
+    for _ in range(2):
+        model.zero_grad()
+        output, forward = count(predict)
+        _, backward = count(output.sum().backward)
+    return forward, backward
 
 
-def operation_rows() -> list[dict]:
-    """What each block adds to a forward pass, and what is done once in it, from models of two depths."""
+def call_rows() -> list[dict]:
+    """Return the calls that each block adds, and those that are made once a pass, from models of two depths."""
     counts, blocks = {}, {}
     for layers in (1, 2):
         config, batch, _ = SIZES["digits"]
         models = make_models(config | {"layers_per_block": layers}, "cpu", (NONE, DIA))
-        counts[layers] = count_operations(models[DIA], batch) - count_operations(models[NONE], batch)
+        plain, gated = (count_calls(models[side], batch) for side in (NONE, DIA))
+        counts[layers] = [after - before for before, after in zip(plain, gated, strict=True)]
         blocks[layers] = sum(isinstance(module, ResnetBlock2D) for module in models[DIA].modules())
-    each = (counts[2] - counts[1]) / (blocks[2] - blocks[1])
-    once = counts[1] - each * blocks[1]
-    return [row("a gate, forward", each, "operations"), row("once a forward pass, forward", once, "operations")]
+    rows = []
+    for number, kind in enumerate(("forward", "backward")):
+        each = (counts[2][number] - counts[1][number]) / (blocks[2] - blocks[1])
+        once = counts[1][number] - each * blocks[1]
+        rows += [row(f"a gate, {kind}", each, "calls"), row(f"once a pass, {kind}", once, "calls")]
+    return rows
+
+
+def trace_rows(size: str, rounds: int) -> list[dict]:
+    """Return the CPU time of a first call that `torch.compile` traces with its backward pass, without a compiler."""
+    config, batch, _ = SIZES[size]
+    seconds: dict[str, list[float]] = {NONE: [], DIA: []}
+    for number in range(-1, rounds):
+        for side, model in make_models(config, "cpu", (NONE, DIA)).items():
+            torch._dynamo.reset()
+            predict = make_passes(model, torch.compile(model, backend="aot_eager", fullgraph=True), batch)["predict"]
+            start = time.process_time()
+            predict()
+            # The first round also pays for what Python imports and caches.
+            if number >= 0:
+                seconds[side].append(time.process_time() - start)
+    torch._dynamo.reset()
+    value, ratio = statistics.median(seconds[DIA]), spread(seconds[DIA], seconds[NONE])
+    return [row(f"tracing, {size}, {DIA}", value, "s", f"time of {NONE}", ratio)]
 
 
 def make_passes(
@@ -122,8 +152,8 @@ def make_passes(
     batch: int,
     passes: int = 1,
     dtype: torch.dtype | None = None,
-) -> dict[str, Callable[[], None]]:
-    """A training step (forward, backward, optimizer) and a forward pass of a model.
+) -> dict[str, Callable[[], Any]]:
+    """Return a training step (forward, backward, optimizer), a forward pass, and a prediction with its graph.
 
     Args:
         model (`UNet2DModel`): What is trained.
@@ -153,7 +183,7 @@ def make_passes(
         for _ in range(passes):
             predict()
 
-    return {"step": step, "forward": forward}
+    return {"step": step, "forward": forward, "predict": predict}
 
 
 def measure(size: str, rounds: int, device: str) -> list[dict]:
@@ -197,7 +227,7 @@ def main() -> int:
     )
     tune_process()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = operation_rows()
+    rows = call_rows() + trace_rows("CIFAR-10", rounds=3)
     for size in tqdm(SIZES, desc="Sizes"):
         rows += measure(size, options.rounds, device)
     if options.families:

@@ -145,6 +145,15 @@ def test_the_cost_of_attention_has_a_row_for_each_comparison(benchmark):
     assert all(row["value"] > 0 for row in rows)
 
 
+def test_the_calls_of_a_gate(benchmark):
+    cost = benchmark("attention_cost")
+    calls = {row["case"]: row["value"] for row in cost.call_rows()}
+    assert set(calls) == {f"{what}, {kind}" for what in ("a gate", "once a pass") for kind in ("forward", "backward")}
+    # Views and all, on a CPU. A gate that takes more has become slower to start on a GPU.
+    assert 20 < calls["a gate, forward"] <= 51
+    assert 40 < calls["a gate, backward"] <= 134
+
+
 def test_the_cost_of_attention_has_a_row_for_each_family(benchmark):
     cost, families = benchmark("attention_cost"), benchmark("families")
     quick = ("ResNet, basic blocks", "DiTTransformer2DModel")
