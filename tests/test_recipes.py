@@ -85,7 +85,7 @@ def test_recipes_for_diffusers(tmp_path, diffusers_only):
 def test_recipes_for_backbones(tmp_path):
     ((kind, code),) = recipes("backbones.md")
     assert kind == "python"
-    assert code.count("attach(") == 3
+    assert code.count("attach(") == 4
     with serve_hub() as hub:
         printed = run_python(code, folder=tmp_path, **hub.client_environment(tmp_path / "mine"))
         pushed = hub.repositories["me/resnet-dia"]

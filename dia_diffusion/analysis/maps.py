@@ -2,6 +2,7 @@
 
 The attention maps of an image classifier of transformers, to which attention is attached."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -100,22 +101,26 @@ def collect_maps(
 
 
 def load_classifier(name_or_path: str, attention: str, device: str | torch.device) -> nn.Module:
-    """An image classifier with a saved attention attached.
+    """Load an image model of transformers, with a head for classification or without, and attach a saved attention.
 
     Args:
-        name_or_path (`str`): Folder or Hub id of the classifier.
+        name_or_path (`str`): Folder or Hub id of the model.
         attention (`str`): Folder or Hub id of the attention, as `dia.save_pretrained` left it.
         device (`str` or `torch.device`): Where to.
 
     Raises:
-        UsageError: if the classifier cannot be loaded, or the attention was made for another kind of model.
+        UsageError: if the model cannot be loaded or takes no images, or the attention was made for another kind of model.
     """
-    from transformers import AutoModelForImageClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     try:
-        model = AutoModelForImageClassification.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path)
+        with_head = type(config) in AutoModelForImageClassification._model_mapping
+        model = (AutoModelForImageClassification if with_head else AutoModel).from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"'{name_or_path}' is no image classifier of transformers: {first_line(error)}.") from error
+        raise UsageError(f"'{name_or_path}' is no image model of transformers: {first_line(error)}.") from error
+    if model.main_input_name != "pixel_values":
+        raise UsageError(f"'{name_or_path}' takes '{model.main_input_name}' and no images: name an image model.")
     attach(model, pretrained=attention)
     return model.to(device).eval()
 
@@ -132,7 +137,7 @@ def read_processor(name_or_path: str, config: Any) -> tuple[int, Tensor, Tensor]
     size = processor.get("size", getattr(config, "image_size", 224))
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size["height"]
-    channels = config.num_channels
+    channels = getattr(config, "num_channels", 3)
     mean, std = (torch.tensor(processor.get(f"image_{name}", [0.5] * channels)) for name in ("mean", "std"))
     return size, mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
@@ -159,14 +164,13 @@ def collect_classifier_maps(
 
 
 def place_branches(model: nn.Module) -> list[Block]:
-    """Where the branches stand: their level, and as their path what of a block they belong to, if it has several."""
+    """Return the places of the branches: their level, and as their path the part of a block that they belong to."""
     config = model.dia.config
     levels = list(dict.fromkeys(config.levels))
-    several = any(not name.rpartition(".")[2].isdigit() for name in config.names)
     blocks = []
     for name, level in zip(config.names, config.levels, strict=True):
         # A transformer's blocks have two branches each, which are named after the block.
-        path = name.rpartition(".")[2] if several else "block"
+        path = re.split(r"(?:^|\.)\d+(?:\.|$)", name)[-1] or "block"
         numbers = ".".join(part for part in name.split(".") if part.isdigit())
         blocks.append(Block(name, path, levels.index(level), f"{path} {numbers}"))
     return blocks

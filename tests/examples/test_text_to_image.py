@@ -69,6 +69,11 @@ def text_encoder(kind=CLIPTextModel):
     )
 
 
+def t5(width):
+    sizes = {"d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=width, **sizes))
+
+
 def vae(**more):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, **blocks, **more)
@@ -110,13 +115,12 @@ def stable_diffusion_3():
         tokenizer=tokenizer(),
         text_encoder_2=text_encoder(CLIPTextModelWithProjection),
         tokenizer_2=tokenizer(),
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5(32),
+        tokenizer_3=tokenizer(),
     )
 
 
 def flux():
-    t5 = T5Config(vocab_size=len(WORDS), d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     return FluxPipeline(
         transformer=strong(
             FluxTransformer2DModel(
@@ -133,7 +137,7 @@ def flux():
         vae=vae(**FLOW_VAE),
         text_encoder=text_encoder(),
         tokenizer=tokenizer(),
-        text_encoder_2=T5EncoderModel(t5),
+        text_encoder_2=t5(12),
         tokenizer_2=tokenizer(),
     )
 
