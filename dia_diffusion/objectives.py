@@ -1,12 +1,9 @@
-"""What all objectives have in common: noise for images, and what the network should say of them.
+"""Training objectives: how images are noised, and what the network predicts.
 
-Denoising diffusion (Ho et al. 2020, arXiv 2006.11239): levels are the timesteps of a noise schedule.
-
-EDM (Karras et al. 2022, arXiv 2206.00364): levels are the standard deviation of the noise, sigma.
-
-Flow matching on straight paths (rectified flow: Liu et al. 2022, arXiv 2209.03003): levels are times in (0, 1).
-
-What a UNet can learn, by name. Each is a short subclass of `Objective` in a file of its own."""
+- DDPM (Ho et al. 2020, arXiv 2006.11239): noise levels are the timesteps of a noise schedule.
+- EDM (Karras et al. 2022, arXiv 2206.00364): noise levels are the standard deviation of the noise, sigma.
+- Flow matching on straight paths (rectified flow: Liu et al. 2022, arXiv 2209.03003): noise levels are times in (0, 1).
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,12 +23,12 @@ _DDPM, _EDM, _FLOW = OBJECTIVE_DEFAULTS["ddpm"], OBJECTIVE_DEFAULTS["edm"], OBJE
 
 
 class NoisedBatch(NamedTuple):
-    """B noised images as the network sees them, and what it is to answer.
+    """B noised images, and the prediction that the network should make of them.
 
     Attributes:
-        sample (`Tensor` of shape `(B, C, H, W)`), timesteps (`Tensor` of shape `(B,)`): The network's input.
-        target (`Tensor` of shape `(B, C, H, W)`): Its output, if it were perfect.
-        weights (`Tensor` of shape `(B,)`, *optional*): What the squared errors count, by default 1.
+        sample (`Tensor` of shape `(B, C, H, W)`), timesteps (`Tensor` of shape `(B,)`): Input of the network.
+        target (`Tensor` of shape `(B, C, H, W)`): Target of its prediction.
+        weights (`Tensor` of shape `(B,)`, *optional*): Weights of the squared errors, by default 1.
     """
 
     sample: Tensor
@@ -41,16 +38,16 @@ class NoisedBatch(NamedTuple):
 
 
 class Objective(ABC):
-    """How images are noised for a network, and what it learns to say of them.
+    """The noising of images and the target of the network: what training, sampling and analysis share.
 
-    Subclasses are dataclasses: their fields are the options of training that belong to them, with their defaults.
-    A *level* is how far an image is noised, in the objective's own measure; B images have levels `(B,)`.
+    Subclasses are dataclasses: their fields are the training options that belong to them. A noise level says how much
+    noise an image has, in the measure of the objective; B images have levels `(B,)`.
 
     Attributes:
-        title (`str`): What it is, and where it comes from.
-        num_timesteps (`int`, *optional*): How many levels there are; `None` where they are continuous.
-        scheduler (`SchedulerMixin`): Made for such a network. Its configuration says all of the noise that samplers
-            need to know, and the pipeline's own sampler is made from it.
+        title (`str`): Name and source.
+        num_timesteps (`int`, *optional*): Number of noise levels; `None` where they are continuous.
+        scheduler (`SchedulerMixin`): A scheduler for the trained network. Its configuration describes the noise, and
+            the pipeline's sampler is made from it.
     """
 
     title: ClassVar[str]
@@ -65,35 +62,40 @@ class Objective(ABC):
         return [item.name for item in fields(cls)]
 
     def describe(self) -> str:
-        """What is used, for people."""
+        """Describe the objective and its options in a line."""
         options = [f"{name} {getattr(self, name)}" for name in self.option_names()]
         return f"{self.title}: {', '.join(options)}"
 
     def fitted(self, measure_std: Callable[[], float]) -> "Objective":
-        """The objective for images of this standard deviation, which is only measured where it counts."""
+        """Return the objective for images of this standard deviation, which is measured only where it is needed."""
         return self
 
     @abstractmethod
     def quantile(self, shares: Tensor) -> Tensor:
-        """The levels below which these shares, in (0, 1), of those in training lie: the inverse of their distribution
-        function."""
+        """Return the inverse CDF of the noise levels in training, at shares in (0, 1)."""
 
     def draw_levels(self, count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
-        """Levels for training, `(count,)`."""
-        # Not 0, where a distribution may have no end.
+        """Draw noise levels for training, `(count,)`."""
+        # A share of 0 may have an infinite quantile.
         return self.quantile(torch.rand(count, generator=generator, device=device).clamp(min=2**-25))
 
     @abstractmethod
     def noised_batch(self, images: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
-        """Noises images `(B, C, H, W)` of about [-1, 1] with standard normal `noise` to their levels."""
+        """Noise images to their levels, and return them with the target of the network.
+
+        Args:
+            images (`Tensor` of shape `(B, C, H, W)`): Of about [-1, 1].
+            noise (`Tensor` of shape `(B, C, H, W)`): Standard normal.
+            levels (`Tensor` of shape `(B,)`): Noise levels.
+        """
 
     def loss(
         self, network: nn.Module, images: Tensor, noise: Tensor, levels: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """The mean squared error of the network's answers, weighted, averaged over the batch: a scalar.
+        """Return the weighted mean squared error of the network's predictions, averaged over the batch: a scalar.
 
         Args:
-            network: Called as a `UNet2DModel`, with labels `(B,)` if it is class-conditional.
+            network: A `UNet2DModel`, or one that is called like it, with labels `(B,)` if it is class-conditional.
             images, noise, levels: See `noised_batch`.
         """
         sample, timesteps, target, weights = self.noised_batch(images, noise, levels)
@@ -105,7 +107,7 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class DDPM(Objective):
-    """Predicts the noise (Ho et al. 2020, eq. 14), the velocity (Salimans & Ho 2022, appendix D), or the sample, whose
+    """Predict the noise (Ho et al. 2020, eq. 14), the velocity (Salimans & Ho 2022, appendix D), or the sample, whose
     error is then weighted by the signal-to-noise ratio.
 
     With `snr_gamma`, errors are weighted so that the error of the sample counts `min(SNR, gamma)` times, whatever is
@@ -163,7 +165,7 @@ class DDPM(Objective):
 
 @dataclass(frozen=True)
 class EDM(Objective):
-    """Denoises `x = y + sigma n` through preconditioning: `D(x) = c_skip x + c_out F(c_in x, c_noise)` (eq. 7).
+    """Denoise `x = y + sigma n` through preconditioning: `D(x) = c_skip x + c_out F(c_in x, c_noise)` (eq. 7).
 
     The coefficients are those of table 1. The loss `1 / c_out² |D(x) - y|²` (eq. 8, with the table's weighting) is the
     plain squared error of the network F, whose target then has unit variance at every level. `ln(sigma)` is normally
@@ -179,7 +181,7 @@ class EDM(Objective):
     def fitted(self, measure_std: Callable[[], float]) -> "EDM":
         if self.sigma_data is not None:
             return self
-        # Rounded, so that what it is does not hang on the order in which a version of torch adds.
+        # Rounded, so that it does not depend on the order in which a version of torch adds.
         sigma_data = float(f"{measure_std():.4g}")
         if sigma_data < 1e-3:
             raise UsageError("all images are one even colour, so that their sigma_data would be 0: give --sigma_data.")
@@ -195,14 +197,14 @@ class EDM(Objective):
     def noised_batch(self, images: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
         sigma, data = levels.view(-1, 1, 1, 1), self.sigma_data
         sample = self.scheduler.precondition_inputs(images + sigma * noise, sigma)
-        # (y - c_skip x) / c_out, with what cancels at low levels taken out.
+        # (y - c_skip x) / c_out, without the terms that cancel at low levels.
         target = (sigma * images - data**2 * noise) / (data * (sigma**2 + data**2).sqrt())
         return NoisedBatch(sample, self.scheduler.precondition_noise(levels), target)
 
 
 @dataclass(frozen=True)
 class Flow(Objective):
-    """Predicts the velocity `n - y` on the path `(1 - t) y + t n` from an image y to noise n.
+    """Predict the velocity `n - y` on the path `(1 - t) y + t n` from an image y to noise n.
 
     With `weighting_scheme="logit_normal"` the logit of the time is normally distributed (Esser et al. 2024, arXiv
     2403.03206, eq. 19), with mean `logit_mean` and standard deviation `logit_std`; with `"none"` the time is uniform.

@@ -1,4 +1,4 @@
-"""Latents as a VAE gives them, and as a diffusion model sees them: of about unit variance."""
+"""The scaling of latents between a VAE and a diffusion model, which expects about unit variance."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 def scale_latents(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Latents of a VAE, brought to about mean 0 and variance 1, as its configuration says.
+    """Scale the latents of a VAE to about mean 0 and variance 1, as its configuration says.
 
     As diffusers' pipelines: `(z - shift_factor) * scaling_factor` (Rombach et al. 2022, appendix G, and Esser et al.
     2024), or with figures for each channel `(z - latents_mean) * scaling_factor / latents_std`.
 
     Args:
-        latents (`Tensor` of shape `(B, C, H, W)`): What `vae.encode` gives.
-        config: Of the VAE (`vae.config`).
+        latents (`Tensor` of shape `(B, C, H, W)`): Latents from `vae.encode`.
+        config: The configuration of the VAE (`vae.config`).
     """
     shift, scale = _shift_and_scale(latents, config)
     return (latents - shift) * scale
 
 
 def unscale_latents(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """The inverse of `scale_latents`: what `vae.decode` takes."""
+    """Invert `scale_latents`: return latents for `vae.decode`."""
     shift, scale = _shift_and_scale(latents, config)
     return latents / scale + shift
 

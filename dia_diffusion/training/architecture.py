@@ -1,4 +1,4 @@
-"""The UNet of a training run: the one that a configuration names, or one that suits the resolution."""
+"""The UNet of a training run: built from a configuration, or suited to the resolution, or loaded."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _CHOICES = {
 
 
 def default_architecture(resolution: int) -> dict[str, Any]:
-    """UNet2DModel arguments for square images of a resolution.
+    """Return UNet2DModel arguments that suit square images of a resolution.
 
     Up to 16 pixels a small UNet without self-attention; up to 32 the DDPM of CIFAR-10 (Ho et al. 2020, appendix B);
     above, the six levels of diffusers' `train_unconditional.py`.
@@ -59,18 +59,17 @@ def build_unet(
     num_timesteps: int | None = 1000,
     latent_factor: int | None = None,
 ) -> DIAUNet2DModel:
-    """A fresh UNet for a run, or a saved one to go on with.
+    """Build a new UNet for a run, or load a saved one.
 
-    What was given about it is obeyed; where a saved model cannot follow, it is refused.
+    Options that a saved model contradicts are refused.
 
     Args:
-        options (`ModelOptions`): Say which.
-        resolution, channels (`int`): Of the images, or of their latents.
+        options (`ModelOptions`): The description of the model.
+        resolution, channels (`int`): Size and channels of the images, or of their latents.
         num_classes (`int`, *optional*): Makes the UNet class-conditional; one more embedding stands for "no class".
         num_timesteps (`int`, *optional*, defaults to 1000):
-            How many there are. `None` where they are numbers between, as negative ones.
-        latent_factor (`int`, *optional*):
-            How many pixels a latent stands for along one side, where the UNet sees latents.
+            Number of timesteps; `None` where they are not whole numbers from 0.
+        latent_factor (`int`, *optional*): Pixels for each latent along one side, where the UNet sees latents.
 
     Raises:
         UsageError: if the options do not go together, or the levels do not divide the resolution.
@@ -97,8 +96,10 @@ def build_unet(
 def _try(
     arguments: dict[str, Any], from_data: dict[str, Any], num_timesteps: int | None, latent_factor: int | None
 ) -> None:
-    """Builds the UNet and runs it once on tensors that have a shape and nothing else: whatever diffusers or torch
-    cannot do shows, and costs neither memory nor random numbers."""
+    """Build the UNet and run it once on fake tensors, to find what diffusers or torch cannot do.
+
+    It costs neither memory nor random numbers.
+    """
     try:
         with FakeTensorMode(), torch.no_grad():
             unet = DIAUNet2DModel.from_config(arguments)
@@ -185,7 +186,7 @@ def _check_channels(config: Mapping[str, Any]) -> None:
 
 
 def _load_unet(name_or_path: str, flags: dict[str, Any]) -> DIAUNet2DModel:
-    """A trained UNet, with its own DIA, or with that of the flags if it has none."""
+    """Load a trained UNet, with its own DIA, or with that of the flags if it has none."""
     # Dropout has no weights.
     free = {name: value for name, value in flags.items() if name == "dropout"}
     dia = {name: value for name, value in flags.items() if name.startswith("dia_")}
@@ -207,7 +208,7 @@ def _load_unet(name_or_path: str, flags: dict[str, Any]) -> DIAUNet2DModel:
 
 
 def _check_flags(unet: UNet2DModel, flags: dict[str, Any]) -> None:
-    """What a loaded model does not follow would make the record of the run wrong."""
+    """Refuse options that a loaded model contradicts: the record of the run would be wrong."""
     for name, value in flags.items():
         has = unet.config[name]
         if value != (list(has) if isinstance(has, tuple) else has):
@@ -237,7 +238,7 @@ def _check_class(name_or_path: str, config: dict[str, Any]) -> None:
 
 
 def _find_unet(name_or_path: str) -> dict[str, str]:
-    """Where a folder or a repository holds its UNet: in a subfolder, or on top, as the oldest pipelines on the Hub."""
+    """Return the arguments that find a UNet: in a subfolder, or on top, as the oldest pipelines on the Hub have it."""
     try:
         UNet2DModel.load_config(name_or_path, subfolder="unet")
     except OSError:

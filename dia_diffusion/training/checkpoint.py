@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: written beside their place, verified, then renamed; never pickled."""
+"""Checkpoints: written to a temporary folder, with digests, then renamed; never pickled."""
 
 import json
 import re
@@ -24,14 +24,14 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 class Checkpoint(NamedTuple):
-    """What a run needs to go on: named groups of tensors (`unet`, `optimizer`, ...) and a JSON-ready state."""
+    """The state of a run: named groups of tensors (`unet`, `optimizer`, ...) and JSON-ready values."""
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, total_limit: int | None = None) -> Path:
-    """Writes `folder/step-XXXXXXXX`, whole or not at all, and then removes the oldest beyond `total_limit`.
+    """Write `folder/step-XXXXXXXX`, whole or not at all, and then remove the oldest beyond `total_limit`.
 
     Raises:
         UsageError: if the disk is full or refuses; checkpoints that were there before stay as they are.
@@ -71,9 +71,9 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, total_limit
 
 
 def clean_checkpoints(folder: Path) -> None:
-    """Removes what a run left that was killed in the middle of saving or removing a checkpoint.
+    """Remove what a run left that was killed while it saved or removed a checkpoint.
 
-    For one who knows that nobody is writing there now.
+    Call it only when no other process writes there.
     """
     for replaced in folder.glob(f"{_REPLACED}*"):
         final = folder / replaced.name.removeprefix(_REPLACED)
@@ -86,7 +86,7 @@ def clean_checkpoints(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint: first from the list, so that a kill half-way leaves no damaged one there."""
+    """Remove a checkpoint. It is renamed first, so that a kill half-way leaves no damaged one in the list."""
     try:
         shutil.rmtree(path.rename(path.with_name(f"{_REMOVING}{path.name}")))
     except OSError as error:
@@ -95,24 +95,24 @@ def _remove(path: Path) -> None:
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
-    """Renames checkpoints of later steps than the one that a run goes on from, so that it is not mixed with them."""
+    """Set aside the checkpoints of steps after `step`, which do not belong to a run that resumes there."""
     for path in list_checkpoints(folder):
         if step_of(path) > step:
             set_aside(path)
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint, from its name."""
+    """Return the step of a checkpoint, from its name."""
     return int(path.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in a folder, oldest first. Unfinished ones do not count."""
+    """List the finished checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or `None` if all of its files are there and have their digests."""
+    """Verify the digests of a checkpoint's files. Return what is wrong, or `None`."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         for name, digest in manifest["sha256"].items():
@@ -126,10 +126,10 @@ def find_damage(path: Path) -> str | None:
 
 
 def find_latest(folder: Path, last_step: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line on each newer one that was passed over.
+    """Return the newest valid checkpoint, or `None`, and a line on each newer one that was passed over.
 
     Args:
-        folder (`Path`): Of the checkpoints.
+        folder (`Path`): The folder of the checkpoints.
         last_step (`int`, *optional*): The end of the run: checkpoints of later steps are passed over.
     """
     passed_over = []
@@ -143,10 +143,10 @@ def find_latest(folder: Path, last_step: int | None = None) -> tuple[Path | None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint after verifying it.
+    """Verify a checkpoint and read it.
 
     Raises:
-        UsageError: if it is none, or damaged.
+        UsageError: if it is damaged, or no checkpoint.
     """
     damage = find_damage(path)
     if damage is not None:

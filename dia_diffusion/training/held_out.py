@@ -21,11 +21,16 @@ def held_out_loss(
     limit: int = 1024,
     draws: int = 1,
 ) -> float:
-    """The loss on up to `limit` held-out images, with noise and levels that are the same each time.
+    """Return the loss on held-out images, with the same noise and noise levels at each call.
 
-    The images are spread evenly over the data set, which may be sorted by class. Each image
-    is taken `draws` times. The levels are spread evenly over the distribution of those in training, so that their
-    choice adds no variance.
+    The levels are spread evenly over their distribution in training, so that their choice adds no variance.
+
+    Args:
+        unet (`nn.Module`), objective (`Objective`): The model, and what it learns.
+        dataset (`PixelDataset` or `LatentDataset`): The held-out images, which may be sorted by class.
+        batch_size (`int`): Images at a time.
+        limit (`int`, *optional*, defaults to 1024): The most images to take; they are spread over the data set.
+        draws (`int`, *optional*, defaults to 1): How often each image is taken, with other noise.
     """
     device = next(unet.parameters()).device
     training = unet.training
@@ -52,7 +57,7 @@ def held_out_loss(
 
 
 def _shuffling_stride(size: int) -> int:
-    """A stride that visits all of `size` places before it comes back, and does not take neighbours to neighbours."""
+    """Return a stride that visits all of `size` indices and takes neighbours far apart."""
     for stride in itertools.count(7919):
         step = min(stride % size, -stride % size)
         if math.gcd(stride, size) == 1 and (8 * step >= size or size == 1):

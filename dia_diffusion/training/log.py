@@ -1,6 +1,4 @@
-"""The record of a run as it goes: progress bar, metrics.jsonl and trackers.
-
-The trackers of accelerate: started, and given pictures."""
+"""The log of a run: progress bar, metrics.jsonl and trackers."""
 
 import json
 import math
@@ -23,19 +21,19 @@ METRICS_LOG = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl. A last line that a killed run did not finish is left out."""
+    """Read the lines of a metrics.jsonl, without a last line that a killed run did not finish."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class RunLog:
-    """Collects the loss of each step on the device, and every `logging_steps` steps reads and writes what gathered.
+    """Collect the loss of each step on the device, and write a line every `logging_steps` steps.
 
     Args:
         path (`Path`): The metrics.jsonl.
-        accelerator (`Accelerator`): Its trackers get the same figures.
+        accelerator (`Accelerator`): The accelerator of the run, whose trackers get the same figures.
         logging_steps, batch_size, step, total_steps (`int`):
-            Steps between lines, images in a step, where the run starts and where it ends.
+            Steps between lines, images in a step, the step to start from, and the last step.
         pending (list of `float`, *optional*): Losses since the last line, from a checkpoint.
     """
 
@@ -64,12 +62,12 @@ class RunLog:
             disable=not accelerator.is_main_process,
         )
         if accelerator.is_main_process:
-            # What an interrupted run logged after the checkpoint will be logged again.
+            # An interrupted run's lines after the checkpoint will be written again.
             kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
             replace_text(path, "".join(to_json(line) + "\n" for line in kept))
 
     def add(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
-        """Notes the figures of step number `step` (counted from 1), without waiting for the device."""
+        """Add the figures of a step, counted from 1, without waiting for the device."""
         self._unread.append(torch.stack([loss.detach().float(), gradient_norm.detach().float()]))
         self.progress.update()
         if step % self.logging_steps == 0:
@@ -81,10 +79,10 @@ class RunLog:
             self.progress.set_postfix(loss=f"{loss_mean:.4f}", img_s=f"{speed:.0f}", refresh=False)
 
     def read(self, step: int, learning_rate: float) -> None:
-        """Reads what the device has computed since the last time, averaged over the processes.
+        """Read the figures of the steps since the last call, averaged over the processes.
 
         Raises:
-            NotFiniteError: at a loss or a gradient that is not finite, with its step.
+            NotFiniteError: at a loss or a gradient norm that is not finite; names its step.
         """
         if not self._unread:
             return
@@ -101,11 +99,11 @@ class RunLog:
 
     @property
     def pending(self) -> list[float]:
-        """Losses since the last line; `read` first."""
+        """Losses since the last line, for a checkpoint. Call `read` first."""
         return self._losses
 
     def write(self, line: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl and to the trackers."""
+        """Add a line to metrics.jsonl and to the trackers."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(to_json(line) + "\n")
@@ -121,10 +119,10 @@ class RunLog:
 
 
 def start_trackers(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
-    """Starts the tracker of a run, and gives it the numbers and texts of the record.
+    """Start the tracker of a run, and give it the numbers and texts of the record.
 
     Raises:
-        UsageError: if it does not start.
+        UsageError: if it cannot start.
     """
     try:
         accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, (int, float, str))})
@@ -137,7 +135,7 @@ def start_trackers(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
 
 
 def log_picture(accelerator: Accelerator, name: str, path: Path, step: int) -> None:
-    """Gives a picture to the trackers."""
+    """Send a picture to the trackers."""
     for tracker in accelerator.trackers:
         if tracker.name == "trackio":
             import trackio

@@ -1,5 +1,6 @@
 """The results of a run: pictures, figures and the pipeline, on the way and at the end, and the page that shows them."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -202,6 +203,8 @@ class RunResults:
                 held_out = None if self.held_out is None else self.held_out.pixels
                 figures |= self._score(pipeline, options.score_num_images, DEFAULT_METRICS, held_out)
             write_json(folder / "metrics.json", figures)
+            # What JSON makes of them: `null` for what is not finite.
+            figures = json.loads((folder / "metrics.json").read_text())
             write_run_report(folder, figures)
         return figures
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Resuming a run: find the checkpoint, and check that it belongs to the same experiment."""
 
 import inspect
 import json
@@ -15,9 +15,9 @@ from ..options.training import TrainingConfig
 from ..process.output import print_main
 from .checkpoint import CHECKPOINTS, Checkpoint, find_latest, list_checkpoints, load_checkpoint
 
-# What a resumed run may have otherwise than the one it goes on from: its length, its output, how the global batch is
-# divided, where data and model come from (what they are is compared), and what one changes after a divergence.
-# Anything else makes it another experiment.
+# Options that may change when a run is resumed: its length, its output, the division of the global batch, the sources
+# of data and model (their contents are compared), and what is changed after a divergence. Any other makes another
+# experiment.
 MAY_CHANGE = frozenset(
     "dataset_name dataset_config_name train_data_dir vae model_config_name_or_path unet_arguments "
     "learning_rate lr_warmup_steps mixed_precision max_grad_norm "
@@ -31,18 +31,18 @@ MAY_CHANGE = frozenset(
     "local_rank".split()
 )
 _SOURCES = ("dataset_name", "dataset_config_name", "train_data_dir")
-# As diffusers' scripts call a checkpoint, and as it is called here.
+# The names of checkpoints in diffusers' scripts, and here.
 _NAME = re.compile(r"(?:checkpoint|step)-(\d+)")
 
 
 def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
-    """The place of the checkpoint that `--resume_from_checkpoint` names; `None` to start anew.
+    """Return the checkpoint to resume from, or `None` to start anew.
 
-    `latest` is the newest that verifies and is not of a later step than the last of the run. A name without a folder
+    `latest` is the newest valid checkpoint that is not beyond the last step of the run. A name without a folder
     is looked for among the checkpoints of the output directory.
 
     Raises:
-        UsageError: if there is none of that name, or all there are lie beyond the end of the run.
+        UsageError: if there is none of that name, or if all lie beyond the end of the run.
     """
     folder = options.folder / CHECKPOINTS
     if options.resume_from_checkpoint is None:
@@ -79,13 +79,13 @@ def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
 def load_to_resume(
     path: Path, record: dict[str, Any], total_steps: int, digest_without_labels: str | None = None
 ) -> Checkpoint:
-    """Reads the checkpoint that a run goes on from, and makes sure that it is one of this experiment.
+    """Read the checkpoint to resume, and check that it belongs to the same experiment.
 
     Args:
-        path (`Path`): Its place.
-        record (`dict`): What the checkpoints of the run that is about to start will say of it.
-        total_steps (`int`): The end of the run.
-        digest_without_labels (`str`, *optional*): What an earlier version would have said of its data.
+        path (`Path`): The checkpoint.
+        record (`dict`): The record of the run that is about to start.
+        total_steps (`int`): The last step of the run.
+        digest_without_labels (`str`, *optional*): The data digest that earlier versions would have recorded.
 
     Raises:
         UsageError: if the checkpoint is damaged, belongs to another experiment, or lies beyond the end of the run.
@@ -106,13 +106,12 @@ def load_to_resume(
 
 
 def check_same_experiment(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Says which options differ from those of the run that is resumed.
+    """Print which options differ from those of the resumed run.
 
     Raises:
-        UsageError: for options whose change would make it another experiment.
+        UsageError: for options whose change makes another experiment.
     """
-    # Of the model counts what it is, and not which of it was said. What the version of then did not have was what it is
-    # by default now.
+    # Compare the built model, not the flags. Options that an older version lacked count as today's defaults.
     arguments = {name: item.default for name, item in inspect.signature(DIAUNet2DModel).parameters.items()}
     defaults = TrainingConfig().public_dict() | {"vae_digest": None} | json.loads(json.dumps(arguments, default=str))
     before, now = ({**record, **record.get("unet", {}), "unet": None} for record in (before, now))
@@ -146,7 +145,7 @@ def _completed(before: dict[str, Any], now: dict[str, Any], defaults: dict[str, 
 
 
 def _describe(name: str, old: Any, new: Any, before: dict[str, Any], now: dict[str, Any]) -> str:
-    """A difference that is refused, in words."""
+    """Describe a difference that is refused."""
     if name == "data_digest":
         return f"the images are others (now from {_source(now)}, then from {_source(before)})"
     if name == "vae_digest":
