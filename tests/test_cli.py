@@ -171,11 +171,35 @@ def test_a_mistake_shows_no_traceback_and_imports_no_more_than_sampling_needs():
     assert not imported & {"datasets", "matplotlib", "torchmetrics", "sklearn", "tensorboard"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"]])
-def test_help_waits_for_no_heavy_import(arguments):
-    run, _, imported = run_and_list_imports(*arguments)
-    assert run.returncode == 0
-    assert "usage: dia" in run.stdout
+REFUSED = [
+    ["train", "--lable_dropout", "0.2"],
+    ["train", "--train_data_dir", "x", "--label_dropout", "0.2"],
+    ["train", "--dia_attention", "sse"],
+    ["train", "--objective", "edm", "--snr_gamma", "5"],
+    ["train", "--ddpm_num_steps", "10"],
+    ["sample", "m", "--steps", "0"],
+    ["evaluate", "tests", "--seed", "1"],
+    ["study", "s.yaml", "--cpus_per_run", "2"],
+]
+HELP = [
+    ["--help"],
+    ["train", "--recipes"],
+    *([name, "--help"] for name in "train sample evaluate analyze app study".split()),
+]
+
+
+@pytest.mark.parametrize("arguments", HELP + REFUSED, ids=" ".join)
+def test_help_and_refusals_wait_for_no_heavy_import(arguments):
+    run, errors, imported = run_and_list_imports(*arguments)
+    assert run.returncode == (2 if arguments in REFUSED else 0)
+    if arguments in REFUSED:
+        assert "error: " in errors[-1]
+    else:
+        assert run.stdout
+        assert (
+            f"usage: dia{'' if arguments == ['--help'] else ' ' + arguments[0]} " in run.stdout
+            or "--recipes" in arguments
+        )
     assert "argparse" in imported
     assert not imported & {"torch", "scipy", "diffusers", "transformers", "datasets", "accelerate", "matplotlib"}
 

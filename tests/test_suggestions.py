@@ -1,11 +1,17 @@
 """What was probably meant."""
 
+from dataclasses import fields
+
 import pytest
 import yaml
 
 from dia_diffusion.cli import main, train_main
 from dia_diffusion.errors import UsageError, nearest
-from dia_diffusion.options.training import parse_arguments
+from dia_diffusion.options import parser
+from dia_diffusion.options.commands import AnalyzeOptions, AppOptions, EvaluateOptions, SampleOptions, StudyOptions
+from dia_diffusion.options.training import OPTION_NAMES, parse_arguments
+
+COMMANDS = (SampleOptions, EvaluateOptions, AnalyzeOptions, AppOptions, StudyOptions)
 
 
 def test_the_nearest_is_named_where_one_is_near():
@@ -26,8 +32,16 @@ def test_the_nearest_is_named_where_one_is_near():
         (["evaluate", "m", "--metric-s", "fid"], "dia evaluate", "--metrics"),
         (["analyze", "m", "--num_timestep_s", "5"], "dia analyze", "--num_timesteps"),
         (["study", "s.yaml", "--jobz", "3"], "dia study", "--jobs"),
-        (["train", "--learning_rat", "3"], "", "--learning_rate"),
-        (["train", "--prediction_type", "epsilom"], "", "epsilon"),
+        (["train", "--learning_rat", "3"], "dia train", "--learning_rate"),
+        (["train", "--prediction_type", "epsilom"], "dia train", "epsilon"),
+        (["train", "--lr", "1"], "dia train", "--learning_rate"),
+        (["train", "--batch_size", "8"], "dia train", "--train_batch_size"),
+        (["train", "--batch-size=8"], "dia train", "--train_batch_size"),
+        (["train", "--epochs", "8"], "dia train", "--num_epochs"),
+        (["train", "--image-size", "8"], "dia train", "--resolution"),
+        (["sample", "m", "--num_samples", "8"], "dia sample", "--num_images"),
+        (["sample", "m", "--sampler", "ddim"], "dia sample", "--scheduler"),
+        (["evaluate", "m", "--reference", "x"], "dia evaluate", "--dataset"),
     ],
 )
 def test_a_mistyped_option_command_or_choice_names_the_nearest(arguments, usage, meant, capsys):
@@ -73,6 +87,7 @@ def test_a_mistyped_name_in_a_command_names_the_nearest(function, arguments, mea
         ({"learning_rat": 1}, "learning_rate"),
         ({"train_data_dri": "x"}, "train_data_dir"),
         ({"prediction_type": "epsilom"}, "epsilon"),
+        ({"lr": 1}, "learning_rate"),
     ],
 )
 def test_a_mistyped_line_of_a_configuration_names_the_nearest(text, meant, tmp_path):
@@ -90,3 +105,8 @@ def test_a_mistyped_line_of_a_study_names_the_nearest(changed, meant, tmp_path, 
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study | changed))
     assert main(["study", str(tmp_path / "study.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
     assert f"Did you mean '{meant}'?" in capsys.readouterr().err
+
+
+def test_synonyms_stand_for_options_that_there_are():
+    known = OPTION_NAMES | {item.name for part in COMMANDS for item in fields(part)}
+    assert {option for meant in parser._MEANINGS.values() for option in meant} <= known

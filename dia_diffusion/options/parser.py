@@ -19,7 +19,7 @@ _SYNONYMS = {
     "ddpm_num_inference_steps",
     "timesteps num_timesteps diffusion_steps num_train_timesteps": "ddpm_num_steps num_timesteps",
     "beta_schedule noise_schedule schedule": "ddpm_beta_schedule",
-    "data data_dir data_path data_root dataset_dir images image_dir image_folder folder real": "train_data_dir dataset",
+    "data data_dir data_path data_root dataset_dir images image_dir image_folder folder real reference": "train_data_dir dataset",
     "dataset dataset_name name": "dataset_name dataset",
     "out output outdir out_dir output_folder output_path save_dir results_dir logdir": "output_dir output",
     "image_size img_size size imsize px width height": "resolution",
@@ -197,7 +197,8 @@ class OptionParser(argparse.ArgumentParser):
         if unknown:
             flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
             known = [name.lstrip("-") for name in self._option_string_actions]
-            hint = "" if flag is None else suggest(flag, known, "--")
+            first = [action.option_strings[0].lstrip("-") for action in self._actions if action.option_strings]
+            hint = "" if flag is None else suggest(flag, first, "--") or suggest(flag, known, "--")
             self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
         return found, unknown
 

@@ -12,8 +12,8 @@ import yaml
 
 from ..errors import UsageError, first_line, nearest
 from .fields import Location, Options, option
-from .model import DataOptions, ModelOptions
-from .objective import ObjectiveOptions, OptimisationOptions, options_of_other_objectives
+from .model import DIA_DEFAULTS, DataOptions, ModelOptions
+from .objective import OBJECTIVE_DEFAULTS, ObjectiveOptions, OptimisationOptions, options_of_other_objectives
 from .output import OutputOptions
 from .parser import OptionParser, rename_aliases
 from .rules import TRAINING_RULES, check_effect
@@ -98,7 +98,10 @@ class TrainOptions(SourceOptions, DataOptions, ModelOptions, ObjectiveOptions, O
     """All options of training side by side, as `dia train` and `train` take them."""
 
 
-DEFAULTS = {item.name: item.default for part in PARTS.values() for item in fields(part)}
+# Those of the attention and of the objectives stand for the `None` of their options.
+DEFAULTS = {item.name: item.default for part in PARTS.values() for item in fields(part)} | DIA_DEFAULTS
+for _defaults in OBJECTIVE_DEFAULTS.values():
+    DEFAULTS |= _defaults
 OPTION_NAMES = frozenset(DEFAULTS)
 MODEL_OPTION_NAMES = frozenset(item.name for item in fields(ModelOptions))
 # The options that `--help` shows; the others are behind `--help_all`.

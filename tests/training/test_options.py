@@ -8,7 +8,7 @@ import yaml
 
 from dia_diffusion.errors import UsageError
 from dia_diffusion.options.model import ModelOptions
-from dia_diffusion.options.training import TrainingConfig, as_yaml, load_options, parse_arguments, recipes
+from dia_diffusion.options.training import OPTION_NAMES, TrainingConfig, as_yaml, load_options, parse_arguments, recipes
 from dia_diffusion.training.architecture import build_unet
 
 # The options of diffusers' examples/unconditional_image_generation/train_unconditional.py, each with a value.
@@ -254,3 +254,117 @@ def test_the_present_folder_has_a_name(monkeypatch, tmp_path):
 def test_a_way_to_compile_without_compiling_is_refused():
     with pytest.raises(UsageError, match="compile_mode reduce-overhead says how to compile: add --compile"):
         TrainingConfig.from_flat(compile_mode="reduce-overhead")
+
+
+DATA = ["--train_data_dir", "images"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--label_dropout 0.2", "label_dropout has no effect without --class_conditional"),
+        ("--label_column kind", "label_column has no effect without --class_conditional"),
+        ("--score_num_images 9", "without --score_features: leave it out, or add --score_features"),
+        ("--eval_num_images 9 --score_features pixels", "eval_num_images has no effect without --eval_steps"),
+        ("--compile_mode default", "without --compile"),
+        ("--lr_num_cycles 2", "without --lr_scheduler cosine_with_restarts"),
+        ("--lr_power 2 --lr_scheduler cosine", "without --lr_scheduler polynomial"),
+        ("--objective flow --weighting_scheme none --logit_std 2", "with --weighting_scheme none"),
+        ("--dia_attention none --dia_hidden_size 8 --dia_init paper", "dia_hidden_size and dia_init have no effect"),
+        ("--dia_attention se --dia_sharing block --dia_hidden_size 8", "without --dia_sharing network"),
+        ("--dia_attention eca --dia_reduction 2", "on an attention without bottlenecks"),
+        ("--dia_init paper --dia_gate_slope 2", "with --dia_init paper"),
+        ("--dia_attention se --dia_time_conditioned", "without --dia_attention lstm or time"),
+    ],
+)
+def test_an_option_without_effect_is_refused(given, words):
+    with pytest.raises(UsageError) as raised:
+        parse_arguments([*DATA, *given.split()])
+    assert words in str(raised.value)
+
+
+def test_options_of_diffusers_and_of_files_without_effect_are_mentioned(tmp_path, capsys):
+    config = parse_arguments([*DATA, "--ema_power", "0.5", "--hub_model_id", "me/x", "--lr_scheduler", "constant"])
+    assert config.remarks == [
+        "ema_power: no effect without --use_ema.",
+        "hub_model_id: no effect without --push_to_hub.",
+    ]
+    assert capsys.readouterr().out.splitlines() == config.remarks
+    (tmp_path / "run.yaml").write_text("train_data_dir: images\nscore_num_images: 9\nlabel_dropout: 0.1\n")
+    config = parse_arguments(["--config", str(tmp_path / "run.yaml")])
+    assert config.remarks == ["score_num_images: no effect without --score_features."]
+
+
+def test_the_record_of_a_run_brings_no_remarks(tmp_path):
+    for arguments in ([], DATA, ["--dia_attention", "none"], ["--objective", "edm"], ["--recipe", "images", *DATA]):
+        (tmp_path / "run.yaml").write_text(as_yaml(config := parse_arguments(arguments)))
+        again = parse_arguments(["--config", str(tmp_path / "run.yaml")])
+        assert (again, again.remarks) == (config, [])
+
+
+def test_a_recipe_sets_what_is_not_given_and_says_so(tmp_path):
+    config = parse_arguments(["--recipe", "images", *DATA, "--learning_rate", "1e-4", "--no_random_flip"])
+    options = config.flat()
+    assert (options["learning_rate"], options["random_flip"], options["use_ema"]) == (1e-4, False, True)
+    assert options["validation_split"] == 0.1
+    assert options["resnet_time_scale_shift"] == "scale_shift"
+    assert (options["prediction_type"], options["ddpm_beta_schedule"]) == ("v_prediction", "squaredcos_cap_v2")
+    line = config.remarks[0]
+    assert line.startswith("Recipe images: validation_split 0.1, ")
+    assert "learning_rate" not in line
+    assert "random_flip" not in line
+    assert config.recipe == "images"
+    # Of another objective, of a model that is named, of data that are named.
+    edm = parse_arguments(["--recipe", "images", *DATA, "--objective", "edm"])
+    assert edm.flat()["use_ema"]
+    assert any("left out: prediction_type v_prediction" in remark for remark in edm.remarks)
+    assert parse_arguments(["--recipe", "images", *DATA, "--init_from", "m"]).model.resnet_time_scale_shift is None
+    assert parse_arguments(["--recipe", "digits", *DATA]).data.dataset_name is None
+    # A file; one that is not there.
+    (tmp_path / "mine.yaml").write_text("learning_rate: 3e-3")
+    assert parse_arguments(["--recipe", str(tmp_path / "mine.yaml"), *DATA]).optimisation.learning_rate == 3e-3
+    with pytest.raises(UsageError, match=r"no recipe 'image'\. Choose one of: diffusers, digits, images"):
+        parse_arguments(["--recipe", "image", *DATA])
+
+
+def test_the_recipe_of_diffusers_is_what_one_gets_without_any():
+    assert parse_arguments(["--recipe", "diffusers", *DATA]) == parse_arguments(DATA)
+    assert parse_arguments(["--recipe", "diffusers", "--dataset", "digits"]).data.resolution == 64
+
+
+def test_a_file_counts_more_than_a_recipe_and_a_flag_more_than_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("learning_rate: 1e-2\nadam_beta1: 0.5\ndataset: mnist5k")
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--recipe", "images", "--adam_beta1", "0.6"]
+    config = parse_arguments(arguments)
+    assert (config.optimisation.learning_rate, config.optimisation.adam_beta1) == (1e-2, 0.6)
+    assert config.optimisation.use_ema
+    assert config.data.dataset_name == "mnist5k"
+
+
+def test_names_of_the_data_and_ways_to_write_a_flag():
+    for words in (["--dataset_name", "x"], ["--dataset", "x"], ["--dataset-name=x"]):
+        assert parse_arguments(words).data.dataset_name == "x"
+    for words, value in (
+        (["--use_ema"], True),
+        (["--use-ema", "yes"], True),
+        (["--use_ema=0"], False),
+        (["--no_use_ema"], False),
+        (["--use_ema", "--no-use-ema"], False),
+    ):
+        assert parse_arguments([*DATA, *words]).optimisation.use_ema is value
+
+
+def test_help_shows_the_usual_options_in_groups_and_the_rest_behind_help_all(capsys):
+    pages = {}
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit, match="0"):
+            parse_arguments([flag])
+        pages[flag] = capsys.readouterr().out
+    listed = {flag: set(re.findall(r"^  --(\w+)", page, re.M)) for flag, page in pages.items()}
+    assert listed["--help_all"] - {"help_all", "recipes"} == OPTION_NAMES | {"recipe", "config"}
+    assert {"learning_rate", "train_data_dir", "dia_attention"} <= listed["--help"]
+    assert not listed["--help"] & {"adam_epsilon", "local_rank", "hub_token"}
+    groups = re.findall(r"^(\w+):$", pages["--help_all"], re.M)
+    assert groups == "recipe data model attention objective optimisation output Hub general".split()
+    for line in ("(default: 0.0001)", "(default: lstm)", "(default: epsilon)", "(default: 64)"):
+        assert line in re.sub(r"\s+", " ", pages["--help"])
