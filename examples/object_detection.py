@@ -6,9 +6,10 @@ RT-DETR of transformers finds 1 to 4 digits of different sizes on a canvas of 64
     python examples/object_detection.py --attention none
 
 Results in `runs/object_detection` (`--output_dir`): `result.json`, with the mean average precision on held-out digits,
-and the weights, `detector.safetensors`. Such detectors learn slowly: with `--steps 1400` the precision was 0.36 and rising
-after 1,250 steps and 13 minutes (one of 2 busy cores of an x86-64 server, November 2026, one seed). The same without
-attention has not been measured.
+and the weights, `detector.safetensors`.
+
+Such detectors learn slowly: with `--steps 1400` the precision was 0.36 and rising after 1,250 steps and 13 minutes (one
+of 2 busy cores of an x86-64 server, November 2026, one seed). The same without attention has not been measured.
 """
 
 import argparse
