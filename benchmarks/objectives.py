@@ -38,7 +38,7 @@ from dia_diffusion.sampling.schedulers import make_scheduler
 from dia_diffusion.scoring.evaluation import evaluate
 from dia_diffusion.scoring.features.named import get_extractor
 from dia_diffusion.scoring.images import PipelineImages
-from dia_diffusion.study.study_report import compare
+from dia_diffusion.study.comparison import compare
 from measuring import RESULTS, count, row, save_result
 
 DATA = "digits"

@@ -23,7 +23,7 @@ from dia_diffusion.errors import UsageError
 from dia_diffusion.files import replace_text, write_json
 from dia_diffusion.options.training import read_yaml
 from dia_diffusion.process.signals import end_with_parent
-from dia_diffusion.study.study_report import compare
+from dia_diffusion.study.comparison import compare
 from helpers import flags
 
 

@@ -36,7 +36,7 @@ from dia_diffusion.options.training import TrainingConfig
 from dia_diffusion.scoring.evaluation import evaluate
 from dia_diffusion.scoring.features.named import get_extractor
 from dia_diffusion.scoring.images import PipelineImages
-from dia_diffusion.study.study_report import compare
+from dia_diffusion.study.comparison import compare
 from dia_diffusion.training.architecture import build_unet
 from dia_diffusion.training.batches import draw_step
 from dia_diffusion.training.state import TrainingState

@@ -28,7 +28,7 @@ class Cluster(NamedTuple):
 def run_study(
     path: str | Path, output_dir: str | Path, jobs: int | None = None, cluster: Cluster | None = None
 ) -> dict[str, Any]:
-    """Does what is not done yet of a study, and writes its report.
+    """Do what is not done yet of a study, and write its report.
 
     Args:
         path (`str` or `Path`): The description, a YAML file; see `Study`.
@@ -72,20 +72,22 @@ def _engine(folder: Path, runs: int, jobs: int | None, cluster: Cluster | None) 
 
 def _finish_study(study: Study, runs: list[StudyRun], folder: Path, engine: Engine) -> dict[str, Any]:
     # 1. train and score; the table grows with each run
+    waiting = [run for run in runs if read_result(run) is None]
     with Progress(runs) as progress:
 
         def follow(ended: bool) -> None:
             progress.update()
             if ended:
-                write_report(summarise(study, runs), folder)
+                write_report(summarise(study, runs), study.scores, folder)
 
-        failures = run_tasks(engine, [Task(complete, run) for run in runs if read_result(run) is None], follow)
+        failures = run_tasks(engine, [Task(complete, run) for run in waiting], follow)
 
     # 2. time the steps, one variant after the other, with nothing else at work
     firsts = {run.variant: run for run in reversed(runs)}
-    measure = partial(time_step, baseline=firsts[study.baseline], rounds=study.timing_rounds)
-    untimed = [run for name, run in firsts.items() if name != study.baseline and read_timing(run) is None]
-    if study.timing_rounds and not failures:
+    baseline = firsts[study.baseline]
+    measure = partial(time_step, baseline=baseline, rounds=study.timing_rounds)
+    untimed = [run for run in firsts.values() if run is not baseline and read_timing(run, baseline) is None]
+    if study.timing_rounds and study.trainer is None and not failures:
         with progress_bar(total=len(untimed), desc="Timing", unit="variant") as bar:
             failures = run_tasks(engine, [Task(measure, run) for run in untimed], bar.update, slots=1)
 
@@ -93,5 +95,5 @@ def _finish_study(study: Study, runs: list[StudyRun], folder: Path, engine: Engi
     if failures:
         raise UsageError("\n".join(["some runs failed; the others are kept, and the same command goes on.", *failures]))
     summary = summarise(study, runs)
-    write_report(summary, folder)
+    write_report(summary, study.scores, folder)
     return summary

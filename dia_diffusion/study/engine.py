@@ -1,12 +1,8 @@
-"""How far the runs of a study are.
+"""Engines do the tasks of a study; this is the one for this machine.
 
-The tasks of a study and the engine that does them: what a local pool and a cluster have in common.
-
-An engine takes tasks (`submit`), says which have ended (`wait`), and ends what is under way at a checkpoint (`cancel`).
-`local.py` and `on_ray.py` are two; another one is a class with these three methods and `slots`.
-
-
-The tasks of a study on this machine: a process for each, several side by side, each with one of the GPUs."""
+An engine takes tasks (`submit`), returns those that ended (`wait`), and stops the rest at a checkpoint (`cancel`).
+`LocalEngine` starts a process for each task, several side by side, each with one of the GPUs; `on_ray.py` has another.
+"""
 
 import multiprocessing
 import os
@@ -32,38 +28,6 @@ from ..training.log import METRICS_LOG, read_metrics
 from .description import StudyRun
 from .single_run import RESULT
 
-
-class Progress:
-    """A bar over the steps of all runs of a study."""
-
-    def __init__(self, runs: Sequence[StudyRun]):
-        self._runs = runs
-        total = sum(run.config.optimisation.max_train_steps for run in runs)
-        self._bar = progress_bar(total=total, initial=self._steps(), desc="Study", unit="step")
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def update(self) -> None:
-        finished = sum((run.folder / RESULT).exists() for run in self._runs)
-        self._bar.set_postfix_str(f"{finished} of {len(self._runs)} runs finished", refresh=False)
-        self._bar.update(self._steps() - self._bar.n)
-
-    def _steps(self) -> int:
-        return sum(_steps_done(run) for run in self._runs)
-
-
-def _steps_done(run: StudyRun) -> int:
-    if (run.folder / RESULT).exists():
-        return run.config.optimisation.max_train_steps
-    log = run.folder / METRICS_LOG
-    lines = read_metrics(log) if log.exists() else []
-    return lines[-1]["step"] if lines else 0
-
-
 _LOG = "log.txt"
 _LOCK = ".task-lock"
 # Of a machine that was lost a shared disk may hold the lock for a while.
@@ -71,21 +35,21 @@ _PATIENCE_SECONDS = 180
 
 
 class Task(NamedTuple):
-    """What is done for a run: a function of it, which leaves a file in its folder."""
+    """A function to call with a run, which leaves a file in its folder."""
 
     function: Callable[[StudyRun], None]
     run: StudyRun
 
 
 class Ended(NamedTuple):
-    """A task that has ended, and what it failed of; `None` where it is done."""
+    """A task that ended, and why it failed, or None if it is done."""
 
     task: Task
     failure: str | None
 
 
 class Engine(Protocol):
-    """Where the tasks of a study are done.
+    """Does the tasks of a study.
 
     Attributes:
         slots (`int`): How many tasks it is given at a time.
@@ -94,19 +58,19 @@ class Engine(Protocol):
     slots: int
 
     def submit(self, task: Task) -> None:
-        """Starts a task, now or as soon as there is room for it."""
+        """Start a task, now or as soon as there is room for it."""
 
     def wait(self, seconds: float) -> list[Ended]:
-        """The tasks that have ended since the last call; waits so long for the first."""
+        """Return the tasks that ended since the last call; wait up to `seconds` for the first."""
 
     def cancel(self) -> None:
-        """Lets what is under way stop at a checkpoint, and waits until it has."""
+        """Stop the running tasks at a checkpoint, and wait until they have stopped."""
 
 
 def run_tasks(
     engine: Engine, tasks: Sequence[Task], report: Callable[[bool], Any], slots: int | None = None
 ) -> list[str]:
-    """Does tasks on an engine.
+    """Do tasks on an engine.
 
     Args:
         engine (`Engine`): Where.
@@ -140,7 +104,7 @@ def run_tasks(
 
 
 def work(task: Task, threads: int, origin: str) -> int:
-    """Does a task in this process; what it prints goes to the log of its run.
+    """Do a task in this process; what it prints goes to the log of its run.
 
     Args:
         task (`Task`): What to do.
@@ -177,7 +141,7 @@ def work(task: Task, threads: int, origin: str) -> int:
 
 
 def last_words(run: StudyRun, status: int) -> str:
-    """Why a task failed: the last line of its log, or the signal that ended its process (a negative status)."""
+    """Return why a task failed: the last line of its log, or the signal that ended its process (a negative status)."""
     if status < 0:
         return f"ended by signal {-status}"
     lines = (run.folder / _LOG).read_text().splitlines() or ["?"]
@@ -186,7 +150,7 @@ def last_words(run: StudyRun, status: int) -> str:
 
 @contextmanager
 def _printing_to(path: Path) -> Iterator[None]:
-    """Lets all that this process and its libraries print go to the end of a file."""
+    """Append all that this process and its libraries print to a file."""
     kept = [os.dup(stream) for stream in (1, 2)]
     with path.open("a") as log:
         for stream in (1, 2):
@@ -199,6 +163,39 @@ def _printing_to(path: Path) -> Iterator[None]:
         for stream, descriptor in zip((1, 2), kept, strict=True):
             os.dup2(descriptor, stream)
             os.close(descriptor)
+
+
+class Progress:
+    """A bar over the steps of all runs of a study, or over the runs of a trainer of one's own."""
+
+    def __init__(self, runs: Sequence[StudyRun]):
+        self._total = {run.name: run.steps for run in runs}
+        self._runs = runs
+        total = sum(self._total.values())
+        self._bar = progress_bar(
+            total=total, initial=self._steps(), desc="Study", unit="run" if runs[0].trainer else "step"
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def update(self) -> None:
+        finished = sum((run.folder / RESULT).exists() for run in self._runs)
+        self._bar.set_postfix_str(f"{finished} of {len(self._runs)} runs finished", refresh=False)
+        self._bar.update(self._steps() - self._bar.n)
+
+    def _steps(self) -> int:
+        return sum(self._steps_done(run) for run in self._runs)
+
+    def _steps_done(self, run: StudyRun) -> int:
+        if (run.folder / RESULT).exists():
+            return self._total[run.name]
+        log = run.folder / METRICS_LOG
+        lines = read_metrics(log) if log.exists() and run.trainer is None else []
+        return lines[-1]["step"] if lines else 0
 
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -247,7 +244,7 @@ class LocalEngine:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs of this machine that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs of this machine that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     count = torch.cuda.device_count()
     named = os.environ.get(_VISIBLE)
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
@@ -255,7 +252,7 @@ def visible_gpus() -> list[str]:
 
 @contextmanager
 def _seeing(gpu: str | None) -> Iterator[None]:
-    """What a process that starts now has in its environment, before it imports anything."""
+    """Show one GPU to processes that start now, before they import anything."""
     before = os.environ.get(_VISIBLE)
     if gpu is not None:
         os.environ[_VISIBLE] = gpu
@@ -269,7 +266,7 @@ def _seeing(gpu: str | None) -> Iterator[None]:
 
 
 def _live(task: Task, gpu: str | None) -> None:
-    """The life of a process, which ends with the one that started it."""
+    """Do a task in a process that ends with the one that started it."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.exit(work(task, 1, "on this machine" if gpu is None else f"on GPU {gpu} of this machine"))
 

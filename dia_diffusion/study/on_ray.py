@@ -1,4 +1,4 @@
-"""The tasks of a study on a Ray cluster: a task of Ray for each, with its share of a machine."""
+"""The engine that runs a study on a Ray cluster: a task of Ray for each run, with its share of a machine."""
 
 import os
 import secrets
@@ -19,7 +19,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from .. import __version__
 from ..errors import UsageError, first_line
 from ..files import replace_files
-from .description import StudyRun
 from .engine import Ended, Task, last_words, work
 from .single_run import RESULT
 
@@ -66,7 +65,7 @@ class RayEngine:
 
     def submit(self, task: Task) -> None:
         files = {} if self._shared else _read_files(task.run.folder)
-        there = task._replace(run=_moved(task.run, task.run.folder.resolve()))
+        there = task._replace(run=replace(task.run, folder=task.run.folder.resolve()))
         versions = __version__, torch.__version__
         ref = self._remote.remote(there, self._place, files, self._cpus, versions)
         self._running[ref] = task, files
@@ -191,7 +190,7 @@ def _do(task: Task, place: _Place, files: Files, threads: int, versions: tuple[s
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / task.run.name
         _write_files(folder, files)
-        status = _checked(work(task._replace(run=_moved(task.run, folder)), threads, origin))
+        status = _checked(work(task._replace(run=replace(task.run, folder=folder)), threads, origin))
         return status, _read_files(folder)
 
 
@@ -199,11 +198,6 @@ def _checked(status: int) -> int:
     if status == 128 + signal.SIGTERM:
         raise _Preempted
     return status
-
-
-def _moved(run: StudyRun, folder: Path) -> StudyRun:
-    output = replace(run.config.output, output_dir=str(folder))
-    return replace(run, config=replace(run.config, output=output))
 
 
 def _read_files(folder: Path) -> Files:

@@ -1,5 +1,6 @@
-"""What is done for a run of a study, and the files it leaves: trained, scored, timed."""
+"""A run of a study: train, score and time it, and leave the files that say so."""
 
+import itertools
 import json
 import math
 import shutil
@@ -14,23 +15,24 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ..errors import NotFiniteError, NotFiniteImagesError, UsageError
-from ..files import write_json
+from ..files import json_digest, to_json, write_json
 from ..latents.space import load_data, measure_std
 from ..objectives import make_objective
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
 from ..process.distributed import memory_format
 from ..scoring.evaluation import evaluate
 from ..scoring.features.named import get_extractor
-from ..scoring.images import PipelineImages
+from ..scoring.images import PipelineImages, shares_of_labels
 from ..training.accelerator import make_accelerator
 from ..training.architecture import build_unet
-from ..training.batches import draw_step
+from ..training.batches import Batch, draw_step
 from ..training.checkpoint import CHECKPOINTS
 from ..training.held_out import held_out_loss
 from ..training.log import METRICS_LOG, read_metrics
-from ..training.loop import train
+from ..training.loop import accumulate_gradients, train
 from ..training.state import TrainingState
 from .description import StudyRun
+from .trainers import run_trainer
 
 RESULT = "result.json"
 TIMING = "timing.json"
@@ -46,8 +48,18 @@ SPIKES = (
 
 
 def complete(run: StudyRun) -> None:
-    """Trains and scores a run, and leaves its `result.json`. A run that diverges has a result too: where it did."""
-    result = {"variant": run.variant, "seed": run.config.optimisation.seed, "scoring": run.scoring._asdict()}
+    """Train and score a run, and leave its `result.json`. A run that diverges has a result too: where it did."""
+    result: dict[str, Any] = {"variant": run.variant, "seed": run.seed}
+    if run.trainer is not None:
+        # What the trainer itself calls options may be more than was asked for.
+        asked = {"asked_for": run.options}
+        try:
+            figures = run_trainer(run.trainer, run.options | {"seed": run.seed, "output_dir": str(run.folder)})
+        except NotFiniteError:
+            figures = {"diverged_at_step": None}
+        write_json(run.folder / RESULT, figures | result | asked)
+        return
+    result["scoring"] = _scoring(run)
     try:
         if not _is_trained(run):
             train(run.config)
@@ -58,25 +70,49 @@ def complete(run: StudyRun) -> None:
     except NotFiniteImagesError:
         result |= {"diverged_at_step": run.config.optimisation.max_train_steps}
     losses = [line["loss"] for line in read_metrics(run.folder / METRICS_LOG) if "loss" in line]
-    _write_json(run.folder / RESULT, result | {"loss_spikes": count_spikes(losses)})
+    write_json(run.folder / RESULT, result | {"loss_spikes": count_spikes(losses)})
 
 
 def read_result(run: StudyRun) -> dict[str, Any] | None:
-    """What `complete` left, unless it was scored otherwise."""
+    """Return what `complete` left, or None: nothing yet, or scores of another kind.
+
+    Raises:
+        UsageError: if a trainer of one's own left it with other options.
+    """
     result = _read_json(run.folder / RESULT)
-    if result is None or ("diverged_at_step" not in result and result["scoring"] != run.scoring._asdict()):
+    if result is not None and run.trainer is not None:
+        if "asked_for" not in result:
+            return None  # A file of the trainer, which was stopped.
+        if result["asked_for"] != json.loads(to_json(run.options)):
+            raise UsageError(
+                f"'{run.folder}' was trained with other options: remove it, or choose another --output_dir."
+            )
+        return result
+    if result is None or ("diverged_at_step" not in result and result["scoring"] != _scoring(run)):
         return None
     return result
 
 
-def read_timing(run: StudyRun) -> float | None:
-    """The ratio that `time_step` left."""
+def _scoring(run: StudyRun) -> dict[str, Any]:
+    """Return how a run is scored; results of before classes were drawn in proportion say nothing of classes."""
+    drawn = run.config.data.class_conditional and run.scoring.num_images
+    return run.scoring._asdict() | ({"classes": "as often as in the data"} if drawn else {})
+
+
+def read_timing(run: StudyRun, baseline: StudyRun) -> float | None:
+    """Return the ratio that `time_step` left, or None where there is none to this baseline."""
     timing = _read_json(run.folder / TIMING)
-    return None if timing is None else timing["step_time_ratio"]
+    if timing is None or timing.get("baseline") != _identity(baseline):
+        return None
+    return timing["step_time_ratio"]
+
+
+def _identity(run: StudyRun) -> dict[str, str]:
+    return {"variant": run.variant, "options": json_digest(json.loads(to_json(run.options)))}
 
 
 def count_spikes(losses: Sequence[float]) -> int:
-    """How many logged losses are spikes, as `SPIKES` says."""
+    """Count the logged losses that are spikes, as `SPIKES` says."""
     return sum(
         loss > _SPIKE_FACTOR * statistics.median(losses[number - _SPIKE_WINDOW : number])
         for number, loss in enumerate(losses)
@@ -115,15 +151,16 @@ def _score(run: StudyRun) -> dict[str, Any]:
     }
     if scoring.num_images:
         steps = config.output.ddpm_num_inference_steps
-        images = PipelineImages(pipeline, scoring.num_images, steps, optimisation.seed)
         pixels = data.pixels
+        shares = shares_of_labels(pixels.labels, pixels.num_classes)
+        images = PipelineImages(pipeline, scoring.num_images, steps, optimisation.seed, class_shares=shares)
         extractor = get_extractor(scoring.features, pixels.resolution, pixels.channels)
         scores["fid"] = evaluate(images, pixels, extractor, metrics=["fid"], batch_size=_BATCH_SIZE)["fid"]
     return scores
 
 
 def make_step(run: StudyRun) -> Callable[[], None]:
-    """A training step of a run on a batch that stays the same: what there is to time of it."""
+    """Return a training step of a run, all its micro-batches included, on a batch that stays the same."""
     config = run.config
     data, _ = load_data(config.data)
     # Another variant, of another precision perhaps, may have been made in this process.
@@ -135,18 +172,18 @@ def make_step(run: StudyRun) -> Callable[[], None]:
     batch = data.fetch(range(config.optimisation.train_batch_size))
     batch = {name: values.to(accelerator.device) for name, values in batch.items()}
     images = data.model_inputs(batch).contiguous(memory_format=memory_format(accelerator.device))
-    labels = batch.get("labels")
     draws = draw_step(0, 0, tuple(images.shape), objective, accelerator.device)
+    batches = itertools.repeat(Batch(images, draws.noise, draws.levels, batch.get("labels"), seed=0))
 
     def step() -> None:
-        accelerator.backward(objective.loss(training.model, images, draws.noise, draws.levels, labels))
+        accumulate_gradients(training, objective, batches, config.optimisation.gradient_accumulation_steps)
         training.update(1)
 
     return step
 
 
 def time_step(run: StudyRun, baseline: StudyRun, rounds: int) -> None:
-    """Leaves in `timing.json` how many times the baseline's step a step takes: the median over rounds, in each of which
+    """Leave in `timing.json` how many times the baseline's step a step takes: the median over rounds, in each of which
     both take ten steps, one after the other, in an order that alternates."""
     steps = [make_step(run), make_step(baseline)]
     ratios = []
@@ -156,7 +193,8 @@ def time_step(run: StudyRun, baseline: StudyRun, rounds: int) -> None:
             seconds[side] = _seconds(steps[side])
         ratios.append(seconds[0] / seconds[1])
     # The first round warms up.
-    _write_json(run.folder / TIMING, {"step_time_ratio": statistics.median(ratios[1:]), "rounds": ratios[1:]})
+    timing = {"step_time_ratio": statistics.median(ratios[1:]), "rounds": ratios[1:], "baseline": _identity(baseline)}
+    write_json(run.folder / TIMING, timing)
 
 
 def _seconds(step: Callable[[], None]) -> float:
@@ -169,12 +207,8 @@ def _seconds(step: Callable[[], None]) -> float:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """`None` if it is not there, or if a run was killed while it wrote it."""
+    """Return what a file holds, or None where it is not there or is no JSON."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_json(path, content)

@@ -25,7 +25,7 @@ from ..sampling.generation import sample_images
 from ..sampling.schedulers import make_scheduler
 from ..scoring.evaluation import DEFAULT_METRICS, evaluate
 from ..scoring.features.named import get_extractor
-from ..scoring.images import PipelineImages
+from ..scoring.images import PipelineImages, shares_of_labels
 from ..scoring.score_report import format_scores
 from .folder import BEST, SAMPLES, read_best
 from .held_out import held_out_loss
@@ -217,7 +217,9 @@ class RunResults:
     ) -> dict[str, Any]:
         options, data = self.options, self.data.pixels
         extractor = get_extractor(options.score_features, data.resolution, data.channels)
-        images = PipelineImages(pipeline, num_images, options.ddpm_num_inference_steps, self.seed)
+        shares = shares_of_labels(data.labels, data.num_classes)
+        steps = options.ddpm_num_inference_steps
+        images = PipelineImages(pipeline, num_images, steps, self.seed, class_shares=shares)
         device = self.training.accelerator.device
         return evaluate(images, data, extractor.to(device), metrics, held_out, options.eval_batch_size)
 

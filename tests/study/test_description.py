@@ -1,5 +1,6 @@
 """The description of a study: what it means, and what is refused in it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def test_unet_arguments_of_common_and_of_a_variant_are_merged(tmp_path):
         ({"variants": {"plain": {"dia_atention": "none"}}}, "variant 'plain': 'dia_atention' is neither"),
         ({"variants": {"plain": {"seed": 3}}}, "'seed' cannot be set for the runs of a study: list 'seeds'"),
         ({"variants": {"plain": {}, "../up": {}}}, r"variant '../up': its name may have"),
+        *(
+            ({"variants": {"plain": {}, name: {}}}, f"variant '{re.escape(name)}': it names the folder")
+            for name in ("..", ".", ".hidden", "end.", "con", "NUL.txt", 101 * "x")
+        ),
+        ({"variants": {"plain": {}, "study.json": {}}}, "variant 'study.json': that file holds the report"),
+        ({"variants": {"plain": {}, "Plain": {}}}, "variants 'plain' and 'Plain' would have one folder"),
         ({"variants": {"plain": {}, "long": {"max_train_steps": 9}}}, "a study compares at equal steps"),
         (
             {"variants": {"plain": {"max_train_steps": 24}}, "common": {"max_train_steps": None}},

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
 from dia_diffusion.objectives import Objective
+from dia_diffusion.study.comparison import compare
+from dia_diffusion.study.description import load_study
 from dia_diffusion.study.dia_study import run_study
-from dia_diffusion.study.single_run import complete, count_spikes, read_result, read_timing, time_step
-from dia_diffusion.study.study_report import compare, format_table, save_figure, summarise
+from dia_diffusion.study.single_run import complete, count_spikes, make_step, read_result, read_timing, time_step
+from dia_diffusion.study.study_report import format_table, save_figure, summarise
 from small_studies import VARIANTS, runs_of, write_study
 from training_runs import fresh_state
 
@@ -91,7 +94,8 @@ def test_a_study_that_was_killed_ends_as_if_it_had_not_been(undisturbed, tmp_pat
     # Times are measured anew.
     for one in (summary, expected):
         one["variants"]["dia"]["step_time_ratio"] = None
-    assert format_table(summary) == format_table(expected)
+    scores = load_study(path).scores
+    assert format_table(summary, scores) == format_table(expected, scores)
 
 
 def test_variants_start_from_the_same_weights_and_see_the_same(tmp_path, monkeypatch):
@@ -166,6 +170,9 @@ def test_statistics_agree_with_formulas_and_with_scipy():
         ),
         ({"resolution": 16}, {"held_out_loss": ["resolution"], "fid": ["resolution"]}),
         ({"dataset_name": "mnist5k"}, {"held_out_loss": ["dataset_name"], "fid": ["dataset_name"]}),
+        ({"vae": "somewhere", "center_crop": True}, {"held_out_loss": ["center_crop", "vae"], "fid": ["center_crop"]}),
+        ({"class_conditional": True}, {"held_out_loss": ["class_conditional"]}),
+        ({"label_column": "kind"}, {"held_out_loss": ["label_column"]}),
         ({"learning_rate": 0.1, "dia_attention": "se", "dropout": 0.5}, {}),
     ],
 )
@@ -175,19 +182,24 @@ def test_what_is_not_the_same_quantity_is_not_compared(tmp_path, options, differ
     for number, run in enumerate(runs):
         run.folder.mkdir(parents=True)
         figures = {"held_out_loss": 1.0 + number**2, "fid": 2.0 + number**3, "parameters": 1, "attention_parameters": 0}
-        result = {"variant": run.variant, "seed": run.config.optimisation.seed, "scoring": run.scoring._asdict()}
+        scoring = run.scoring._asdict() | (
+            {"classes": "as often as in the data"} if "class_conditional" in options and run.variant == "other" else {}
+        )
+        result = {"variant": run.variant, "seed": run.seed, "scoring": scoring}
         (run.folder / "result.json").write_text(json.dumps(result | figures | {"loss_spikes": 0}))
     summary = summarise(study, runs)
-    other, table = summary["variants"]["other"], format_table(summary)
+    other, table = summary["variants"]["other"], format_table(summary, study.scores)
     assert other["not_compared"] == differing
     for score in ("held_out_loss", "fid"):
         assert other[score]["mean"] > 1
         assert (other[score]["p_value"] is None) == (other[score]["difference"] is None) == (score in differing)
-    line = next(line for line in table.splitlines() if line.startswith("| other"))
-    assert line.count("| - | - |") == len(differing)
+    of_scores = [line for line in table.splitlines() if line.startswith("| other")][:2]
+    assert sum("| - | - | - |" in line for line in of_scores) == len(differing)
     assert table.count("Not compared: the") == len(differing)
     assert all(f"has another {names[0]}" in table for names in differing.values())
-    save_figure(summary, tmp_path / "study.png")
+    save_figure(summary, study.scores, tmp_path / "study.png")
+    # A plot without points is left out.
+    assert (tmp_path / "study.png").exists() == (len(differing) < 2)
 
 
 def test_spikes_are_counted():
@@ -207,7 +219,9 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
     assert read_result(hot)["diverged_at_step"] in (2, 3)
     figures = summarise(study, runs)["variants"]["hot"]
     assert (figures["finished"], figures["diverged"], figures["held_out_loss"]) == (1, 1, None)
-    assert "| hot | - | - | - | - | - | - | 1 | 1 | 0.0 |" in format_table(summarise(study, runs))
+    table = format_table(summarise(study, runs), study.scores)
+    assert "| hot | - | - | - | - | 0 |" in table
+    assert "| hot | - | - | 1 | 1 | 0.0 |" in table
 
 
 def test_a_model_is_scored_again_when_other_scores_are_asked_for(tmp_path):
@@ -228,7 +242,9 @@ def test_variants_of_another_precision_are_timed(tmp_path):
     plain, half = runs_of(path, tmp_path)[1]
     half.folder.mkdir(parents=True)
     time_step(half, plain, rounds=1)
-    assert read_timing(half) > 0
+    assert read_timing(half, plain) > 0
+    # Of another baseline the ratio says nothing.
+    assert read_timing(half, half) is None
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd):
@@ -252,3 +268,44 @@ def test_runs_of_another_description_are_not_mixed_in(undisturbed, tmp_path):
     path = write_study(tmp_path / "study.yaml", common={"learning_rate": 2e-3})
     with pytest.raises(UsageError, match=r"trained with other options: learning_rate is 0.002, was 0.001"):
         run_study(path, folder)
+
+
+def test_a_step_is_timed_with_all_its_micro_batches(tmp_path, monkeypatch):
+    path = write_study(tmp_path / "study.yaml", {"plain": {}, "more": {"gradient_accumulation_steps": 3}}, seeds=[0])
+    seen, loss = [], Objective.loss
+    monkeypatch.setattr(Objective, "loss", lambda *arguments: seen.append(len(arguments[2])) or loss(*arguments))
+    for run, batches in zip(runs_of(path, tmp_path)[1], (1, 3), strict=True):
+        make_step(run)()
+        assert seen == [8] * batches
+        seen.clear()
+
+
+def test_another_baseline_has_other_ratios(undisturbed, tmp_path):
+    path, folder, _ = undisturbed
+    shutil.copytree(folder, tmp_path / "study")
+    described = yaml.safe_load(path.read_text())
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(described | {"baseline": "dia"}))
+    summary = run_study(tmp_path / "study.yaml", tmp_path / "study", jobs=1)
+    assert summary["variants"]["dia"]["step_time_ratio"] == 1.0
+    timing = json.loads((tmp_path / "study" / "plain" / "seed-0" / "timing.json").read_text())
+    assert timing["baseline"]["variant"] == "dia"
+    assert summary["variants"]["plain"]["step_time_ratio"] == timing["step_time_ratio"]
+
+
+def test_variants_of_other_layers_are_not_said_to_start_alike(tmp_path):
+    variants = {"plain": {}, "wide": {"resnet_time_scale_shift": "scale_shift"}, "se": {"dia_attention": "se"}}
+    study, runs = runs_of(write_study(tmp_path / "study.yaml", variants), tmp_path)
+    summary = summarise(study, runs)
+    assert [figures["other_weights"] for figures in summary["variants"].values()] == [
+        [], ["resnet_time_scale_shift"], []
+    ]  # fmt: skip
+    assert "`wide` starts from other weights than `plain`" in format_table(summary, study.scores)
+
+
+def test_a_study_with_workers_ends(tmp_path):
+    common = {"max_train_steps": 2, "dataloader_num_workers": 1}
+    path = write_study(tmp_path / "study.yaml", {"plain": {}}, common, seeds=[0])
+    command = [sys.executable, "-m", "dia_diffusion.cli", "study", str(path), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--jobs", "1"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "The report is" in done.stdout
