@@ -19,7 +19,7 @@ from .options.parser import OptionParser
 from .options.training import TrainingConfig, configure, training_parser
 from .process.output import guard_streams, print_main
 from .process.signals import Interrupted
-from .process.startup import end_with_launcher, quiet_dependencies, start_missing_processes, tune_process
+from .process.startup import end_with_launcher, ensure_home, quiet_dependencies, start_missing_processes, tune_process
 
 Given = Mapping[str, Any]
 
@@ -87,6 +87,7 @@ def make_parser() -> OptionParser:
 def _run(prepare: Callable[[Given], Any], work: Callable[[Any], None], given: Given) -> int:
     """Run a command: check its options, and only then set up the process and do the work."""
     quiet_dependencies()
+    ensure_home()
     try:
         end_with_launcher()
         options = prepare(given)

@@ -1,4 +1,4 @@
-"""Reports as pages: one HTML file with its pictures inside, that needs no server, no network and no other file."""
+"""Write reports as HTML pages that hold their pictures and need no server, network or other file."""
 
 import base64
 import html
@@ -69,13 +69,13 @@ for (const head of document.querySelectorAll('th[data-sorts]')) {
 
 
 def write_page(path: Path, title: str, parts: Sequence[str], raw: Sequence[Path] = ()) -> None:
-    """Writes a page.
+    """Write a page.
 
     Args:
         path (`Path`): The file.
         title (`str`): Its heading.
-        parts (sequence of `str`): HTML, as the functions below make it.
-        raw (sequence of `Path`, *optional*): Files with the figures as they are, for links to them.
+        parts (sequence of `str`): HTML from the functions below.
+        raw (sequence of `Path`, *optional*): Files of figures to link to.
     """
     links = [f"<a href='{quote(os.path.relpath(file, path.parent))}'>{html.escape(file.name)}</a>" for file in raw]
     figures = [f"<p>Raw figures: {', '.join(links)}</p>"] if links else []
@@ -93,7 +93,7 @@ def heading(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """A paragraph; `code` and **strong** words as in Markdown."""
+    """Return a paragraph, with `code` and **strong** words as in Markdown."""
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
     text = re.sub(r"[*][*]([^*]+)[*][*]", r"<b>\1</b>", text)
     return f"<p>{text}</p>"
@@ -106,12 +106,12 @@ def definitions(facts: Mapping[str, str]) -> str:
 
 
 def folded(title: str, text: str) -> str:
-    """A text as it is, to be unfolded."""
+    """Return a text that a click unfolds."""
     return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
 
 
 def picture(image: Image.Image | Path, description: str, pixels: bool = False) -> str:
-    """A picture, or a PNG file; `pixels` are not smoothed when it is enlarged."""
+    """Return an `img` element of a picture or a PNG file; with `pixels`, enlarging does not smooth it."""
     if isinstance(image, Path):
         data = image.read_bytes()
     else:
@@ -128,10 +128,10 @@ def plot(path: Path, description: str) -> str:
 
 
 def markdown(text: str, sortable: bool = True) -> str:
-    """Tables and paragraphs, as the reports print them in Markdown.
+    """Convert the Markdown of reports, tables and paragraphs, to HTML.
 
     Args:
-        text (`str`): Each line that begins with a bar is a row of a table, each other one a paragraph.
+        text (`str`): A line that begins with a bar is a row of a table, any other a paragraph.
         sortable (`bool`, *optional*, defaults to `True`): Whether a click on a head sorts the rows by its column.
     """
     parts, rows = [], []

@@ -1,4 +1,4 @@
-"""From image files to pixels, and from pixels to what a model sees and back."""
+"""Decode image files to pixels, and convert pixels to a model's input and back."""
 
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +15,7 @@ _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 GREY_MODES = frozenset({"1", "L", "LA", "La", "F", *_DEEP_MODES})
 # Pillow's many decoders raise anything at a broken file: struct.error, KeyError, zlib.error, MemoryError and more.
 UNREADABLE = (Exception,)
+PICTURES = "pictures"
 DTYPES = {8: np.uint8, 16: np.uint16}
 # Formats whose 16-bit grey is known to be unsigned, and those whose "I" is such grey.
 _DEEP_FORMATS = {None, "PNG", "TIFF", "PPM", "JPEG2000"}
@@ -33,7 +34,7 @@ _UPRIGHT = {
 
 
 def open_header(encoded: dict[str, Any] | None) -> Image.Image:
-    """Opens a cell of an image column, as `datasets` stores it (`bytes` or a `path`), without decoding its pixels.
+    """Open a cell of an image column, as `datasets` stores it (`bytes` or a `path`), without decoding its pixels.
 
     Raises:
         One of `UNREADABLE`: if it cannot be read.
@@ -41,24 +42,42 @@ def open_header(encoded: dict[str, Any] | None) -> Image.Image:
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         raise ValueError("the cell is empty")
     if encoded["bytes"] is not None:
-        return Image.open(BytesIO(encoded["bytes"]))
+        return _open(BytesIO(encoded["bytes"]))
     if "://" in encoded["path"] and not Path(encoded["path"]).exists():
         # Inside of an archive, as data sets of the Hub may have them.
         with fsspec.open(encoded["path"], "rb") as file:
-            return Image.open(BytesIO(file.read()))
-    return Image.open(encoded["path"])
+            return _open(BytesIO(file.read()))
+    return _open(encoded["path"])
+
+
+def _open(file: Any) -> Image.Image:
+    # Pillow refuses more than 179 megapixels, and warns from 89 on.
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(file)
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+    if image.width * image.height > _MOST_PIXELS:
+        size, most = f"{image.width}x{image.height}", f"{_MOST_PIXELS // 10**6}"
+        image.close()
+        raise ValueError(f"it has {size} pixels, more than {most} million: make it smaller")
+    return image
 
 
 def open_image(encoded: dict[str, Any] | None) -> Image.Image:
-    """As `open_header`, decoded and turned as its orientation tag says.
+    """Open an image as `open_header` does, decode it, and turn it as its orientation tag says.
+
+    The number of its pages or frames, of which the first counts, is in `info["pictures"]`.
 
     Raises:
         One of `UNREADABLE`: if it cannot be read.
     """
     with open_header(encoded) as image:
+        pictures = _count_pictures(image)
         layout = str(getattr(image, "tile", ""))
         image.load()
         image = _scale_to_mode(image, layout)
+    image.info[PICTURES] = pictures
     if image.mode == "I" and image.format not in _DEEP_IN_32_BITS:
         raise ValueError("32-bit integer pixels have no known range; save the image with 8 or 16 bits")
     if image.mode in _DEEP_MODES and image.format not in _DEEP_FORMATS:
@@ -75,8 +94,19 @@ def open_image(encoded: dict[str, Any] | None) -> Image.Image:
     return turned
 
 
+def _count_pictures(image: Image.Image) -> int:
+    # The second picture of a photograph (MPO) is a preview of the first.
+    if image.format == "MPO":
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:
+        # The first can be whole where later ones are broken.
+        return 1
+
+
 def _scale_to_mode(image: Image.Image, layout: str) -> Image.Image:
-    """Brings to the range of its mode what Pillow leaves in that of the file.
+    """Scale values that Pillow leaves in the range of the file to the range of the image's mode.
 
     Args:
         image (`PIL.Image.Image`), layout (`str`): The image, and how its file held the pixels (`image.tile`).
@@ -96,7 +126,7 @@ def _scale_to_mode(image: Image.Image, layout: str) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
-    """An image without transparency, composited on white where it had any, and whether it had."""
+    """Return an image composited on white where it is transparent, and whether it was transparent anywhere."""
     if not image.has_transparency_data:
         return image, False
     if image.mode in _DEEP_MODES:
@@ -114,10 +144,13 @@ def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def image_to_pixels(image: Image.Image, resolution: int, channels: int, bits: int = 8) -> np.ndarray:
-    """Pixels of one image: uint8 or uint16 of shape `(channels, H, W)`, of which the shorter side is `resolution`.
+    """Return the pixels of one image: uint8 or uint16 of shape `(channels, H, W)`, the shorter side `resolution`.
 
-    Sixteen-bit grey is scaled to eight bits, which Pillow's own conversion would clip; what is transparent lies on
-    white; of an animation the first picture counts.
+    Sixteen-bit grey is scaled to eight bits, which Pillow's own conversion would clip. Transparent pixels lie on white.
+    The first picture of an animation counts.
+
+    Raises:
+        ValueError: for an image without pixels or without a known range of values, or one that is too long.
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save the image with 8 or 16 bits")
@@ -144,10 +177,10 @@ def image_to_pixels(image: Image.Image, resolution: int, channels: int, bits: in
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 or uint16 pixels to floats in [-1, 1], the range that diffusion models see."""
+    """Convert uint8 or uint16 pixels to floats in [-1, 1], the range of a diffusion model's input."""
     return images.float() / (torch.iinfo(images.dtype).max / 2) - 1
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] to uint8 pixels, rounded; the inverse of `to_unit_range`."""
+    """Round floats in [-1, 1] to uint8 pixels: the inverse of `to_unit_range`."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

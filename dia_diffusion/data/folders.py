@@ -1,117 +1,29 @@
-"""What files hold, whatever their times say.
-
-What `metadata.jsonl`, `.csv` or `.parquet` says about the images beside and below it, as `datasets` has it.
-
-A folder on this machine as a data set: of images, of Parquet or Arrow files, or saved by `datasets`.
+"""A folder on this machine as a data set: of images, of Parquet or Arrow files, or saved by `datasets`.
 
 `datasets` would guess splits from the names of files, take a path for a pattern, and trust the times of files.
 """
 
 import glob
-import hashlib
 import os
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from os.path import normpath
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
 from PIL import Image
 
 from ..errors import UsageError, first_line
 from ..process.output import print_main
-from .columns import find_image_column
-
-
-def hash_files(paths: Sequence[Path | str], *more: str) -> str:
-    """Of the names and the contents of files, and of what else it should change with.
-
-    Reading is what it costs: 10,000 small files took 1.7 seconds on two busy cores, where decoding took 6.
-    """
-    digest = hashlib.sha256(repr(more).encode())
-    with ThreadPoolExecutor(8) as pool:
-        for path, content in zip(paths, pool.map(_hash, paths, chunksize=64), strict=True):
-            digest.update(repr((str(path), content)).encode())
-    return digest.hexdigest()[:32]
-
-
-def _hash(path: Path | str) -> str:
-    digest = hashlib.sha256()
-    try:
-        with Path(path).open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    except OSError as error:
-        # Decoding will say so.
-        return f"not read: {error.errno}"
-    return digest.hexdigest()
-
-
-METADATA = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
-_READERS = {".jsonl": pyarrow.json.read_json, ".csv": pyarrow.csv.read_csv, ".parquet": pyarrow.parquet.read_table}
-_NAME = "file_name"
-
-
-def read_metadata(files: Sequence[Path], images: Sequence[Path]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Columns beside that of the images, a value for each image (`None` for one that no row names), and their types.
-
-    Text in a column `label` is the names of classes.
-
-    Raises:
-        UsageError: for a file that cannot be read, or names an image that is not there.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    known = {normpath(path) for path in images}
-    for file in files:
-        for row in _read(file):
-            place = normpath(file.parent / str(row.pop(_NAME)))
-            if place not in known:
-                raise UsageError(f"'{file}' names '{place}', which is not there or not an image: correct or remove it.")
-            rows[place] = row
-    unnamed = [path for path in images if normpath(path) not in rows]
-    if unnamed:
-        print_main(
-            f"{len(unnamed)} of {len(images)} images have no row in {files[0].name}, such as '{unnamed[0].name}'."
-        )
-    names = dict.fromkeys(name for row in rows.values() for name in row if name != "image")
-    columns = {name: [rows.get(normpath(path), {}).get(name) for path in images] for name in names}
-    features = {}
-    for name, values in columns.items():
-        try:
-            kind = pa.array(values).type
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise UsageError(f"column '{name}' of {files[0].name} has values of several types: {error}") from error
-        if name == "label" and pa.types.is_string(kind):
-            classes = datasets.ClassLabel(names=sorted({value for value in values if value is not None}))
-            columns[name] = [None if value is None else classes.str2int(value) for value in values]
-            features[name] = classes
-        else:
-            features[name] = datasets.features.features.generate_from_arrow_type(kind)
-    return columns, features
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    try:
-        table = _READERS[file.suffix](file)
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"'{file}' cannot be read: {first_line(error)}.") from error
-    if _NAME not in table.column_names:
-        raise UsageError(
-            f"'{file}' has no column '{_NAME}' that says which image a row is about, only: "
-            f"{', '.join(table.column_names)}. Add it, or give the file another name."
-        )
-    return table.to_pylist()
-
+from .archives import ARCHIVES, load_archives
+from .cache import cache_place, hash_files
+from .columns import find_image_column, recognise_images, sort_class_names
+from .metadata import METADATA, TABLES, read_metadata
 
 TRAIN_SPLIT = "train"
 _SPLITS = {
@@ -135,14 +47,19 @@ _DICT, _STATE = "dataset_dict.json", "state.json"
 
 
 def load_folder(folder: Path, config_name: str | None = None, cache_dir: str | None = None) -> DatasetDict:
-    """Loads a folder: all of it.
+    """Load all images of a folder.
 
     - Saved by `datasets` (`save_to_disk`): what was saved.
-    - Images, at any depth and behind links, named as they like; hidden files do not count. Where everything lies in
+    - Images, at any depth and behind links, whatever their names; hidden files do not count. Where everything lies in
       folders that are named as splits are, these are the splits. Where everything lies in folders, each is a class;
-      `metadata.jsonl`, `.csv` or `.parquet` say more about images in place of classes.
+      `metadata.jsonl`, `.csv` or `.parquet` describe images instead of classes.
     - Parquet or Arrow files: splits where all of them are named as splits are.
-    - Anything else: what `datasets` makes of it.
+    - Anything else, such as archives: what `datasets` makes of it.
+
+    Args:
+        folder (`Path`): The folder.
+        config_name (`str`, *optional*): Configuration, of a folder that has several. Leaves everything to `datasets`.
+        cache_dir (`str`, *optional*): Where `datasets` keeps what it prepares.
 
     Raises:
         UsageError: if there are no images, or the folder cannot be read.
@@ -154,23 +71,27 @@ def load_folder(folder: Path, config_name: str | None = None, cache_dir: str | N
     if config_name is None:
         images = [path for path in files if _is_image(path)]
         if images:
-            _say_what_is_not_used(folder, set(files) - set(images))
+            _report_unused(folder, sorted(set(files) - set(images)))
             return _load_images(folder, images, [path for path in files if path.name in METADATA])
         tables = [path for path in files if path.suffix in _TABLES]
         if tables:
             return _load_tables(folder, tables, cache_dir)
+        archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
+        if archives and (loaded := _load_archives(folder, archives, cache_dir)):
+            return loaded
     content = hash_files(files)
     try:
         loaded = datasets.load_dataset(str(folder), config_name, cache_dir=_cache(cache_dir, content))
+        loaded = DatasetDict({name: recognise_images(rows) for name, rows in loaded.items()})
         find_image_column(next(iter(loaded.values())))
     except Exception as error:
-        raise UsageError(f"cannot load images from '{folder}': {_what_is_there(files, error)}") from error
+        raise UsageError(f"cannot load images from '{folder}': {_describe_other(files, error)}") from error
     return _follow(loaded, content)
 
 
 def _cache(cache_dir: str | None, content: str) -> str:
-    """`datasets` knows files by their times; here it has a place for each content."""
-    return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "dia_folders" / content)
+    """Return a cache for this content: `datasets` itself knows files by their times."""
+    return str(cache_place(cache_dir, "dia_folders", content))
 
 
 def _follow(loaded: DatasetDict, content: str) -> DatasetDict:
@@ -182,7 +103,7 @@ def _follow(loaded: DatasetDict, content: str) -> DatasetDict:
 
 
 def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """All files that are not hidden. A link to a folder that holds it leads nowhere."""
+    """Yield all files that are not hidden, without following links to a folder above."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -218,29 +139,61 @@ def _is_image(path: Path) -> bool:
         return False
 
 
-def _say_what_is_not_used(folder: Path, others: set[Path]) -> None:
-    unused = sorted(path for path in others if path.suffix.lower() not in _COMPANIONS and path.name not in METADATA)
+def _report_unused(folder: Path, others: Sequence[Path]) -> None:
+    tables = [path for path in others if path.suffix.lower() in TABLES and path.name not in METADATA]
+    unused = [path for path in others if path.suffix.lower() not in _COMPANIONS | TABLES]
     if unused:
-        names = ", ".join(f"'{path.relative_to(folder)}'" for path in unused[:3]) + (", ..." if unused[3:] else "")
         print_main(
-            f"not used in '{folder}': {len(unused)} file{'s' if unused[1:] else ''} of kinds that are no images here "
-            f"({names}). Unpack archives, and convert images that Pillow does not read."
+            f"not used in '{folder}': {_count(len(unused), 'file')} of kinds that are no images here "
+            f"({_list(folder, unused)}). Unpack archives, and convert images that Pillow does not read."
+        )
+    if tables:
+        print_main(
+            f"not read in '{folder}': {_count(len(tables), 'table')} ({_list(folder, tables)}). A table with a column "
+            f"file_name describes the images beside it if it is called {', '.join(sorted(METADATA))}."
         )
 
 
-def _what_is_there(files: Sequence[Path], error: Exception) -> str:
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
+def _list(folder: Path, paths: Sequence[Path]) -> str:
+    return ", ".join(f"'{readable(path.relative_to(folder))}'" for path in paths[:3]) + (", ..." if paths[3:] else "")
+
+
+def _describe_other(files: Sequence[Path], error: Exception) -> str:
     if not files:
         return "no images were found in that folder: it is empty."
+    if isinstance(error, OSError):
+        return f"{first_line(error)}."
     kinds = Counter(path.suffix.lower() or "no ending" for path in files).most_common(5)
     found = ", ".join(f"{count} of {kind}" for kind, count in kinds)
     return (
-        f"no images were found in that folder, but {len(files)} other file{'s' if files[1:] else ''} ({found}). "
+        f"no images were found in that folder, but {_count(len(files), 'other file')} ({found}). "
         f"Unpack archives, and convert images that Pillow does not read. ({first_line(error)})"
     )
 
 
+def readable(path: Path | str) -> str:
+    """Return a name of a file as text that can be printed and stored. Names of files need not be UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def _cells(images: Sequence[Path]) -> list[Any]:
+    """Return the cells of an image column: paths, and the contents of files whose names Arrow cannot hold."""
+    if all(readable(path) == str(path) for path in images):
+        return [str(path) for path in images]
+    return [
+        {"bytes": None, "path": str(path)}
+        if readable(path) == str(path)
+        else {"bytes": path.read_bytes(), "path": readable(path)}
+        for path in images
+    ]
+
+
 def _parts(folder: Path, files: Sequence[Path]) -> list[tuple[str, ...]]:
-    """Where files lie below the deepest folder that holds them all: the folders on the way, and the name."""
+    """Split the paths of files below the deepest folder that holds them all."""
     places = [PurePosixPath(path.relative_to(folder).as_posix()).parts for path in files]
     shared = PurePosixPath(os.path.commonpath([PurePosixPath("/", *place[:-1]) for place in places])).parts[1:]
     return [place[len(shared) :] for place in places]
@@ -253,14 +206,14 @@ def _load_images(folder: Path, images: list[Path], metadata: list[Path]) -> Data
         places = [place[1:] for place in places]
     else:
         splits = [TRAIN_SPLIT] * len(images)
-    columns: dict[str, list[Any]] = {"image": [str(path) for path in images]}
+    columns: dict[str, list[Any]] = {"image": _cells(images)}
     features = {"image": datasets.Image()}
     names, several = [], len(set(splits)) > 1
     if metadata:
         more, of_them = read_metadata(metadata, images)
         columns, features = columns | more, features | of_them
     else:
-        folders = [place[0] if place[1:] else None for place in places]
+        folders = [readable(place[0]) if place[1:] else None for place in places]
         names = _class_names(folders, splits)
         if names:
             columns["label"] = [None if name is None else names.index(name) for name in folders]
@@ -278,7 +231,7 @@ def _load_images(folder: Path, images: list[Path], metadata: list[Path]) -> Data
 
 
 def _class_names(folders: list[str | None], splits: list[str]) -> list[str]:
-    """The classes, those of the training images first, where each of these lies in the folder of one."""
+    """Return the classes, those of training images first, or none where a training image lies in no folder."""
     trained = {name for name, split in zip(folders, splits, strict=True) if split == TRAIN_SPLIT}
     trained = trained or set(folders)
     if None in trained or len({*folders} - {None}) == 1:
@@ -286,26 +239,34 @@ def _class_names(folders: list[str | None], splits: list[str]) -> list[str]:
     return sort_class_names(trained) + sort_class_names(set(folders) - trained - {None})
 
 
-def sort_class_names(names: set[str]) -> list[str]:
-    """As text, or as numbers where all of them are."""
-    return sorted(names, key=lambda name: (int(name), name)) if all(map(str.isdecimal, names)) else sorted(names)
+def _load_archives(folder: Path, archives: list[Path], cache_dir: str | None) -> DatasetDict | None:
+    splits, loaded = _splits_of(folder, archives), {}
+    for split in dict.fromkeys(splits):
+        files = [path for path, of in zip(archives, splits, strict=True) if of == split]
+        content = hash_files(files)
+        name = split if len(set(splits)) > 1 else None
+        try:
+            rows = load_archives(files, _image_endings().__contains__, name, _cache(cache_dir, content))
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            raise UsageError(f"cannot load images from the archives in '{folder}': {first_line(error)}.") from error
+        if rows is not None:
+            loaded[split] = rows
+    return DatasetDict(loaded) if loaded else None
 
 
 def _load_tables(folder: Path, tables: list[Path], cache_dir: str | None) -> DatasetDict:
     kind = _TABLES[tables[0].suffix]
     if any(path.suffix != tables[0].suffix for path in tables):
         raise UsageError(f"'{folder}' holds Parquet files and Arrow files; leave one kind there.")
-    places = _parts(folder, tables)
-    splits = [_split_of_table(place) for place in places]
-    if not all(splits):
-        splits = [TRAIN_SPLIT] * len(tables)
+    splits = _splits_of(folder, tables)
     files = {
         split: [glob.escape(str(path)) for path, of in zip(tables, splits, strict=True) if of == split]
         for split in dict.fromkeys(splits)
     }
     content = hash_files(tables)
     try:
-        return _follow(datasets.load_dataset(kind, data_files=files, cache_dir=_cache(cache_dir, content)), content)
+        loaded = datasets.load_dataset(kind, data_files=files, cache_dir=_cache(cache_dir, content))
+        return _follow(DatasetDict({name: recognise_images(rows) for name, rows in loaded.items()}), content)
     except Exception as error:
         raise UsageError(
             f"cannot load images from '{folder}': its {kind} files cannot be read: "
@@ -313,8 +274,14 @@ def _load_tables(folder: Path, tables: list[Path], cache_dir: str | None) -> Dat
         ) from error
 
 
-def _split_of_table(place: tuple[str, ...]) -> str | None:
-    shard = _SHARD.fullmatch(place[-1].lower().rsplit(".", 1)[0])
+def _splits_of(folder: Path, files: Sequence[Path]) -> list[str]:
+    """Return the split of each file, from their names if all of them are named as splits are."""
+    splits = [_split_of_name(place) for place in _parts(folder, files)]
+    return [split or TRAIN_SPLIT for split in splits] if all(splits) else [TRAIN_SPLIT] * len(files)
+
+
+def _split_of_name(place: tuple[str, ...]) -> str | None:
+    shard = _SHARD.fullmatch(place[-1].lower().partition(".")[0])
     return _SPLITS.get(place[0].lower()) or (_SPLITS.get(shard[1]) if shard else None)
 
 
@@ -323,6 +290,7 @@ def _load_saved(folder: Path) -> DatasetDict:
         loaded = datasets.load_from_disk(str(folder))
         if not isinstance(loaded, DatasetDict):
             loaded = DatasetDict({TRAIN_SPLIT: loaded})
+        loaded = DatasetDict({name: recognise_images(rows) for name, rows in loaded.items()})
     except Exception as error:
         raise UsageError(f"cannot load the data set that was saved to '{folder}': {first_line(error)}.") from error
     files = [file["filename"] for rows in loaded.values() for file in rows.cache_files]

@@ -1,4 +1,4 @@
-"""A picture of many images."""
+"""Join many images to one picture."""
 
 import math
 
@@ -13,9 +13,11 @@ _MOST_COLUMNS = 20
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """A picture of uint8 images `(B, C, H, W)` side by side; small ones are enlarged without smoothing.
+    """Join uint8 images `(B, C, H, W)` side by side; small ones are enlarged without smoothing.
 
-    `columns` is by default about the square root of B, and also where it would be more than 20.
+    Args:
+        images (`Tensor`): The images.
+        columns (`int`, *optional*): Images in a row, at most 20; by default about the square root of B.
     """
     if columns is None or columns > _MOST_COLUMNS:
         columns = math.ceil(math.sqrt(len(images)))

@@ -1,18 +1,24 @@
 """The images of a run: its training images and its held-out ones."""
 
-import datasets
 import numpy as np
 
+from ..errors import UsageError
 from ..options.model import DataOptions
 from ..process.output import print_main
-from .columns import find_label_column
-from .pixels import PixelDataset, describe_images, list_names
-from .preparation import prepare_pixels
+from .pixels import PixelDataset, describe_images
+from .preparation import BadImageError, prepare_pixels
 from .sources import load_dataset_splits
+
+# Of the images that --validation_split holds out: the same for runs of any seed, which are compared on them.
+_SPLIT_SEED = 0
 
 
 def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None]:
-    """The training images of a run, and the held-out ones if there are any."""
+    """Return the training images of a run, and the held-out ones or None.
+
+    Raises:
+        UsageError: if there is no such data, or an image cannot be used.
+    """
     train_split, held_out_split = load_dataset_splits(
         options.dataset_name,
         options.dataset_config_name,
@@ -30,42 +36,55 @@ def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None
         "cache_dir": options.cache_dir,
         "num_workers": options.preprocessing_num_workers,
     }
-    data = prepare_pixels(train_split, options.resolution, options.channels, **settings)
-    if options.class_conditional:
-        column = find_label_column(train_split, options.label_column)
-        _note_untrained_classes(data, isinstance(train_split.features[column], datasets.ClassLabel))
-    if held_out_split is None:
-        return data, None
-    trained = None if data.class_names is None else (data.class_names, data.labels)
-    held_out = prepare_pixels(held_out_split, options.resolution, data.channels, **settings, trained=trained)
+    try:
+        data = prepare_pixels(train_split, options.resolution, options.channels, **settings)
+        if options.validation_split:
+            if held_out_split is not None:
+                print_main(f"--validation_split replaces the held-out split '{held_out_split.split}'.")
+            return hold_out(data, options.validation_split)
+        if held_out_split is None:
+            return data, None
+        trained = None if data.class_names is None else (data.class_names, data.labels)
+        held_out = prepare_pixels(held_out_split, options.resolution, data.channels, **settings, trained=trained)
+    except BadImageError as error:
+        raise UsageError(f"{error} Or leave such images out: --on_bad_image skip.") from error
     if len(held_out) == 0:
         print_main(f"No images are held out: {'; '.join(held_out.left_out)}.")
         return data, None
     return data, held_out
 
 
-def _note_untrained_classes(data: PixelDataset, named: bool) -> None:
-    """Say which classes have no training image. A model cannot learn them.
+def hold_out(data: PixelDataset, share: float) -> tuple[PixelDataset, PixelDataset]:
+    """Divide images into those for training and those that are held out: at random, each class in proportion.
+
+    The division depends on the number of images and their labels alone. Each class keeps an image for training.
 
     Args:
-        named (`bool`): Whether classes have names. Such classes are left out, and the others numbered anew. Classes
-            that are numbers only keep theirs.
+        data (`PixelDataset`): The images.
+        share (`float`): The share to hold out, between 0 and 1.
+
+    Raises:
+        UsageError: if there are too few images.
     """
-    assert data.labels is not None
-    assert data.class_names is not None
-    trained, labels = np.unique(data.labels, return_inverse=True)
-    missing = [name for number, name in enumerate(data.class_names) if number not in set(trained.tolist())]
-    if missing:
-        data.left_out.append(
-            f"{len(missing)} of {len(data.class_names)} classes have no training image"
-            f"{' and are left out' if named else ''}: {list_names(missing, numbered=False)}"
-        )
-        if named:
-            data.class_names, data.labels = [data.class_names[number] for number in trained], labels.astype(np.int64)
+    labels = np.zeros(len(data), dtype=np.int64) if data.labels is None else data.labels
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(data))
+    classes, counts = np.unique(labels, return_counts=True)
+    total = max(1, round(share * len(data)))
+    # Largest remainders: whole numbers of images, in sum the total.
+    exact = total * counts / len(data)
+    wanted = np.floor(exact).astype(int)
+    wanted[np.argsort(wanted - exact, kind="stable")[: total - wanted.sum()]] += 1
+    wanted = np.minimum(wanted, counts - 1)
+    if wanted.sum() == 0:
+        raise UsageError(f"{len(data)} images are too few to hold some out: omit --validation_split, or add images.")
+    chosen = [order[labels[order] == label][:number] for label, number in zip(classes, wanted, strict=True)]
+    held = np.sort(np.concatenate(chosen))
+    return data.select(np.setdiff1d(np.arange(len(data)), held)), data.select(held)
 
 
 def describe_data(options: DataOptions, data: PixelDataset, held_out: PixelDataset | None) -> str:
-    """What a run says at its start about the images it uses."""
-    origin = options.dataset_name or options.train_data_dir
-    held = "none." if held_out is None else describe_images(held_out, origin)
+    """Describe the images of a run, in two lines for its start."""
+    origin = str(options.dataset_name or options.train_data_dir)
+    hint = "none. (--validation_split 0.1 holds out a tenth of the training images.)"
+    held = hint if held_out is None else describe_images(held_out, origin)
     return f"Training images: {describe_images(data, origin)}\nHeld-out images: {held}"

@@ -1,6 +1,4 @@
-"""Images as rows of pixels of one size, and the order in which training takes them.
-
-What a command says at its start about the images that it uses."""
+"""Images as rows of pixels of one size, their order in training, and the line that describes them."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +11,6 @@ from datasets import Dataset
 from torch import Tensor
 
 from .decoding import DTYPES, to_pixels, to_unit_range
-
-# The order of more images is computed place by place: written out it takes 8 bytes an image in each process.
-_MOST_WRITTEN_OUT = 2**24
 
 
 def _middle(row: int) -> tuple[float, float]:
@@ -32,7 +27,7 @@ class PixelDataset:
         labels (`np.ndarray` of shape `(N,)`, *optional*): Their classes, int64.
         class_names (`list[str]`, *optional*): The names of the classes, in the order of their numbers.
         bits (`int`, *optional*, defaults to 8): 8 or 16 bits for a pixel.
-        left_out (`list[str]`, *optional*): Which images were left out, and why.
+        left_out (`list[str]`, *optional*): Sentences on images that were left out.
     """
 
     def __init__(
@@ -74,15 +69,15 @@ class PixelDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the images, their place and the preprocessing: the name of the prepared rows in the cache."""
+        """The name of the prepared rows in the cache: it changes with the images, their place and the preprocessing."""
         return self.prepared._fingerprint
 
     def digest(self, with_classes: bool = True, with_labels: bool = True) -> str:
-        """Of the number of images, of up to a thousand of them and of all labels: the same wherever the data lies.
+        """Return the SHA-256 of the number of images, of up to a thousand of them and of all labels, wherever they lie.
 
         Args:
             with_classes (`bool`, *optional*, defaults to `True`): Whether labels and their number count as well.
-            with_labels (`bool`, *optional*, defaults to `True`): `False` for the digest of before labels counted.
+            with_labels (`bool`, *optional*, defaults to `True`): `False` for the digest of older versions.
         """
         num_classes = self.num_classes if with_classes else None
         digest = hashlib.sha256(str((len(self), self.channels, self.resolution, num_classes)).encode())
@@ -92,14 +87,21 @@ class PixelDataset:
             digest.update(np.ascontiguousarray(self.labels, "<i8"))
         return digest.hexdigest()
 
+    def select(self, indices: np.ndarray) -> "PixelDataset":
+        """Return some of the images, with the same classes."""
+        labels = None if self.labels is None else self.labels[indices]
+        bits = 8 * np.dtype(self.dtype).itemsize
+        rows = self.prepared.select(indices)
+        return PixelDataset(rows, self.resolution, self.channels, labels, self.class_names, bits, self.left_out)
+
     def fetch(self, indices: Sequence[int], crop: Callable[[int], Sequence[float]] = _middle) -> dict[str, Tensor]:
-        """Pixels, and labels where there are any, of some images.
+        """Return the pixels of some images, and their labels where there are any.
 
         Args:
             indices (`Sequence[int]` of length B): Which images.
             crop (`Callable`, *optional*):
-                Called with the row of an image that is not square; says where to cut it, as two numbers from 0 (top,
-                left) to 1 (bottom, right). By default in the middle.
+                Called with the row of an image that is not square; returns the position of the cut, as two numbers
+                from 0 (top, left) to 1 (bottom, right). By default the middle.
 
         Returns:
             `dict`: `images`, uint8 or uint16 of shape `(B, C, R, R)`, and `labels`, int64 of shape `(B,)`.
@@ -122,32 +124,32 @@ class PixelDataset:
         return batch
 
     def draw(self, seed: int, step: int, count: int, device: torch.device | str = "cpu") -> None:
-        """Nothing is drawn: what a model sees of an image is the image itself. (Latents are drawn.)"""
+        """Draw nothing: the model's input is the image itself. (Latents are drawn from their posterior.)"""
 
     def model_inputs(
         self, batch: Mapping[str, Tensor], flips: Tensor | None = None, draws: Tensor | None = None
     ) -> Tensor:
-        """What a diffusion model sees of images: floats in [-1, 1], `(B, C, R, R)`.
+        """Return the input of a diffusion model: floats in [-1, 1] of shape `(B, C, R, R)`.
 
         Args:
-            batch (`dict`): What `fetch` gave, on any device.
-            flips (`Tensor` of shape `(B,)`, *optional*): Which of them are flipped horizontally.
+            batch (`dict`): From `fetch`, on any device.
+            flips (bool `Tensor` of shape `(B,)`, *optional*): Marks images to flip horizontally.
             draws (`Tensor`, *optional*): Has no meaning here.
         """
         images = to_unit_range(batch["images"])
         return images if flips is None else torch.where(flips[:, None, None, None], images.flip(-1), images)
 
     def numbered(self, numbers: range) -> Tensor:
-        """These images, uint8 of shape `(B, C, R, R)`."""
+        """Return images by their numbers: uint8 of shape `(B, C, R, R)`."""
         images = self.fetch(numbers)["images"]
         return images if images.dtype == torch.uint8 else to_pixels(to_unit_range(images))
 
 
 class EndlessShuffle(torch.utils.data.Dataset):
-    """The training images in an order without end: a new permutation for each epoch.
+    """The training images in an endless order: a new permutation for each epoch.
 
-    What stands at a position is a function of the seed and the position alone, so that a run can go on from any
-    step, and any number of processes can share the positions of a batch.
+    The image at a position depends on the seed and the position alone, so that a run can be resumed at any step, and
+    any number of processes can share the positions of a batch.
 
     Args:
         dataset (`PixelDataset`, or another with its `fetch`): The images.
@@ -165,45 +167,17 @@ class EndlessShuffle(torch.utils.data.Dataset):
         epochs, places = np.divmod(np.asarray(positions), size)
         for epoch in np.unique(epochs):
             now = epochs == epoch
-            places[now] = _permuted(self.seed, int(epoch), size, places[now])
+            places[now] = _permutation(self.seed, int(epoch), size)[places[now]]
         indices = places.tolist()
         if self.center_crop:
             return self.dataset.fetch(indices)
         return self.dataset.fetch(indices, lambda row: np.random.default_rng((self.seed, 1, positions[row])).random(2))
 
 
-def _permuted(seed: int, epoch: int, size: int, places: np.ndarray) -> np.ndarray:
-    """Which images stand at these places of an epoch."""
-    if size <= _MOST_WRITTEN_OUT:
-        return _permutation(seed, epoch, size)[places]
-    return _scattered(seed, epoch, size, places)
-
-
-def _scattered(seed: int, epoch: int, size: int, places: np.ndarray) -> np.ndarray:
-    """A permutation that need not be written out: a Feistel network of four rounds (Luby and Rackoff 1988) over the
-    next power of four; what falls beyond the end goes through it again (Black and Rogaway 2002)."""
-    half = np.uint64(((size - 1).bit_length() + 1) // 2)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.default_rng((seed, 0, epoch)).integers(0, 2**64, 4, dtype=np.uint64)
-    images, outside = places.astype(np.uint64), np.ones(len(places), dtype=bool)
-    while outside.any():
-        left, right = images[outside] >> half, images[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
-        images[outside] = (left << half) | right
-        outside = images >= size
-    return images.astype(np.int64)
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood 2014): every bit depends on every other."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
+# A batch may reach into the next epoch.
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Return the order of the images in an epoch, int64: 8 bytes an image."""
     return np.random.default_rng((seed, 0, epoch)).permutation(size)
 
 
@@ -211,13 +185,15 @@ _MOST_NAMES = 20
 
 
 def describe_images(pixels: PixelDataset, origin: str) -> str:
-    """The number of images, where they come from, their size and kinds, what they are taken as, and their classes.
+    """Describe images in a line: their number, origin, sizes, kinds, use and classes, and what is left out of them.
 
     Args:
         pixels (`PixelDataset`): The images.
         origin (`str`): The data set or the folder.
     """
-    about = pixels.prepared.select_columns(["kind", "file_width", "file_height", "transparent"]).with_format("arrow")[:]
+    about = pixels.prepared.select_columns(
+        ["kind", "file_width", "file_height", "transparent", "pictures"]
+    ).with_format("arrow")[:]
     split = pixels.prepared.split
     widths, heights = pc.min_max(about["file_width"]).as_py(), pc.min_max(about["file_height"]).as_py()
     low, high = (f"{widths[bound]}x{heights[bound]}" for bound in ("min", "max"))
@@ -233,6 +209,10 @@ def describe_images(pixels: PixelDataset, origin: str) -> str:
     transparent = pc.sum(about["transparent"]).as_py()
     if transparent:
         lines.append(f"{transparent:,} of them are transparent: they lie on white")
+    unused = pc.sum(about["pictures"]).as_py() - len(pixels)
+    if unused:
+        files = pc.sum(pc.greater(about["pictures"], 1)).as_py()
+        lines.append(f"{unused:,} more pages or frames of {files:,} of the files are not used, only the first of each")
     lines += pixels.left_out
     if pixels.class_names is not None:
         lines.append(f"{len(pixels.class_names)} classes: {list_names(pixels.class_names)}")

@@ -18,21 +18,22 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..process.signals import forks_end_with_parent
 from ..process.startup import available_cores
-from .columns import find_image_column, find_label_column, read_labels
-from .decoding import DTYPES, GREY_MODES, UNREADABLE, image_to_pixels, on_white, open_header, open_image
-from .folders import hash_files
-from .pixels import PixelDataset
+from .cache import cache_place, find_in_cache, hash_files
+from .columns import classes_from_text, find_image_column, find_label_column, read_labels
+from .decoding import DTYPES, GREY_MODES, PICTURES, UNREADABLE, image_to_pixels, on_white, open_header, open_image
+from .pixels import PixelDataset, list_names
 
 # Part of the cache key: raise it whenever the same image would give other pixels.
-_PREPROCESSING_VERSION = 2
+_PREPROCESSING_VERSION = 3
 # A process is worth starting for so many.
 _IMAGES_A_PROCESS = 1000
 # What a process gathers before it writes.
 _BYTES_A_WRITE = 2**26
-# Of prepared images: their pixels, and what their files were.
+_ROWS = "rows.arrow"
+# The columns of prepared images: pixels, and properties of their files.
 _FEATURES = datasets.Features(
     pixels=datasets.Value("large_binary"),
     width=datasets.Value("int32"),
@@ -42,7 +43,12 @@ _FEATURES = datasets.Features(
     file_width=datasets.Value("int32"),
     file_height=datasets.Value("int32"),
     transparent=datasets.Value("bool"),
+    pictures=datasets.Value("int32"),
 )
+
+
+class BadImageError(UsageError):
+    """An image cannot be used: it cannot be read, or has no label."""
 
 
 def prepare_pixels(
@@ -58,14 +64,15 @@ def prepare_pixels(
     cache_dir: str | None = None,
     num_workers: int | None = None,
 ) -> PixelDataset:
-    """Decodes every image of a data set once: the shorter side becomes `resolution` pixels, the rest stays to crop.
+    """Decode every image of a data set once: the shorter side becomes `resolution` pixels, the rest stays to crop.
 
     Args:
         dataset (`datasets.Dataset`): Data with a column of images.
         resolution (`int`): Pixels of the shorter side; resized bilinearly with antialiasing, as Pillow does it.
         channels (`int`, *optional*): 1 or 3; by default 3 as soon as one of the images has colour.
         image_column, label_column (`str`, *optional*): Names of columns, where they cannot be guessed.
-        with_labels (`bool`, *optional*, defaults to `False`): Whether to keep the labels.
+        with_labels (`bool`, *optional*, defaults to `False`):
+            Whether to keep the labels. Classes are those that occur, and text counts as names of classes.
         on_bad_image (`str`, *optional*, defaults to `"error"`):
             `error` stops at a broken image or one without a label, `skip` leaves it out.
         bits (`int`, *optional*, defaults to 8): 16 keeps the precision of images that have 16 bits for a pixel.
@@ -85,6 +92,8 @@ def prepare_pixels(
         raise UsageError(f"on_bad_image must be 'error' or 'skip', but is '{on_bad_image}'.")
     image_column = find_image_column(dataset, image_column)
     label_column = find_label_column(dataset, label_column) if with_labels else None
+    if label_column:
+        dataset = classes_from_text(dataset, label_column)
     raw = dataset.select_columns([image_column] + ([label_column] if label_column else []))
     raw = raw.cast_column(image_column, datasets.Image(decode=False))
     settings = {
@@ -97,7 +106,9 @@ def prepare_pixels(
     }
     content = hash_files(_files_of(raw, image_column))
     name = Hasher.hash((dataset._fingerprint, content, (*settings.values(), _PREPROCESSING_VERSION)))
-    place = _cache_file(cache_dir, name)
+    place = find_in_cache(cache_dir, "dia_pixels", name) / _ROWS
+    if not _is_ready(place):
+        place = cache_place(cache_dir, "dia_pixels", name) / _ROWS
     with _only_one_at(place):
         if channels is None and not _is_ready(place):
             channels = settings["channels"] = _count_channels(raw, image_column)
@@ -107,14 +118,20 @@ def prepare_pixels(
         left_out.append(f"{len(raw) - len(rows)} of {len(raw)} images could not be read and were left out")
     labels, class_names = None, None
     if label_column:
-        labels, class_names = read_labels(rows, dataset.features[label_column], trained)
+        labels, class_names, absent = read_labels(rows, dataset.features[label_column], trained)
+        if absent:
+            named = isinstance(dataset.features[label_column], datasets.ClassLabel)
+            left_out.append(
+                f"{len(absent)} of {len(absent) + len(np.unique(labels[labels >= 0]))} classes have no training image"
+                f"{' and are left out' if named else ''}: {list_names(absent, numbered=False)}"
+            )
         known = labels >= 0
         if not known.all():
             why = f"{np.sum(~known)} of {len(known)} images have no label in column '{label_column}' (empty or below 0)"
             if trained is not None:
                 why += " or one that no training image has"
             elif on_bad_image == "error":
-                raise UsageError(f"{why}: leave such images out with --on_bad_image skip.")
+                raise BadImageError(f"{why}.")
             left_out.append(f"{why}, and were left out")
             rows, labels = rows.select(np.flatnonzero(known)), labels[known]
     if len(rows) == 0 and trained is None:
@@ -126,7 +143,7 @@ def prepare_pixels(
 
 
 def prepare_at_own_size(dataset: Dataset) -> PixelDataset:
-    """Images as `prepare_pixels` makes them, at the size of the first: generated images all have one size."""
+    """Prepare images at the size of the first: generated images all have one size."""
     column = find_image_column(dataset)
     try:
         with open_image(dataset.cast_column(column, datasets.Image(decode=False))[0][column]) as image:
@@ -136,21 +153,13 @@ def prepare_at_own_size(dataset: Dataset) -> PixelDataset:
     return prepare_pixels(dataset, resolution, image_column=column)
 
 
-def _cache_file(cache_dir: str | None, name: str) -> Path | None:
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "dia_pixels" / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        # `datasets` keeps it for this process then.
-        return None
-    return folder / "rows.arrow"
-
-
 @contextmanager
-def _only_one_at(place: Path | None) -> Iterator[None]:
-    """Lets one of several runs that begin at a time prepare the images, and the others find them ready. Removes what a
-    killed one was writing."""
-    if place is None or _is_ready(place):
+def _only_one_at(place: Path) -> Iterator[None]:
+    """Let one of several runs that start together prepare the images, and the others find them ready.
+
+    Removes the unfinished files of a killed run.
+    """
+    if _is_ready(place):
         yield
         return
     with FileLock(place.with_suffix(".lock")):
@@ -159,16 +168,14 @@ def _only_one_at(place: Path | None) -> Iterator[None]:
         yield
 
 
-def _is_ready(place: Path | None) -> bool:
-    """Whether the rows are there: in one file, or in as many as there were processes."""
-    if place is None:
-        return False
+def _is_ready(place: Path) -> bool:
+    """Tell whether the rows are there: in one file, or in as many as there were processes."""
     parts = [path.stem.rpartition("_of_")[2] for path in place.parent.glob(f"{place.stem}_*_of_*.arrow")]
     return place.exists() or any(parts.count(number) == int(number) for number in parts)
 
 
-def _decode(raw: Dataset, settings: dict[str, Any], name: str, place: Path | None, num_workers: int | None) -> Dataset:
-    """The prepared rows, of the cache where they are there already."""
+def _decode(raw: Dataset, settings: dict[str, Any], name: str, place: Path, num_workers: int | None) -> Dataset:
+    """Return the prepared rows, from the cache if they are there."""
     workers = min(num_workers or available_cores(), max(len(raw) // _IMAGES_A_PROCESS, 1))
     row_bytes = settings["resolution"] ** 2 * 3 * (settings["bits"] // 8)
     try:
@@ -184,7 +191,7 @@ def _decode(raw: Dataset, settings: dict[str, Any], name: str, place: Path | Non
                 features=_FEATURES,
                 fn_kwargs=settings | {"started_by": os.getpid()},
                 new_fingerprint=name,
-                cache_file_name=str(place) if place else None,
+                cache_file_name=str(place),
                 desc="Preparing images",
                 num_proc=workers if workers > 1 else None,
             )
@@ -192,6 +199,11 @@ def _decode(raw: Dataset, settings: dict[str, Any], name: str, place: Path | Non
         if isinstance(error.__context__, KeyboardInterrupt):
             # What `datasets` makes of Ctrl-C while processes are at work.
             raise KeyboardInterrupt from error
+        if isinstance(error, OSError):
+            raise UsageError(
+                f"cannot keep prepared images in '{place.parent}': {first_line(error)}. Make room there, or name "
+                "another folder with --cache_dir or HF_DATASETS_CACHE."
+            ) from error
         if "abruptly died" not in str(error):
             raise
         raise UsageError(
@@ -201,7 +213,7 @@ def _decode(raw: Dataset, settings: dict[str, Any], name: str, place: Path | Non
 
 
 def _files_of(raw: Dataset, image_column: str) -> list[str]:
-    """The files that the data set points to, where it does not hold the images themselves."""
+    """List the files that the data set points to, where it does not hold the images themselves."""
     files = []
     for chunk in raw.data.column(image_column).chunks:
         outside = pc.is_null(pc.struct_field(chunk, "bytes"))
@@ -241,6 +253,7 @@ def _decode_batch(
         try:
             with open_image(encoded) as image:
                 about = f"{image.format or 'unknown'} {image.mode}", *image.size
+                pictures = image.info[PICTURES]
                 opaque, transparent = on_white(image)
                 pixels = image_to_pixels(opaque, resolution, channels, bits)
         except UNREADABLE as error:
@@ -248,12 +261,11 @@ def _decode_batch(
                 continue
             name = f"'{encoded['path']}'" if encoded and encoded.get("path") else "image"
             reason = str(error) or type(error).__name__
-            raise UsageError(
-                f"{name} (number {index} of the data set) cannot be read: {reason}. "
-                "Repair or remove it. (In training, --on_bad_image skip leaves such images out.)"
+            raise BadImageError(
+                f"{name} (number {index} of the data set) cannot be read: {reason}. Repair or remove it."
             ) from error
         label = batch[label_column][position] if label_column else None
         values = (pixels.tobytes(), pixels.shape[2], pixels.shape[1], -1 if label is None else label)
-        for name, value in zip(_FEATURES, (*values, *about, transparent), strict=True):
+        for name, value in zip(_FEATURES, (*values, *about, transparent, pictures), strict=True):
             out[name].append(value)
     return out

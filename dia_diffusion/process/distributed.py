@@ -21,10 +21,10 @@ _ENGINES = {
 
 
 def make_state() -> PartialState:
-    """The processes of a command that does not train.
+    """Return the processes of a command that does not train.
 
     Raises:
-        UsageError: for processes that do not know of each other, or an engine that is not supported.
+        UsageError: if the processes do not know each other, or accelerate is configured for an unsupported engine.
     """
     check_launcher()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
@@ -33,7 +33,7 @@ def make_state() -> PartialState:
 
 
 def check_launcher() -> None:
-    """Refuses engines of `accelerate config` that divide a model between processes, before they start anything."""
+    """Refuse engines of `accelerate config` that divide a model between processes, before they start anything."""
     for variable, name in _ENGINES.items():
         if parse_flag_from_env(variable):
             raise UsageError(
@@ -44,7 +44,7 @@ def check_launcher() -> None:
 
 
 def check_processes(accelerator: Accelerator | PartialState) -> None:
-    """Processes that do not know of each other would write over each other's files."""
+    """Refuse processes that do not know each other: they would overwrite each other's files."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise UsageError(
@@ -54,10 +54,10 @@ def check_processes(accelerator: Accelerator | PartialState) -> None:
 
 
 def find_device(name: str | None, state: PartialState) -> torch.device:
-    """The device of this name, by default that of the process.
+    """Return the device of this name, by default that of the process.
 
     Raises:
-        UsageError: if there is none, or none that computes.
+        UsageError: if there is no such device, or it does not compute.
     """
     if name is None:
         return state.device

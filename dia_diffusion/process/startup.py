@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import warnings
 from argparse import Namespace
 from pathlib import Path
@@ -34,6 +35,21 @@ def quiet_dependencies() -> None:
         # The defaults of tqdm.
         for name in ("TQDM_DELAY", "TQDM_MININTERVAL"):
             os.environ.setdefault(name, _INTERVAL)
+
+
+def ensure_home() -> None:
+    """Give a user without a home directory one among the temporary files. Call before other imports.
+
+    A container that runs with a bare user number has none, and then libraries fail that keep caches there.
+    """
+    if os.path.expanduser("~") != "~":  # noqa: PTH111 (Path's own raises an error)
+        return
+    home = Path(tempfile.gettempdir()) / f"dia-diffusion-{os.getuid()}"
+    home.mkdir(exist_ok=True)
+    os.environ["HOME"] = str(home)
+    # Libraries ask for it when there is no account of this number.
+    os.environ.setdefault("USER", str(os.getuid()))
+    print(f"there is no home directory: caches are kept in '{home}'. Set HOME to keep them.", file=sys.stderr)
 
 
 def tune_process() -> None:

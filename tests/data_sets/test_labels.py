@@ -22,7 +22,7 @@ def rows(labels, names=None):
 @pytest.mark.parametrize("missing", [-1, None])
 def test_training_images_without_a_label_are_refused_or_left_out(missing):
     for data in (rows([0, 1, missing, 1]), rows([0, 1, missing, 1], ["a", "b"])):
-        with pytest.raises(UsageError, match=r"1 of 4 images have no label.*--on_bad_image skip"):
+        with pytest.raises(UsageError, match="1 of 4 images have no label"):
             prepare_pixels(data, 4, with_labels=True)
         pixels = prepare_pixels(data, 4, with_labels=True, on_bad_image="skip")
         assert pixels.labels.tolist() == [0, 1, 1]

@@ -175,8 +175,8 @@ def test_endless_shuffle_is_a_function_of_seed_and_position():
 
 PREPARE = """
 import hashlib, sys
-from dia_diffusion.data import load_dataset_splits
-from dia_diffusion.data import prepare_pixels
+from dia_diffusion.data.sources import load_dataset_splits
+from dia_diffusion.data.preparation import prepare_pixels
 train, _ = load_dataset_splits(train_data_dir=sys.argv[1], cache_dir=sys.argv[2])
 pixels = prepare_pixels(train, 64, cache_dir=sys.argv[2])
 digest = hashlib.sha256(pixels.numbered(range(len(pixels))).numpy().tobytes())

@@ -38,7 +38,7 @@ def test_errors_say_what_to_do(tmp_path):
         find_image_column(digits, "photo")
     with pytest.raises(UsageError, match="no labels to condition on"):
         prepare_pixels(digits.remove_columns("label"), 8, with_labels=True)
-    for labels, words in ((["a"] * 360, "holds no integer labels"), ([-1] * 360, "360 of 360 images have no label")):
+    for labels, words in (([0.5] * 360, "holds no classes"), ([-1] * 360, "360 of 360 images have no label")):
         with pytest.raises(UsageError, match=words):
             prepare_pixels(digits.remove_columns("label").add_column("label", labels), 8, with_labels=True)
     holes = datasets.Dataset.from_dict({"image": [None, digits[0]["image"]]}, datasets.Features(image=datasets.Image()))

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dia_diffusion.process import startup
+from environments import REFERENCE
 
 
 def make_groups(root, own, **files):
@@ -42,6 +43,34 @@ def test_the_quota_of_a_container_counts(tmp_path, monkeypatch, own, files, core
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
     monkeypatch.setattr(startup, "cpu_quota", lambda: cores)
     assert startup.available_cores() == min(cores or 3, 3)
+
+
+NOBODY = """
+import pwd
+import sys
+
+def find_nobody(number):
+    raise KeyError(number)
+
+pwd.getpwuid = find_nobody
+from dia_diffusion.cli import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_a_user_without_a_home_has_one(tmp_path):
+    """A number without an account, as containers are started with."""
+    arguments = ["sample", str(REFERENCE), "--num_images", "1", "--steps", "1", "--output_dir", str(tmp_path / "out")]
+    process = subprocess.run(
+        [sys.executable, "-c", NOBODY, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"there is no home directory: caches are kept in '{tmp_path}" in process.stderr
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.skipif(startup.available_cores() < 2, reason="one core")

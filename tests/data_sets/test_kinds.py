@@ -1,0 +1,184 @@
+"""Data as others leave it: archives, tables without types, names, pages, sizes; and notes on what is left out."""
+
+import io
+import os
+import tarfile
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+from PIL import Image
+
+from dia_diffusion.data.columns import find_image_column
+from dia_diffusion.data.loading import describe_data, hold_out, load_pixels
+from dia_diffusion.data.pixels import describe_images
+from dia_diffusion.data.preparation import prepare_pixels
+from dia_diffusion.data.sources import load_dataset_splits, load_digits_dataset
+from dia_diffusion.errors import UsageError
+from dia_diffusion.options.model import DataOptions
+
+
+def encoded(value, kind="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, value, value)).save(file, format=kind)
+    return file.getvalue()
+
+
+def load(folder, **options):
+    folder.mkdir(exist_ok=True)
+    return load_pixels(DataOptions(train_data_dir=str(folder), resolution=8, **options))[0]
+
+
+def greys(pixels):
+    return sorted(pixels.numbered(range(len(pixels)))[:, 0, 0, 0].tolist())
+
+
+@pytest.mark.parametrize("archives", [1, 2])
+def test_a_webdataset_of_two_kinds_of_images_is_used_whole(tmp_path, archives):
+    for number in range(archives):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            for index in range(8):
+                if archives == 2 and index % 2 != number:
+                    continue
+                kind = ("png", "jpg")[index % 2]
+                content = encoded(10 * index, {"png": "PNG", "jpg": "JPEG"}[kind])
+                for name, data in ((f"{index}.{kind}", content), (f"{index}.cls", str(index % 3).encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    pixels = load(tmp_path, class_conditional=True)
+    assert greys(pixels) == [10 * index for index in range(8)]
+    assert np.bincount(pixels.labels).tolist() == [3, 3, 2]
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct"])
+def test_a_table_as_pandas_writes_it_holds_images_and_text_is_names_of_classes(tmp_path, form):
+    cells = [encoded(value) if form == "bytes" else {"bytes": encoded(value), "path": "x.png"} for value in (1, 2, 3)]
+    table = pandas.DataFrame({"picture": cells, "code": [b"no image"] * 3, "kind": ["dog", "cat", "dog"]})
+    table.to_parquet(tmp_path / "a.parquet")
+    pixels = load(tmp_path, class_conditional=True, label_column="kind")
+    assert greys(pixels) == [1, 2, 3]
+    assert (pixels.class_names, pixels.labels.tolist()) == (["cat", "dog"], [1, 0, 1])
+    with pytest.raises(UsageError, match="column 'code' holds no classes"):
+        load(tmp_path, class_conditional=True, label_column="code")
+
+
+def test_text_of_held_out_images_has_the_numbers_of_training(tmp_path):
+    for split, names in (("train", ["b", "a", None]), ("test", ["c", "b", "a"])):
+        table = {"image": [encoded(value) for value in range(3)], "label": names}
+        pandas.DataFrame(table).to_parquet(tmp_path / f"{split}.parquet")
+    options = {"resolution": 8, "class_conditional": True, "on_bad_image": "skip"}
+    data, held_out = load_pixels(DataOptions(dataset_name=str(tmp_path), **options))
+    assert (data.class_names, data.labels.tolist(), held_out.labels.tolist()) == (["a", "b"], [1, 0], [1, 0])
+
+
+def test_names_of_files_on_other_systems(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "deep" / name).write_bytes(encoded(5))
+    (tmp_path / "metadata.csv").write_text("file_name,label\ndeep\\a.png,x\ndeep\\b.png,y\n")
+    assert load(tmp_path, class_conditional=True).class_names == ["x", "y"]
+    odd = tmp_path / "odd"
+    for folder in (b"caf\xe9", b"bar"):
+        place = odd / os.fsdecode(folder)
+        place.mkdir(parents=True)
+        (place / os.fsdecode(b"\xff.png")).write_bytes(encoded(len(folder)))
+    pixels = load(odd, class_conditional=True)
+    assert (greys(pixels), pixels.class_names) == ([3, 4], ["bar", "caf\ufffd"])
+    (odd / "bar" / os.fsdecode(b"\xfe.png")).write_bytes(b"\x89PNG broken")
+    with pytest.raises(UsageError, match=r"\ufffd.png' \(number . of the data set\) cannot be.*_image skip"):
+        load(odd)
+    assert len(load(odd, on_bad_image="skip")) == 2
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    pages = [Image.new("L", (8, 8), value) for value in range(4)]
+    for number in range(4):
+        pages[0].save(tmp_path / f"{number}.tiff", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "b.gif", save_all=True, append_images=pages[1:3])
+    (tmp_path / "labels.csv").write_text("name,label\n0.tiff,x\n")
+    pixels = load(tmp_path)
+    told = describe_images(pixels, "scans")
+    assert "5 images" in told
+    assert "14 more pages or frames of 5 of the files are not used, only the first of each" in told
+    assert "1 table ('labels.csv'). A table with a column file_name describes" in capsys.readouterr().out
+
+
+def test_large_images_are_taken_up_to_our_own_limit(tmp_path):
+    """Pillow itself refuses more than 179 megapixels."""
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "a.png")
+    assert len(load(tmp_path)) == 1
+    Image.new("1", (30_000, 10_000)).save(tmp_path / "b.png")
+    with pytest.raises(UsageError, match=r"30000x10000 pixels, more than 268 million.*--on_bad_image skip"):
+        load(tmp_path)
+    rows = load_dataset_splits(train_data_dir=str(tmp_path))[0]
+    with pytest.raises(UsageError, match="Repair or remove it") as caught:
+        prepare_pixels(rows, 8)
+    assert "--on_bad_image" not in str(caught.value)
+
+
+def test_a_file_in_place_of_a_folder_is_called_one(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    for option in ("train_data_dir", "dataset_name"):
+        with pytest.raises(UsageError, match=f"--{option} '.*a.png' is a file: name the folder"):
+            load_pixels(DataOptions(**{option: str(tmp_path / "a.png")}))
+
+
+def test_classes_of_columns_of_images_that_do_not_complete_each_other_stay():
+    features = datasets.Features(left=datasets.Image(), right=datasets.Image())
+    both = datasets.Dataset.from_dict({"left": [Image.new("L", (2, 2))], "right": [Image.new("L", (2, 2))]}, features)
+    assert find_image_column(both, "right") == "right"
+
+
+def test_a_split_holds_out_each_class_in_proportion_and_always_the_same(tmp_path):
+    digits = prepare_pixels(load_digits_dataset()["train"], 8, with_labels=True)
+    data, held_out = hold_out(digits, 0.1)
+    assert (len(data), len(held_out)) == (1437 - 144, 144)
+    exact = np.bincount(digits.labels) * 0.1
+    assert np.abs(np.bincount(held_out.labels) - exact).max() < 1
+    assert hold_out(digits, 0.1)[1].digest() == held_out.digest()
+    images = [{image.tobytes() for image in part.numbered(range(len(part))).numpy()} for part in (data, held_out)]
+    assert len(images[0] | images[1]) == len({i.tobytes() for i in digits.numbered(range(1437)).numpy()})
+    assert (data.class_names, data.labels.tolist()) == (
+        digits.class_names,
+        [
+            label
+            for label, image in zip(digits.labels, digits.numbered(range(1437)).numpy(), strict=True)
+            if image.tobytes() in images[0]
+        ],
+    )
+    for name, value in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.png").write_bytes(encoded(value))
+    options = DataOptions(train_data_dir=str(tmp_path), resolution=8, validation_split=0.1)
+    data, held_out = load_pixels(options)
+    assert (len(data), len(held_out)) == (1, 1)
+    options.validation_split = None
+    assert "--validation_split 0.1" in describe_data(options, *load_pixels(options))
+    with pytest.raises(UsageError, match="1 images are too few"):
+        hold_out(data, 0.5)
+
+
+def test_a_cache_that_cannot_be_written_is_read_and_another_place_is_named(tmp_path, monkeypatch, capsys):
+    """Without permissions: the process of the tests may be that of root, whom permissions do not stop."""
+    from dia_diffusion.data import cache
+
+    cache._temporary.cache_clear()
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(encoded(1))
+    (tmp_path / "table").mkdir()
+    pandas.DataFrame({"image": [encoded(2)]}).to_parquet(tmp_path / "table" / "a.parquet")
+    # A file in place of a folder cannot be written into by anyone.
+    (tmp_path / "cache").write_text("")
+    assert greys(load(images, cache_dir=str(tmp_path / "cache"))) == [1]
+    said = capsys.readouterr().out
+    assert f"The cache '{tmp_path / 'cache'}' cannot be written" in said
+    assert "--cache_dir or HF_DATASETS_CACHE" in said
+    assert greys(load(tmp_path / "table", cache_dir=str(tmp_path / "cache"))) == [2]
+    assert load(images, cache_dir=str(tmp_path / "there")).fingerprint
+    capsys.readouterr()
+    # All that is needed is there: nothing is written.
+    monkeypatch.setattr(cache, "check_output_folder", lambda folder: 1 / 0)
+    assert greys(load(images, cache_dir=str(tmp_path / "there"))) == [1]
