@@ -38,12 +38,10 @@ def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None
     }
     try:
         data = prepare_pixels(train_split, options.resolution, options.channels, **settings)
-        if options.validation_split:
-            if held_out_split is not None:
-                print_main(f"--validation_split replaces the held-out split '{held_out_split.split}'.")
-            return hold_out(data, options.validation_split)
         if held_out_split is None:
-            return data, None
+            return hold_out(data, options.validation_split) if options.validation_split else (data, None)
+        if options.validation_split:
+            print_main(f"The data set holds out its split '{held_out_split.split}': --validation_split is not used.")
         trained = None if data.class_names is None else (data.class_names, data.labels)
         held_out = prepare_pixels(held_out_split, options.resolution, data.channels, **settings, trained=trained)
     except BadImageError as error:

@@ -33,7 +33,7 @@ class DataOptions(Options):
     preserve_input_precision: bool = option(False, "Keep 16 bits of images that have them, instead of 8.")
     on_bad_image: Literal["error", "skip"] = option("error", "What to do about an image that cannot be read.")
     validation_split: Annotated[float, Range(above=0, below=1)] | None = option(
-        None, "Share of the images to hold out, drawn by the seed from each class, where the data hold out none."
+        None, "Share of each class to hold out, the same images for every seed, where the data hold out none."
     )
     vae: Location | None = option(
         None, "Train in the latent space of this AutoencoderKL or AutoencoderTiny: a folder or a Hub id."
