@@ -70,7 +70,7 @@ def analyze_classifier(options: AnalyzeOptions) -> dict[str, Any]:
     model = load_classifier(options.model, options.attention, device)
     size, mean, std = read_processor(options.model, model.config)
     dataset, _ = choose_data(options.model, options.dataset)
-    pixels = _prepare(dataset, size, model.config.num_channels)
+    pixels = _prepare(dataset, size, getattr(model.config, "num_channels", 3))
     facts = _describe(options.model, model, model.dia, pixels, dataset, device)
     maps = collect_classifier_maps(model, pixels, mean, std, options.num_images, options.batch_size)
     return _finish(report(maps, [], options.output_dir, place_branches(model), facts), options.output_dir)

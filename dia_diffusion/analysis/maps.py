@@ -109,14 +109,15 @@ def load_classifier(name_or_path: str, attention: str, device: str | torch.devic
         device (`str` or `torch.device`): Where to.
 
     Raises:
-        UsageError: if the model cannot be loaded or takes no images, or the attention was made for another kind of model.
+        UsageError: if the model cannot be loaded or takes no images, or the attention does not fit it.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+    import transformers
 
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
-        with_head = type(config) in AutoModelForImageClassification._model_mapping
-        model = (AutoModelForImageClassification if with_head else AutoModel).from_pretrained(name_or_path)
+        # The class that was saved, for the names of its modules must be those of the attention.
+        saved = (transformers.AutoConfig.from_pretrained(name_or_path).architectures or [""])[0]
+        model_class = getattr(transformers, saved, transformers.AutoModelForImageClassification)
+        model = model_class.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UsageError(f"'{name_or_path}' is no image model of transformers: {first_line(error)}.") from error
     if model.main_input_name != "pixel_values":

@@ -184,7 +184,7 @@ class _Search:
         Both sides are followed back to what they have in common. The tensors are numbered in the order in which they
         were made, so the highest number is always taken next, and all that depends on it has been seen.
         """
-        if len(self.steps[addition.total].shape) < self.dimensions or self._in_adapter(addition):
+        if not self._is_features(addition.total) or self._in_adapter(addition):
             return None
         one, two = addition.sides
         colours, layers, common = {one: 1}, [0, 0, 0, 0], set()
@@ -206,7 +206,7 @@ class _Search:
                     heapq.heappush(heap, -source)
         common |= {-number for number in heap}
         # Two embeddings of one number have that in common, and no features.
-        if layers[1] == layers[2] == 0 or not any(len(self.steps[n].shape) >= self.dimensions for n in common):
+        if layers[1] == layers[2] == 0 or not any(map(self._is_features, common)):
             return None
         fewer, more = sorted(layers[1:3])
         if fewer > 1 or fewer == more:
@@ -236,6 +236,12 @@ class _Search:
                     least[source] = min(least.get(source, math.inf), least[number] + step.weight)
         return best
 
+    def _is_features(self, number: int) -> bool:
+        """Tell features from embeddings: by their dimensions, or by the tokens of all samples in the first."""
+        shape = self.steps[number].shape
+        folded = len(shape) == 2 and shape[0] > self.batch and shape[0] % self.batch == 0
+        return folded or len(shape) >= self.dimensions
+
     def _in_adapter(self, addition: Addition) -> bool:
         """Tell whether a layer of peft adds its update to the layer that it wraps."""
         return hasattr(self.model.get_submodule(addition.modules[-1]), "base_layer")
@@ -250,7 +256,7 @@ class _Search:
             outputs = [output for output in self.watch.outputs.get(number, ()) if output.module not in addition.modules]
             once = [output for output in outputs if self.watch.calls[output.module] == 1]
             if once and step.shape[0] == self.batch:
-                return [self._end(number, once, addition.modules)]
+                return [self._end(number, once, addition.modules, addition.total)]
             if outputs and not once:
                 last = outputs[-1].module
                 seen = f"'{last}' runs {self.watch.calls[last]} times in a forward pass"
@@ -273,11 +279,14 @@ class _Search:
             raise _Reason(seen or "its branch is a product of tensors of full size")
         return full[0]
 
-    def _end(self, number: int, outputs: list[Output], modules: tuple[str, ...]) -> _Found:
+    def _end(self, number: int, outputs: list[Output], modules: tuple[str, ...], total: int | None = None) -> _Found:
         # The outermost module that puts out this tensor alone, or else the one nearest to the layer.
         output = next((output for output in reversed(outputs) if output.element is None), outputs[0])
         shape = self.steps[number].shape
         dim = channel_dim(self.steps, number)
+        if dim is None and total is not None and self.steps[total].shape == shape:
+            # The shortcut has the same channels.
+            dim = channel_dim(self.steps, total)
         if dim is None:
             raise _Reason(f"no layer tells which dimension of the output of '{output.module}' holds channels")
         label = output.module if output.element is None else f"{output.module}[{output.element}]"

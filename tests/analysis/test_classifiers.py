@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from dia_diffusion import attach
 from dia_diffusion.cli import main
@@ -18,10 +25,14 @@ MODELS = {
     "ResNet": lambda: ResNetForImageClassification(
         ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic")
     ),
+    "DINOv2, found": lambda: Dinov2Model(
+        Dinov2Config(**{k: v for k, v in VIT.items() if "inter" not in k}, num_hidden_layers=2, num_channels=1)
+    ),
 }
 GROUPS = {
     "ViT": {"every pair", "level 0", "attention-attention", "attention-mlp", "mlp-attention", "mlp-mlp"},
     "ResNet": {"every pair", "level 0", "level 1", "between levels", "block-block"},
+    "DINOv2, found": {"every pair", "level 0"} | {f"layer_scale{a}-layer_scale{b}" for a in (1, 2) for b in (1, 2)},
 }
 
 
@@ -32,7 +43,8 @@ def name(request):
 
 def test_correlations_are_those_of_the_recorded_gates(name, tmp_path, capsys):
     model = MODELS[name]()
-    attach(model, attention="se", sharing="block", reduction=1)
+    found = {"inputs": torch.zeros(2, 1, 8, 8)} if name not in ("ViT", "ResNet") else {}
+    attach(model, attention="se", sharing="block", reduction=1, **found)
     open_gates(model).eval()
     model.save_pretrained(tmp_path / "model")
     model.dia.save_pretrained(tmp_path / "attention")
@@ -71,7 +83,7 @@ def test_correlations_are_those_of_the_recorded_gates(name, tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_told(tmp_path, capsys):
-    vit, resnet = (MODELS[name]() for name in MODELS)
+    vit, resnet = (MODELS[name]() for name in ("ViT", "ResNet"))
     vit.save_pretrained(tmp_path / "vit")
     attach(resnet).save_pretrained(tmp_path / "attention")
     options = ["--attention", str(tmp_path / "attention"), "--dataset", "digits", "--output_dir", str(tmp_path / "out")]

@@ -55,6 +55,17 @@ class Several(nn.Module):
         return {"left": self.left(x), "right": (self.right(x) * 2, None)}
 
 
+class Unknown(nn.Module):
+    """As experts add up their tokens: the shortcut alone shows which dimension holds the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return torch.zeros_like(x).index_add(1, torch.arange(6), torch.tensordot(x, self.weight, 1))
+
+
 def cut(m, x):
     both = m.first(torch.cat([x[:, :2], x[:, 2:]], 1))
     return torch.cat([x[:, :2] + both[:, :2], x[:, 2:] + both[:, 2:]], 1)
@@ -72,6 +83,7 @@ FOUND = {
     "an output that is cut": (cut, ["first"]),
     "permuted": (lambda m, x: x + m.first(x.flip(1)).transpose(1, 2).contiguous().transpose(1, 2), ["first"]),
     "an element of a dictionary": (lambda m, x: x + m.several(x)["right"][0], ["several[1]"]),
+    "a module that torch knows no layer of": (lambda m, x: m.norm(x) + m.unknown(m.norm(x)), ["unknown"]),
     "a module without attributes": (lambda m, x: x + m.act(m.first(x)), ["act"]),
 }
 
@@ -79,7 +91,9 @@ FOUND = {
 @pytest.mark.parametrize("name", FOUND)
 def test_branches_of_small_networks(name):
     block, ends = FOUND[name]
-    model = Small(block, third=nn.Linear(8, 8), several=Several(), act=nn.GELU()).eval()
+    model = Small(
+        block, third=nn.Linear(8, 8), several=Several(), act=nn.GELU(), unknown=Unknown(), norm=nn.LayerNorm(8)
+    ).eval()
     x = noise(3, 6, 8)
     found = find_branches(model, x)
     assert [branch.name for branch in found] == ends, found
@@ -92,7 +106,8 @@ def test_branches_of_small_networks(name):
     for decoder in dia.decoders.values():
         nn.init.zeros_(decoder.weight)
         nn.init.constant_(decoder.bias, -200)
-    shortcut = model.first(x) if name == "a shortcut with a layer" else x
+    shortcuts = {"a shortcut with a layer": model.first, "a module that torch knows no layer of": model.norm}
+    shortcut = shortcuts[name](x) if name in shortcuts else x
     torch.testing.assert_close(model(x), shortcut)
 
 
@@ -104,6 +119,10 @@ NOT_GATED = {
     "windows": (
         lambda m, x: (x.reshape(-1, 2, 8) + m.first(x.reshape(-1, 2, 8))).reshape(x.shape),
         "'first' puts out 9 rows for 3 samples",
+    ),
+    "rows of tokens": (
+        lambda m, x: (x.reshape(-1, 8) + m.first(x.reshape(-1, 8))).reshape(x.shape),
+        "'first' puts out 18 rows for 3 samples",
     ),
     "samples in dimension 1": (
         lambda m, x: x + m.attention(x, x, x, need_weights=False)[0], "its samples are in dimension 1"
