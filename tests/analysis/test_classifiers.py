@@ -90,4 +90,4 @@ def test_what_does_not_fit_is_told(tmp_path, capsys):
     assert main(["analyze", str(tmp_path / "vit"), *options]) == 2
     assert "made for transformers ResNet, and ViTForImageClassification is of ViT" in capsys.readouterr().err
     assert main(["analyze", str(tmp_path / "nowhere"), *options]) == 2
-    assert "is no image classifier of transformers" in capsys.readouterr().err
+    assert "is no image model of transformers" in capsys.readouterr().err
