@@ -77,14 +77,11 @@ def describe_model(pipeline: DIAUNetPipeline, model: str) -> str:
         kind = f" ({own:,} of them shared attention: {unet.config.dia_attention}, {unet.config.dia_sharing})"
     else:
         kind = " (no attention of this package)"
-    objective = {
-        NoiseKind.EDM: "denoises with EDM's preconditioning",
-        NoiseKind.FLOW: "predicts the velocity of a flow",
-    }.get(noise_kind(pipeline.scheduler.config))
     config = pipeline.scheduler.config
-    objective = (
-        objective or f"predicts {_PREDICTIONS[config.prediction_type]} of {config.num_train_timesteps:,} timesteps"
-    )
+    if (noise := noise_kind(config)) == NoiseKind.BETAS:
+        objective = f"predicts {_PREDICTIONS[config.prediction_type]} ({config.num_train_timesteps:,} timesteps)"
+    else:
+        objective = f"learned by {'EDM' if noise == NoiseKind.EDM else 'flow matching'}"
     trained = f"Trained on **{origin}**. " if origin else ""
     return f"{trained}{size}{classes}; {parameters:,} parameters{kind}; {objective}."
 

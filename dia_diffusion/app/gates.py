@@ -28,7 +28,7 @@ def draw_gates(snapshots: Sequence[Snapshot]) -> "Figure":
     from matplotlib.figure import Figure
 
     blocks, timesteps, (mean, spread) = gate_table(snapshots)
-    figure = Figure(figsize=(8, 2.4 + 0.44 * len(blocks)), layout="constrained")
+    figure = Figure(figsize=(6.5, 2.4 + 0.4 * len(blocks)), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     ticks = range(0, len(timesteps), -(-len(timesteps) // _MOST_TICKS))
     for axis, values, title, style in (

@@ -39,9 +39,12 @@ _SHOWN = 160
 _QUEUE = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden", "trigger_mode": "multiple"}
 # As many columns as fit, and a gallery as high as its images, which does not scroll by itself.
 _STYLE = """<style>
-#images, #images > div, #images .grid-wrap { height: auto !important; max-height: none !important; overflow: visible }
+#images, #images .gallery-container, #images .grid-wrap { height: auto !important; min-height: 0 !important }
+#images .grid-wrap { max-height: none !important; overflow: visible !important }
 #images .grid-container { grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)) !important; height: auto }
+#images img { object-fit: contain !important }
 #images img, #with img, #without img { image-rendering: pixelated }
+@media (max-width: 45rem) { #controls { order: 2 } }
 #model { margin-top: -.5rem }
 </style>"""
 # Scroll to what a click makes, where its top is not in sight: on a phone the controls fill the screen.
@@ -73,7 +76,7 @@ def make_app(sampler: StepwiseSampler, title: str, about: str = "") -> gr.Blocks
         gr.Markdown(f"# {title}\n{about}", elem_id="model")
         result, selected = gr.State(), gr.State()
         with gr.Row():
-            with gr.Column(scale=1, min_width=260):
+            with gr.Column(scale=1, min_width=260, elem_id="controls"):
                 controls = _controls(sampler)
                 make = gr.Button("Make images", variant="primary")
                 with gr.Row():
@@ -120,7 +123,8 @@ def make_app(sampler: StepwiseSampler, title: str, about: str = "") -> gr.Blocks
         for button in (make, again, vary):
             button.click(None, js=_SCROLL % "status")
         look.click(None, js=_SCROLL % "reading")
-        stop.click(lambda: (gr.Button(visible=False), _progress(0, 1, "Stopped.")), None, [stop, bar], cancels=running)
+        stop.click(None, cancels=running)
+        stop.click(lambda: (gr.Button(visible=False), _progress(0, 1, "Stopped.")), None, [stop, bar], queue=False)
         gallery.select(_selected, None, selected)
     return app
 
@@ -143,8 +147,8 @@ def _controls(sampler: StepwiseSampler) -> list[gr.components.Component]:
     labels = [(_ALL_CLASSES, -1), *((_class_name(pipeline, number), number) for number in range(classes or 0))]
     return [
         gr.Dropdown(labels, value=-1, label="Class", visible=classes is not None),
-        gr.Number(0, label="Seed", precision=0, info="The same seed gives the same images."),
-        gr.Number(25, label="Steps", precision=0, info="Denoising steps: more take longer."),
+        gr.Number(0, label="Seed", precision=0, min_width=100),
+        gr.Number(25, label="Steps", precision=0),
         gr.Dropdown(
             [_OWN, *scheduler_names(pipeline.scheduler.config)],
             label="Sampler",

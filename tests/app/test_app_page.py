@@ -1,7 +1,13 @@
 """The page, in a real browser."""
 
 import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,10 +35,11 @@ def make_pipeline():
 
 @pytest.fixture(scope="module")
 def opened():
+    from dia_diffusion.app.dia_app import describe_model
     from dia_diffusion.app.page import make_app
 
     pipeline = make_pipeline()
-    app = make_app(StepwiseSampler(pipeline), "animals")
+    app = make_app(StepwiseSampler(pipeline), "animals", describe_model(pipeline, "animals"))
     with open_browser() as browser:
         _, url, _ = app.launch(quiet=True, prevent_thread_lock=True, server_name="127.0.0.1")
         page = browser.new_page(viewport={"width": 1200, "height": 900})
@@ -60,6 +67,32 @@ def downloaded(page):
 
 def of(images):
     return images[:, 0].numpy()
+
+
+def test_images_are_there_when_the_page_is_opened_with_their_classes(opened):
+    page, _ = opened
+    wait_for(page, "Done: 10 images of seed 0")
+    assert page.locator("#images img").count() == 10
+    assert page.locator("#images .caption-label").all_inner_texts() == ["cat", "dog"] * 5
+    for name in ("Again", "Vary", "Download"):
+        page.get_by_role("button", name=name, exact=True).wait_for()
+    page.get_by_text("8x8 pixels, 2 classes; 18,605 parameters (900 of them shared attention").wait_for()
+
+
+@pytest.mark.parametrize(("width", "height", "columns"), [(1280, 800, 9), (390, 844, 3)])
+def test_nothing_is_cut(opened, width, height, columns):
+    page, _ = opened
+    page.set_viewport_size({"width": width, "height": height})
+    click(page, "Make images")
+    wait_for(page, "Done: 10 images")
+    scrolled = "e => [e.scrollWidth <= e.clientWidth, e.scrollHeight <= e.clientHeight + 1]"
+    assert page.evaluate(f"({scrolled})(document.documentElement)")[0]
+    assert page.locator("#images .grid-wrap").evaluate(scrolled) == [True, True]
+    tops = [page.locator("#images img").nth(i).bounding_box()["y"] for i in range(10)]
+    assert tops.count(tops[0]) == columns
+    # The picture is in sight once it is made.
+    page.wait_for_function("() => document.querySelector('#images img').getBoundingClientRect().top < innerHeight / 2")
+    page.set_viewport_size({"width": 1200, "height": 900})
 
 
 def test_a_click_makes_images_which_can_be_had(opened):
@@ -106,7 +139,7 @@ def test_a_look_inside_shows_gates_and_images_without_attention(opened):
     wait_for(page, "Done: 10 images")
     page.get_by_role("tab", name="Look inside").click()
     click(page, "Look inside the images just made")
-    wait_for(page, "Mean difference of the images")
+    wait_for(page, "Without the attention a pixel changes by")
     for name in ("#gates img", "#with img", "#without img"):
         page.locator(name).first.wait_for()
     page.get_by_role("tab", name="Images").click()
@@ -117,3 +150,33 @@ def test_what_the_pipeline_refuses_is_said_in_its_words(opened):
     page.get_by_label("Steps").fill("1001")
     click(page, "Make images")
     page.get_by_text("steps must be at most 1000, as many as the model has timesteps, but is 1001.").wait_for()
+
+
+def test_files_of_downloads_are_not_kept(opened, tmp_path_factory):
+    page, _ = opened
+    folder = Path(tempfile.gettempdir())
+    before = set(folder.glob("dia-app-*"))
+    for _ in range(2):
+        page.get_by_label("Steps").fill("2")
+        click(page, "Make images")
+        wait_for(page, "Done: 10 images")
+    downloaded(page)
+    # Beside Gradio's cache, which it cleans by itself.
+    assert not set(folder.glob("dia-app-*")) - before
+
+
+def test_the_command_serves_its_page_where_a_proxy_is_set(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "animals")
+    nowhere = dict.fromkeys(
+        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"), "http://127.0.0.1:9"
+    )
+    command = [sys.executable, "-m", "dia_diffusion.cli", "app", str(tmp_path / "animals"), "--host", "127.0.0.1"]
+    without = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    with subprocess.Popen(
+        command, env=without | nowhere, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as app:
+        line = app.stdout.readline()
+        app.send_signal(signal.SIGINT)
+        errors = app.communicate(timeout=60)[1]
+    assert "can be tried at http://127.0.0.1:" in line, errors
+    assert "Traceback" not in errors
