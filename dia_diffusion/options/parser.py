@@ -19,7 +19,7 @@ _SYNONYMS = {
     "ddpm_num_inference_steps",
     "timesteps num_timesteps diffusion_steps num_train_timesteps": "ddpm_num_steps num_timesteps",
     "beta_schedule noise_schedule schedule": "ddpm_beta_schedule",
-    "data data_dir data_path data_root dataset_dir images image_dir image_folder folder real reference": "train_data_dir dataset",
+    "data data_dir data_path data_root images image_dir image_folder folder real reference": "train_data_dir dataset",
     "dataset dataset_name name": "dataset_name dataset",
     "out output outdir out_dir output_folder output_path save_dir results_dir logdir": "output_dir output",
     "image_size img_size size imsize px width height": "resolution",
