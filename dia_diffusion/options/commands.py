@@ -50,6 +50,7 @@ class DeviceOptions(CommandOptions):
     group = "device"
 
     device: str | None = option(None, "For example cpu or cuda; by default a GPU where there is one.")
+    variant: str | None = option(None, "Variant of the saved weights, such as fp16; by default the only one there is.")
 
 
 @dataclass(kw_only=True)

@@ -100,7 +100,7 @@ def is_images(what: str) -> bool:
 
 EVALUATION_RULES = (
     Rule(
-        "num_images steps scheduler seed guidance_scale guide compile compile_mode save_images class_proportions",
+        "num_images steps scheduler seed guidance_scale guide compile compile_mode save_images class_proportions variant",
         lambda options: is_images(options["what"]),
         "on images that are made already",
     ),
