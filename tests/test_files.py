@@ -1,16 +1,28 @@
 """Files are whole or not there, whatever happens while they are written."""
 
+import hashlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from dia_diffusion.errors import UsageError
-from dia_diffusion.files import check_output_file, check_output_folder, write_json
+from dia_diffusion.errors import UsageError, first_line, why_not_loaded
+from dia_diffusion.files import (
+    check_output_file,
+    check_output_folder,
+    file_digest,
+    replace_file,
+    replace_files,
+    weights_digest,
+    write_json,
+)
 
 SETUP = """
 import os, resource, signal, sys
@@ -64,3 +76,37 @@ def test_places_that_cannot_be_written_are_noticed_before_the_work(tmp_path):
         check_output_file(tmp_path / "file" / "x.json")
     with pytest.raises(UsageError, match="nothing can be written in '/proc/1': "):
         check_output_folder(Path("/proc/1"))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_files_follow_the_umask_whatever_writes_them(tmp_path, mask):
+    """safetensors writes for the owner alone."""
+    before = os.umask(mask)
+    try:
+        tensors = {"x": torch.ones(2)}
+        replace_file(tmp_path / "a.safetensors", lambda path: save_file(tensors, path))
+        replace_files(tmp_path / "folder", lambda path: save_file(tensors, path / "b.safetensors"), "b.safetensors")
+        write_json(tmp_path / "c.json", {})
+    finally:
+        os.umask(before)
+    for name in ("a.safetensors", "folder/b.safetensors", "c.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask, name
+
+
+def test_digests_are_of_contents(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(5 << 20))
+    assert file_digest(tmp_path / "x") == hashlib.sha256(bytes(5 << 20)).hexdigest()
+    weights = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
+    assert weights_digest(weights) == weights_digest(dict(reversed(weights.items())))
+    others = [{"a": weights["a"], "c": weights["b"]}, weights | {"b": torch.ones(4)}, weights | {"a": torch.zeros(3)}]
+    assert len({weights_digest(one) for one in (weights, *others)}) == 4
+
+
+def test_the_reason_of_an_error_is_a_line(tmp_path):
+    assert first_line(ValueError("\n  one.\ntwo")) == "one"
+    assert first_line(KeyError()) == "KeyError"
+    (tmp_path / "model").mkdir()
+    failed = OSError("no file\nmore")
+    assert why_not_loaded(str(tmp_path / "model"), failed) == "no file."
+    assert why_not_loaded(str(tmp_path / "modle"), failed).startswith("there is no such folder. Did you mean")
+    assert why_not_loaded("someone/something", failed) == "there is no such folder, and the Hub gave none (no file)."

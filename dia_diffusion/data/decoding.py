@@ -83,7 +83,7 @@ def open_image(encoded: dict[str, Any] | None) -> Image.Image:
     if image.mode in _DEEP_MODES and image.format not in _DEEP_FORMATS:
         raise ValueError(f"16-bit pixels of {image.format} have no known range; save the image as PNG")
     try:
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         # Broken metadata says nothing about the pixels.
         turn = None
@@ -137,7 +137,7 @@ def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
     has_colour = image.mode not in GREY_MODES
     # Pillow converts premultiplied grey to nothing else.
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    transparent = image.getchannel("A").getextrema()[0] < 255
+    transparent = bool(np.asarray(image.getchannel("A")).min() < 255)
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
     return white.convert("RGB" if has_colour else "L"), transparent
@@ -157,9 +157,10 @@ def image_to_pixels(image: Image.Image, resolution: int, channels: int, bits: in
     short = min(image.size)
     if short == 0:
         raise ValueError("the image has no pixels")
-    size = tuple(max(resolution, round(side * resolution / short)) for side in image.size)
-    if size[0] * size[1] > _MOST_PIXELS:
-        raise ValueError(f"it is too long for its width: {size[0]}x{size[1]} pixels at resolution {resolution}")
+    width, height = (max(resolution, round(side * resolution / short)) for side in image.size)
+    size = (width, height)
+    if width * height > _MOST_PIXELS:
+        raise ValueError(f"it is too long for its width: {width}x{height} pixels at resolution {resolution}")
     image, _ = on_white(image)
     if image.mode in _DEEP_MODES:
         # Pillow resizes deep images only as floats.

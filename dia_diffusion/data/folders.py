@@ -201,14 +201,13 @@ def _parts(folder: Path, files: Sequence[Path]) -> list[tuple[str, ...]]:
 
 def _load_images(folder: Path, images: list[Path], metadata: list[Path]) -> DatasetDict:
     places = _parts(folder, images)
-    splits = [_SPLITS.get(place[0].lower()) if place[1:] else None for place in places]
-    if all(splits):
+    found = [_SPLITS.get(place[0].lower(), "") if place[1:] else "" for place in places]
+    if all(found):
         places = [place[1:] for place in places]
-    else:
-        splits = [TRAIN_SPLIT] * len(images)
+    splits = found if all(found) else [TRAIN_SPLIT] * len(images)
     columns: dict[str, list[Any]] = {"image": _cells(images)}
-    features = {"image": datasets.Image()}
-    names, several = [], len(set(splits)) > 1
+    features: dict[str, Any] = {"image": datasets.Image()}
+    names: list[str] = []
     if metadata:
         more, of_them = read_metadata(metadata, images)
         columns, features = columns | more, features | of_them
@@ -226,17 +225,19 @@ def _load_images(folder: Path, images: list[Path], metadata: list[Path]) -> Data
             features["label"] = datasets.ClassLabel(names=names[: max(chosen["label"]) + 1])
         elif names:
             features["label"] = datasets.ClassLabel(names=names)
-        loaded[split] = Dataset.from_dict(chosen, datasets.Features(features), split=split if several else None)
+        loaded[split] = Dataset.from_dict(
+            chosen, datasets.Features(features), split=split if len(set(splits)) > 1 else None
+        )
     return DatasetDict(loaded)
 
 
 def _class_names(folders: list[str | None], splits: list[str]) -> list[str]:
     """Return the classes, those of training images first, or none where a training image lies in no folder."""
-    trained = {name for name, split in zip(folders, splits, strict=True) if split == TRAIN_SPLIT}
-    trained = trained or set(folders)
-    if None in trained or len({*folders} - {None}) == 1:
+    training = [name for name, split in zip(folders, splits, strict=True) if split == TRAIN_SPLIT] or folders
+    trained, known = ({name for name in names if name is not None} for names in (training, folders))
+    if None in training or len(known) == 1:
         return []
-    return sort_class_names(trained) + sort_class_names(set(folders) - trained - {None})
+    return sort_class_names(trained) + sort_class_names(known - trained)
 
 
 def _load_archives(folder: Path, archives: list[Path], cache_dir: str | None) -> DatasetDict | None:

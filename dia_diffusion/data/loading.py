@@ -1,5 +1,7 @@
 """The images of a run: its training images and its held-out ones."""
 
+from typing import Any
+
 import numpy as np
 
 from ..errors import UsageError
@@ -27,7 +29,7 @@ def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None
         options.label_column,
         options.class_conditional,
     )
-    settings = {
+    settings: dict[str, Any] = {
         "image_column": options.image_column,
         "label_column": options.label_column,
         "with_labels": options.class_conditional,
@@ -42,7 +44,7 @@ def load_pixels(options: DataOptions) -> tuple[PixelDataset, PixelDataset | None
             return hold_out(data, options.validation_split) if options.validation_split else (data, None)
         if options.validation_split:
             print_main(f"The data set holds out its split '{held_out_split.split}': --validation_split is not used.")
-        trained = None if data.class_names is None else (data.class_names, data.labels)
+        trained = None if data.class_names is None or data.labels is None else (data.class_names, data.labels.tolist())
         held_out = prepare_pixels(held_out_split, options.resolution, data.channels, **settings, trained=trained)
     except BadImageError as error:
         raise UsageError(f"{error} Or leave such images out: --on_bad_image skip.") from error

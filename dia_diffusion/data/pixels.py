@@ -84,7 +84,7 @@ class PixelDataset:
         for index in range(0, len(self), -(-len(self) // 1000)):
             digest.update(self.fetch([index])["images"].numpy().tobytes())
         if self.labels is not None and with_classes and with_labels:
-            digest.update(np.ascontiguousarray(self.labels, "<i8"))
+            digest.update(np.ascontiguousarray(self.labels, "<i8").data)
         return digest.hexdigest()
 
     def select(self, indices: np.ndarray) -> "PixelDataset":
@@ -171,7 +171,9 @@ class EndlessShuffle(torch.utils.data.Dataset):
         indices = places.tolist()
         if self.center_crop:
             return self.dataset.fetch(indices)
-        return self.dataset.fetch(indices, lambda row: np.random.default_rng((self.seed, 1, positions[row])).random(2))
+        return self.dataset.fetch(
+            indices, lambda row: np.random.default_rng((self.seed, 1, positions[row])).random(2).tolist()
+        )
 
 
 # A batch may reach into the next epoch.

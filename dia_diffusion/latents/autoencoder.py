@@ -3,9 +3,8 @@
 import inspect
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -29,7 +28,7 @@ class LatentShape(NamedTuple):
     resolution: int
 
 
-VAE = AutoencoderKL | AutoencoderTiny
+VAE: TypeAlias = AutoencoderKL | AutoencoderTiny
 _CLASSES = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
 
 
@@ -80,7 +79,7 @@ def downsampling_factor(vae: VAE) -> int:
 
 def vae_digest(vae: VAE) -> str:
     """Return a digest of a VAE's class, weights and configuration, whichever diffusers saved it."""
-    defaults = inspect.signature(type(vae).__init__).parameters
+    defaults = inspect.signature(type(vae)).parameters
     config = {
         name: value
         for name, value in json.loads(json.dumps(dict(vae.config), default=str)).items()
@@ -105,7 +104,7 @@ def encode_posterior(vae: VAE, images: Tensor) -> Tensor:
     return torch.stack([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
 
 
-def _check_scale(name_or_path: str, config: Mapping[str, Any]) -> None:
+def _check_scale(name_or_path: str, config: Any) -> None:
     """Refuse a configuration whose scaling of latents has no inverse."""
     factor, mean, std = config.scaling_factor, config.get("latents_mean"), config.get("latents_std")
     if factor is not None and not (math.isfinite(factor) and factor > 0):

@@ -6,6 +6,7 @@ encoding goes on with the missing parts, and any number of processes share them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -139,7 +140,7 @@ def _encode_parts(vae: VAE, pixels: PixelDataset, flip: bool, parts: dict[Path, 
                 numbers = range(start, min(start + batch, part.stop))
                 encoded += _encode(vae, pixels, flip, numbers)
                 progress.update(len(numbers))
-            replace_file(path, lambda place, encoded=encoded: _write(encoded, place))
+            replace_file(path, partial(_write, encoded))
 
 
 def _encode(vae: VAE, pixels: PixelDataset, flip: bool, numbers: range) -> list[bytes]:

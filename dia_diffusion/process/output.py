@@ -39,14 +39,19 @@ def _guarded(stream: TextIO | None, descriptor: int) -> TextIO:
     raw = io.BufferedWriter(_Forgiving(descriptor, "wb", closefd=False))
     if not isinstance(stream, io.TextIOWrapper):
         return io.TextIOWrapper(raw, encoding="utf-8", line_buffering=True)
-    buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-    return io.TextIOWrapper(raw, encoding=stream.encoding, errors=stream.errors, **buffering)
+    return io.TextIOWrapper(
+        raw,
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 class _Forgiving(io.FileIO):
     """A file that drops what it cannot write: nobody reads the pipe any more, or the disk of the log is full."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError:

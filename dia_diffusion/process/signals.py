@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 # Ctrl-C, `kill` and most schedulers, a closed terminal, SLURM's `--signal=USR1`. Windows lacks the last two.
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
@@ -38,7 +39,7 @@ def catch_interrupts() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def note(signum: int, frame: FrameType | None) -> None:
         received.append(signum)

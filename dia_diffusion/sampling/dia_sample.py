@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ..data.grid import image_grid
 from ..errors import UsageError
+from ..files import replace_file
 from ..options.commands import SampleOptions
 from ..process.distributed import find_device, make_state
 from .generation import check_sampling, describe_guidance, find_advice, find_class, sample_images
@@ -66,11 +68,11 @@ def sample(options: SampleOptions) -> list[Image.Image]:
             if folder is None:
                 made.append(picture)
             else:
-                picture.save(folder / f"{number:05d}.png")
+                replace_file(folder / f"{number:05d}.png", partial(picture.save, format="PNG"))
             number += 1
         shown.append(images[: max(0, 100 - sum(map(len, shown)))])
     if grid is not None:
-        image_grid(torch.cat(shown)).save(grid)
+        replace_file(grid, partial(image_grid(torch.cat(shown)).save, format="PNG"))
         print(f"{number} images are in {options.output_dir}, and a picture of them is {grid.name} beside it.")
     return made
 
