@@ -296,7 +296,13 @@ def test_options_of_diffusers_and_of_files_without_effect_are_mentioned(tmp_path
 
 
 def test_the_record_of_a_run_brings_no_remarks(tmp_path):
-    for arguments in ([], DATA, [*DATA, "--dia_attention", "none"], ["--objective", "edm"], ["--recipe", "images", *DATA]):
+    for arguments in (
+        [],
+        DATA,
+        [*DATA, "--dia_attention", "none"],
+        ["--objective", "edm"],
+        ["--recipe", "images", *DATA],
+    ):
         (tmp_path / "run.yaml").write_text(as_yaml(config := parse_arguments(arguments)))
         again = parse_arguments(["--config", str(tmp_path / "run.yaml")])
         assert (again, again.remarks) == (config, [])
