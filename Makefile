@@ -79,7 +79,7 @@ peers:
 
 # Without the settings of the other tests, which need more than torch and diffusers.
 test-peers: peers $(TOOLS)
-	$(PEERS)/bin/python -m pytest --noconftest tests/models/test_torchvision_resnets.py
+	$(PEERS)/bin/python -m pytest --noconftest tests/models/test_torchvision_resnets.py tests/models/test_timm.py
 	$(BIN)/python tools/peer_tests.py $(DIFFUSERS)
 
 # The site is built in an environment of its own, so that `make test` needs no tools for it. mkdocstrings reads the

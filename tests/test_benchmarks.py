@@ -156,7 +156,7 @@ def test_the_calls_of_a_gate(benchmark):
 
 def test_the_cost_of_attention_has_a_row_for_each_family(benchmark):
     cost, families = benchmark("attention_cost"), benchmark("families")
-    quick = ("ResNet, basic blocks", "DiTTransformer2DModel")
+    quick = ("ResNetForImageClassification (basic)", "DiTTransformer2DModel")
     rows = cost.measure_families(1, "cpu", quick)
     assert [row["case"] for row in rows] == [f"step, {name}" for name in quick]
     assert all(row["ratio"]["median"] > 0 for row in rows)

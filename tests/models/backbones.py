@@ -1,4 +1,7 @@
-"""A tiny model of each family, with inputs for it: what the promises of `test_promises.py` are tried on."""
+"""A tiny model of each family, with inputs for it: `test_promises.py` tries the promises on them.
+
+`benchmarks/families.py` measures the same models, four times as wide.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -89,21 +92,17 @@ SDXL = {
 }
 
 
-def condition_inputs(size):
+def condition_inputs(size, side=8):
     return {
-        "sample": noise(size, 4, 8, 8),
+        "sample": noise(size, 4, side, side),
         "timestep": torch.arange(size) * 100,
         "encoder_hidden_states": noise(size, 5, 12),
     }
 
 
-def sdxl_inputs(size):
+def sdxl_inputs(size, side=8):
     added = {"text_embeds": noise(size, 10), "time_ids": noise(size, 6).abs()}
-    return condition_inputs(size) | {"added_cond_kwargs": added}
-
-
-def pixels(size):
-    return {"pixel_values": noise(size, 3, 16, 16)}
+    return condition_inputs(size, side) | {"added_cond_kwargs": added}
 
 
 TRANSFORMER = {
@@ -114,101 +113,129 @@ TRANSFORMER = {
     "sample_size": 8,
     "patch_size": 2,
 }
-RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2]}
 
-BACKBONES = {
-    "UNet2DModel": Backbone(
-        lambda: UNet2DModel(**PLAIN),
-        lambda size: {"sample": noise(size, 3, 8, 8), "timestep": torch.arange(size) * 100},
-        8,
-        True,
-    ),
-    "UNet2DConditionModel (SD)": Backbone(lambda: UNet2DConditionModel(**CONDITION), condition_inputs, 8, True),
-    "UNet2DConditionModel (SDXL)": Backbone(lambda: UNet2DConditionModel(**CONDITION | SDXL), sdxl_inputs, 8, True),
-    "ControlNetModel": Backbone(
-        lambda: strong(
-            ControlNetModel(
-                **{name: value for name, value in CONDITION.items() if name not in ("sample_size", "up_block_types")},
-                conditioning_embedding_out_channels=(4, 8),
-            )
+
+def make_backbones(scale=1):
+    """Return a model of each family, `scale` times as wide, for images of twice the side where it is wider."""
+    side, widths = 8 if scale == 1 else 16, [8 * scale, 16 * scale]
+    plain = PLAIN | {"sample_size": side, "block_out_channels": tuple(widths)}
+    condition = CONDITION | {"sample_size": side, "block_out_channels": tuple(widths)}
+    transformer = TRANSFORMER | {"sample_size": side, "attention_head_dim": 8 * scale}
+    unused = ("sample_size", "up_block_types")
+    resnet = {"embedding_size": 8 * scale, "hidden_sizes": widths, "depths": [2, 2]}
+
+    def given(size):
+        return condition_inputs(size, side)
+
+    def sdxl(size):
+        return sdxl_inputs(size, side)
+
+    def pixels(size):
+        return {"pixel_values": noise(size, 3, 2 * side, 2 * side)}
+
+    return {
+        "UNet2DModel": Backbone(
+            lambda: UNet2DModel(**plain),
+            lambda size: {"sample": noise(size, 3, side, side), "timestep": torch.arange(size) * 100},
+            8,
+            True,
         ),
-        lambda size: condition_inputs(size) | {"controlnet_cond": noise(size, 3, 16, 16)},
-        4,
-        True,
-    ),
-    "UNet3DConditionModel": Backbone(
-        lambda: UNet3DConditionModel(
-            **CONDITION
-            | {
-                "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-                "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-                "block_out_channels": (8, 16),
-            }
+        "UNet2DConditionModel (SD)": Backbone(lambda: UNet2DConditionModel(**condition), given, 8, True),
+        "UNet2DConditionModel (SDXL)": Backbone(
+            lambda: UNet2DConditionModel(**condition | SDXL), lambda size: sdxl_inputs(size, side), 8, True
         ),
-        lambda size: condition_inputs(size) | {"sample": noise(size, 4, 2, 8, 8)},
-        8,
-        True,
-    ),
-    "DiTTransformer2DModel": Backbone(
-        lambda: DiTTransformer2DModel(**TRANSFORMER, num_embeds_ada_norm=10),
-        lambda size: {
-            "hidden_states": noise(size, 4, 8, 8),
-            "timestep": torch.arange(size) * 100,
-            "class_labels": torch.arange(size),
-        },
-        4,
-    ),
-    "PixArtTransformer2DModel": Backbone(
-        lambda: PixArtTransformer2DModel(
-            **TRANSFORMER, cross_attention_dim=16, caption_channels=6, norm_type="ada_norm_single"
-        ),
-        lambda size: {
-            "hidden_states": noise(size, 4, 8, 8),
-            "timestep": torch.arange(size) * 100,
-            "encoder_hidden_states": noise(size, 5, 6),
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        },
-        4,
-        True,
-    ),
-    "ResNetForImageClassification (basic)": Backbone(
-        lambda: ResNetForImageClassification(ResNetConfig(**RESNET, layer_type="basic")), pixels, 4
-    ),
-    "ResNetForImageClassification (bottleneck)": Backbone(
-        lambda: ResNetForImageClassification(ResNetConfig(**RESNET, layer_type="bottleneck")), pixels, 4
-    ),
-    "ResNetBackbone": Backbone(
-        lambda: ResNetBackbone(ResNetConfig(**RESNET, layer_type="basic", out_features=["stage1", "stage2"])), pixels, 4
-    ),
-    "ViTForImageClassification": Backbone(
-        lambda: ViTForImageClassification(
-            ViTConfig(
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=32,
-                image_size=16,
-                patch_size=4,
-            )
-        ),
-        pixels,
-        4,
-    ),
-    "ConvNextForImageClassification": Backbone(
-        lambda: strong(
-            ConvNextForImageClassification(
-                ConvNextConfig(
-                    hidden_sizes=[8, 16], depths=[2, 2], num_stages=2, patch_size=2, layer_scale_init_value=1.0
+        "ControlNetModel": Backbone(
+            lambda: strong(
+                ControlNetModel(
+                    **{name: value for name, value in condition.items() if name not in unused},
+                    conditioning_embedding_out_channels=(4, 8),
                 )
-            )
+            ),
+            lambda size: given(size) | {"controlnet_cond": noise(size, 3, 2 * side, 2 * side)},
+            4,
+            True,
         ),
-        pixels,
-        4,
-    ),
-    "a network with its branches named": Backbone(
-        PlainCNN, lambda size: {"images": noise(size, 3, 8, 8)}, 3, ends=("first.1", "second", "third")
-    ),
-}
+        "UNet3DConditionModel": Backbone(
+            lambda: UNet3DConditionModel(
+                **condition
+                | {
+                    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+                    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+                }
+            ),
+            lambda size: given(size) | {"sample": noise(size, 4, 2, side, side)},
+            8,
+            True,
+        ),
+        "DiTTransformer2DModel": Backbone(
+            lambda: DiTTransformer2DModel(**transformer, num_embeds_ada_norm=10),
+            lambda size: {
+                "hidden_states": noise(size, 4, side, side),
+                "timestep": torch.arange(size) * 100,
+                "class_labels": torch.arange(size),
+            },
+            4,
+        ),
+        "PixArtTransformer2DModel": Backbone(
+            lambda: PixArtTransformer2DModel(
+                **transformer, cross_attention_dim=16 * scale, caption_channels=6, norm_type="ada_norm_single"
+            ),
+            lambda size: {
+                "hidden_states": noise(size, 4, side, side),
+                "timestep": torch.arange(size) * 100,
+                "encoder_hidden_states": noise(size, 5, 6),
+                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            },
+            4,
+            True,
+        ),
+        "ResNetForImageClassification (basic)": Backbone(
+            lambda: ResNetForImageClassification(ResNetConfig(**resnet, layer_type="basic")), pixels, 4
+        ),
+        "ResNetForImageClassification (bottleneck)": Backbone(
+            lambda: ResNetForImageClassification(ResNetConfig(**resnet, layer_type="bottleneck")), pixels, 4
+        ),
+        "ResNetBackbone": Backbone(
+            lambda: ResNetBackbone(ResNetConfig(**resnet, layer_type="basic", out_features=["stage1", "stage2"])),
+            pixels,
+            4,
+        ),
+        "ViTForImageClassification": Backbone(
+            lambda: ViTForImageClassification(
+                ViTConfig(
+                    hidden_size=16 * scale,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    intermediate_size=32 * scale,
+                    image_size=2 * side,
+                    patch_size=4,
+                )
+            ),
+            pixels,
+            4,
+        ),
+        "ConvNextForImageClassification": Backbone(
+            lambda: strong(
+                ConvNextForImageClassification(
+                    ConvNextConfig(
+                        hidden_sizes=resnet["hidden_sizes"],
+                        depths=[2, 2],
+                        num_stages=2,
+                        patch_size=2,
+                        layer_scale_init_value=1.0,
+                    )
+                )
+            ),
+            pixels,
+            4,
+        ),
+        "a network with its branches named": Backbone(
+            PlainCNN, lambda size: {"images": noise(size, 3, side, side)}, 3, ends=("first.1", "second", "third")
+        ),
+    }
+
+
+BACKBONES = make_backbones()
 
 
 def outputs(model, inputs):
