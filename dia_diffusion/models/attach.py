@@ -1,5 +1,6 @@
 """Shared attention attached to a model that has none, and taken off again."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
@@ -226,6 +227,12 @@ def _make_attention(
             "time_conditioned out."
         )
     size = backbone.context.size if time_conditioned else None
+    if any(getattr(module, "is_causal", False) is True for module in model.modules()):
+        warnings.warn(
+            f"{type(model).__name__} is causal, and its gates are computed from the mean over all tokens: once they "
+            "are trained, a token sees later ones.",
+            stacklevel=3,
+        )
     with torch.random.fork_rng(devices=[]), torch.device("meta" if _home(model).type == "meta" else "cpu"):
         return AttachedAttention(**_made_for(backbone), context_size=size, **options)
 

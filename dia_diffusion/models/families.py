@@ -15,7 +15,7 @@ from .branches import Branch
 
 
 class ContextPlace(NamedTuple):
-    """Where the context of a forward pass is seen.
+    """The place where the context of a forward pass is seen.
 
     Attributes:
         module (`str`): Name of a submodule.
@@ -77,7 +77,7 @@ _PATHS = ("down_blocks", "mid_block", "up_blocks")
 
 
 class Backbone(NamedTuple):
-    """What there is to gate in a model.
+    """The branches of a model that attention can gate, and where its context passes.
 
     Attributes:
         family (`str`): Name of its family.
@@ -93,7 +93,7 @@ class Backbone(NamedTuple):
 
 
 def find_backbone(model: nn.Module) -> Backbone:
-    """The branches of a model of a known family.
+    """Return the branches of a model of a known family.
 
     Raises:
         UsageError: if it is of none.
@@ -157,7 +157,7 @@ def _of_block(family: Family, name: str, module: nn.Module) -> list[Branch]:
 
 
 def _output_of(name: str, module: nn.Module) -> tuple[int, int]:
-    """Number of channels in the output of a module, and the dimension that holds them."""
+    """Return the number of channels in the output of a module, and the dimension that holds them."""
     for attribute, channel_dim in (("out_channels", 1), ("num_features", 1), ("num_channels", 1), ("out_features", -1)):
         if isinstance(getattr(module, attribute, None), int):
             return getattr(module, attribute), channel_dim
@@ -173,7 +173,7 @@ def _output_of(name: str, module: nn.Module) -> tuple[int, int]:
 
 
 def find_joins(branches: Sequence[Branch]) -> dict[str, str]:
-    """Each level on the way up joins the one as far from the middle on the way down."""
+    """Pair each level on the way up with the one as far from the middle on the way down."""
     levels = list(dict.fromkeys(branch.level for branch in branches))
     down = [level for level in levels if "down_blocks" in level]
     up = [level for level in levels if "up_blocks" in level]

@@ -1,4 +1,4 @@
-"""What attaching does to a model: gates that follow its modules, and a `ForwardPass` around each of its calls."""
+"""The hooks that `attach` gives to a model: gates behind its modules, and a `ForwardPass` around each of its calls."""
 
 from typing import Any
 
@@ -23,8 +23,8 @@ class OutputHook(ContextHook):
 
 
 class EndHook:
-    """A gate behind a submodule, whatever module bears its name: an adapter may wrap it after the gate was put there,
-    and a detector replaces the norms of its backbone.
+    """A gate behind the submodule of a name. The module may be replaced later: adapters wrap layers, and a detector
+    replaces the norms of its backbone.
 
     Args:
         parent (`nn.Module`), name (`str`): Where the submodule is.
@@ -40,7 +40,7 @@ class EndHook:
         self.handle = self.module.register_forward_hook(self.gate.hook)
 
     def follow(self) -> None:
-        """Goes over to the module that bears the name now."""
+        """Move the gate to the module that has the name now."""
         if self.parent._modules[self.name] is not self.module:
             self.handle.remove()
             self._place()
@@ -91,7 +91,7 @@ class CheckedGate(Gate):
 
 
 class ModelHooks:
-    """What `attach` does to a model, and `detach` takes back.
+    """All that `attach` changes in a model, and `detach` takes back.
 
     Args:
         model (`nn.Module`), backbone (`Backbone`): The model, and what is gated in it.

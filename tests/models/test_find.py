@@ -1,9 +1,12 @@
 """Small networks of each kind: the branches that `find_branches` finds, and why it does not gate others."""
 
+import warnings
+
 import diffusers
 import pytest
 import torch
 from backbones import noise
+from networks import NETWORKS
 from torch import nn
 from torch.nn import functional as F
 
@@ -281,3 +284,13 @@ def test_flux_as_it_is_published_on_the_meta_device():
     assert set(dia.widths) == {3072}
     assert dia.config.context == ["time_text_embed", None, None]
     assert all(parameter.device.type == "meta" for parameter in dia.parameters())
+
+
+def test_a_causal_model_is_warned_about():
+    """A gate from the mean over all tokens lets a token see later ones."""
+    words = {"input_ids": torch.tensor([[5, 7, 9]])}
+    with pytest.warns(UserWarning, match=r"LlamaModel is causal, .* a token sees later ones"):
+        attach(NETWORKS["Llama"].make(), inputs=words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(NETWORKS["BERT"].make(), inputs=words)

@@ -35,7 +35,7 @@ MODELS = {
     "xcit_nano_12_p16_224": (224, None),
     "swin_tiny_patch4_window7_224": (224, 24),
     "pvt_v2_b0": (64, 16),
-    "poolformer_s12": (64, 24),
+    "poolformer_s12": (64, 12),  # the pooling has no layer
     "mixer_s32_224": (224, 16),
     "gmlp_ti16_224": (224, 30),
     "resmlp_12_224": (224, 24),
