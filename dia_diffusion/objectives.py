@@ -37,6 +37,7 @@ class NoisedBatch(NamedTuple):
     weights: Tensor | None = None
 
 
+@dataclass(frozen=True)
 class Objective(ABC):
     """The noising of images and the target of the network: what training, sampling and analysis share.
 
@@ -51,7 +52,10 @@ class Objective(ABC):
     """
 
     title: ClassVar[str]
-    num_timesteps: int | None = None
+
+    @property
+    def num_timesteps(self) -> int | None:
+        return None
 
     @property
     @abstractmethod
@@ -196,6 +200,7 @@ class EDM(Objective):
 
     def noised_batch(self, images: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
         sigma, data = levels.view(-1, 1, 1, 1), self.sigma_data
+        assert data is not None, "call `fitted` first"
         sample = self.scheduler.precondition_inputs(images + sigma * noise, sigma)
         # (y - c_skip x) / c_out, without the terms that cancel at low levels.
         target = (sigma * images - data**2 * noise) / (data * (sigma**2 + data**2).sqrt())

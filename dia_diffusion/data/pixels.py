@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -157,7 +158,7 @@ class EndlessShuffle(torch.utils.data.Dataset):
         center_crop (`bool`): Whether images that are not square are cut in the middle or at random.
     """
 
-    def __init__(self, dataset: PixelDataset, seed: int, center_crop: bool):
+    def __init__(self, dataset: Any, seed: int, center_crop: bool):
         self.dataset = dataset
         self.seed = seed
         self.center_crop = center_crop

@@ -133,7 +133,7 @@ class PixelSpace:
         """Return the training and the held-out images as the model sees them."""
         return data, held_out
 
-    def remarks(self, data: PixelDataset) -> list[str]:
+    def remarks(self, data: PixelDataset | LatentDataset) -> list[str]:
         """Return lines about the values of images that are encoded."""
         return []
 
@@ -162,11 +162,12 @@ class LatentSpace:
     def __init__(self, options: DataOptions, data: PixelDataset):
         assert options.vae is not None
         self.options = options
-        self.vae: VAE | None = load_vae(options.vae)
-        self.shape = find_latent_shape(self.vae, data.resolution, data.channels)
-        self.latent_factor = downsampling_factor(self.vae)
-        self.config = dict(self.vae.config)
-        self.digest = vae_digest(self.vae)
+        vae: Any = load_vae(options.vae)
+        self.shape = find_latent_shape(vae, data.resolution, data.channels)
+        self.latent_factor = downsampling_factor(vae)
+        self.config = dict(vae.config)
+        self.digest = vae_digest(vae)
+        self.vae: VAE | None = vae
         self._kept: Path | None = None
         if not options.center_crop and not _are_square(data):
             raise UsageError(
@@ -196,7 +197,7 @@ class LatentSpace:
         latents = self._encode(data, self.options.random_flip)
         return latents, None if held_out is None else self._encode(held_out, flips=False)
 
-    def remarks(self, data: LatentDataset) -> list[str]:
+    def remarks(self, data: PixelDataset | LatentDataset) -> list[str]:
         std = measure_std(data, most=1000)
         said = f"Standard deviation of the latents, scaled: {std:.3g}"
         if 0.5 <= std <= 2:
@@ -214,7 +215,8 @@ class LatentSpace:
         self.vae = None
 
     def load_decoder(self, device: torch.device) -> VAE:
-        vae = load_vae(str(self._kept or self.options.vae)).to(device)
+        vae: Any = load_vae(str(self._kept or self.options.vae))
+        vae.to(device)
         vae.enable_slicing()
         return vae
 

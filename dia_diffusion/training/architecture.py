@@ -31,7 +31,9 @@ def default_architecture(resolution: int) -> dict[str, Any]:
     Up to 16 pixels a small UNet without self-attention; up to 32 the DDPM of CIFAR-10 (Ho et al. 2020, appendix B);
     above, the six levels of diffusers' `train_unconditional.py`.
     """
-    groups = {}
+    groups: dict[str, int] = {}
+    widths: tuple[int, ...]
+    attending: tuple[int, ...]
     if resolution <= 16:
         widths, attending = (32, 64), ()
         # With as many groups as channels the normalisation would take the time embedding out again.
@@ -74,8 +76,9 @@ def build_unet(
     Raises:
         UsageError: if the options do not go together, or the levels do not divide the resolution.
     """
+    assert not isinstance(options.unet_arguments, str)
     flags = _read_unet_arguments(options.unet_arguments or {}) | options.unet_flags()
-    from_data = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+    from_data: dict[str, Any] = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
     from_data["num_class_embeds"] = None if num_classes is None else num_classes + 1
     if options.init_from is not None:
         unet = _load_unet(options.init_from, flags)

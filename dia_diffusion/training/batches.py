@@ -117,7 +117,7 @@ def make_loader(
         EndlessShuffle(data, seed, options.center_crop),
         batch_sampler=positions,
         num_workers=options.dataloader_num_workers,
-        collate_fn=_keep,
+        collate_fn=_keep,  # type: ignore[arg-type]
         worker_init_fn=_prepare_worker,
         pin_memory=device.type == "cuda",
     )

@@ -187,7 +187,7 @@ def _eval_results(data: str, figures: dict[str, Any]) -> list[EvalResult]:
         if value is not None and math.isfinite(value):
             # Only the distance in features of Inception is the FID; others must not stand beside it in a ranking.
             other = features not in (None, "inception")
-            kind = f"{'frechet_distance' if key == 'fid' else key}_{Path(features).name}" if other else key
+            kind = f"{'frechet_distance' if key == 'fid' else key}_{Path(str(features)).name}" if other else key
             results.append(
                 EvalResult(
                     task_type="unconditional-image-generation",

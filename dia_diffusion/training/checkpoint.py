@@ -132,7 +132,7 @@ def find_latest(folder: Path, last_step: int | None = None) -> tuple[Path | None
         folder (`Path`): The folder of the checkpoints.
         last_step (`int`, *optional*): The end of the run: checkpoints of later steps are passed over.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         beyond = last_step is not None and step_of(path) > last_step
         damage = f"the run is to end at step {last_step}" if beyond else find_damage(path)

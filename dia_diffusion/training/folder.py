@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -117,7 +118,7 @@ def set_aside_later_steps(folder: Path, step: int) -> None:
         set_aside(folder / BEST)
 
 
-def read_best(best: Path) -> dict[str, float | str] | None:
+def read_best(best: Path) -> dict[str, Any] | None:
     """Read the record in `best/`: `step`, `fid` and `settings_hash`. Return `None` if there is none."""
     try:
         return json.loads((best / "metrics.json").read_text())

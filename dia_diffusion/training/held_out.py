@@ -58,7 +58,9 @@ def held_out_loss(
 
 def _shuffling_stride(size: int) -> int:
     """Return a stride that visits all of `size` indices and takes neighbours far apart."""
-    for stride in itertools.count(7919):
-        step = min(stride % size, -stride % size)
-        if math.gcd(stride, size) == 1 and (8 * step >= size or size == 1):
-            return stride
+    fits = (
+        stride
+        for stride in itertools.count(7919)
+        if math.gcd(stride, size) == 1 and (8 * min(stride % size, -stride % size) >= size or size == 1)
+    )
+    return next(fits)

@@ -49,7 +49,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         Interrupted: after a signal such as SIGTERM or Ctrl-C, when the step is finished and a checkpoint is written.
     """
     with (
-        open_accelerator(config.optimisation.mixed_precision, config.output) as accelerator,
+        open_accelerator(str(config.optimisation.mixed_precision), config.output) as accelerator,
         lock_output_dir(config.output.folder) if accelerator.is_main_process else nullcontext(),
     ):
         return _train(config, accelerator)
@@ -108,7 +108,7 @@ def set_up(config: TrainingConfig, accelerator: Accelerator) -> Run:
     space = make_space(config.data, pixels)
     plan = BatchPlan(
         optimisation.train_batch_size,
-        optimisation.gradient_accumulation_steps,
+        int(optimisation.gradient_accumulation_steps or 1),
         accelerator.num_processes,
         accelerator.process_index,
     )

@@ -152,6 +152,7 @@ class RunResults:
         return [function for function, now in plan.items() if now]
 
     def held_out_loss(self, step: int) -> dict[str, float]:
+        assert self.held_out is not None
         with self.training.averaged() as unet:
             return {"held_out_loss": held_out_loss(unet, self.objective, self.held_out, self.batch_size)}
 
@@ -179,7 +180,7 @@ class RunResults:
             if before is not None and before.get("settings_hash", settings) != settings:
                 set_aside(best)
                 before = None
-            if before is None or scores["fid"] < before["fid"]:
+            if before is None or before["fid"] is None or scores["fid"] < before["fid"]:
                 # Without its record a pipeline that is being replaced counts as none.
                 (best / "metrics.json").unlink(missing_ok=True)
                 _save(pipeline, best)
@@ -216,12 +217,15 @@ class RunResults:
         held_out: PixelDataset | None = None,
     ) -> dict[str, Any]:
         options, data = self.options, self.data.pixels
+        assert options.score_features is not None
         extractor = get_extractor(options.score_features, data.resolution, data.channels)
         shares = shares_of_labels(data.labels, data.num_classes)
         steps = options.ddpm_num_inference_steps
         images = PipelineImages(pipeline, num_images, steps, self.seed, class_shares=shares)
         device = self.training.accelerator.device
-        return evaluate(images, data, extractor.to(device), metrics, held_out, options.eval_batch_size)
+        scores = evaluate(images, data, extractor.to(device), metrics, held_out, options.eval_batch_size)
+        assert scores is not None, "of the main process"
+        return scores
 
     def _pipeline(self, unet: DIAUNet2DModel) -> DIAUNetPipeline:
         scheduler = make_scheduler(None, self.space.sampler_config(self.objective.scheduler.config))
