@@ -45,10 +45,10 @@ except ImportError as error:
 
 
 class SelfContained:
-    """A mixin for a `DiffusionPipeline`: saves code beside the weights, and does not need it where it is installed."""
+    """A mixin for a `DiffusionPipeline` that saves code beside the weights, and needs none where the package is."""
 
     def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves `model_index.json`, and the code of the pipeline and its components. All ways to save come here."""
+        """Save `model_index.json`, and the code of the pipeline and its components. All ways to save call this."""
         for name, library in self._libraries().items():
             folder = Path(save_directory, "" if name == "_class_name" else name)
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class SelfContained:
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:
-        """The text of `model_index.json`; it names the files of the code."""
+        """Return the text of `model_index.json`, which names the files of the code."""
         index = json.loads(super().to_json_string())
         for name, library in self._libraries().items():
             class_name = type(self).__name__ if name == "_class_name" else index[name][1]
@@ -69,7 +69,7 @@ class SelfContained:
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def _libraries(self) -> dict[str, str]:
-        """The module of the pipeline's class and of its components' classes, as far as they come from this package."""
+        """Return the modules of the classes of the pipeline and its components that come from this package."""
         modules = {name: value[0] for name, value in self.config.items() if isinstance(value, list | tuple)}
         modules["_class_name"] = type(self).__module__
         return {name: module for name, module in modules.items() if module and _package(module) == _package(__name__)}
@@ -86,7 +86,7 @@ class SelfContained:
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As [`~diffusers.ConfigMixin.load_config`], with the installed classes in place of the folder's code."""
+        """Load a configuration as diffusers does, with the installed classes in place of the folder's code."""
         loaded = super().load_config(*args, **kwargs)
         installed = {file: module for module, file in _FILES.items() if module in sys.modules} | _EARLIER
         for component in (loaded[0] if isinstance(loaded, tuple) else loaded).values():
@@ -96,12 +96,12 @@ class SelfContained:
 
 
 def keep_sources() -> None:
-    """Reads the code that pipelines will be saved with."""
+    """Read the code that pipelines will be saved with."""
     _SOURCES.update((name, single_file_source(importlib.import_module(name))) for name in _FILES)
 
 
 def single_file_source(module: ModuleType) -> str:
-    """The source of a module and of all that it imports from its own package, as one file that needs no other.
+    """Return the source of a module and of all that it imports from its own package, as one file.
 
     The text stays as it is written, comments and all; only the imports are gathered at the top. Imports must stand
     before everything but the docstring.
@@ -117,8 +117,8 @@ def single_file_source(module: ModuleType) -> str:
 
 
 def _imports_of_others(modules: list[ModuleType]) -> str:
-    """One statement for each module that these import from outside of their package: Python's own, then the others,
-    whose failure is explained."""
+    """Return the imports of these modules from outside of their package: Python's own, then the others, whose failure
+    is explained."""
     plain, members = set(), {}
     for module in modules:
         for node in _imports(module):
@@ -138,7 +138,7 @@ def _imports_of_others(modules: list[ModuleType]) -> str:
 
 
 def _section(module: ModuleType) -> str:
-    """What follows the imports of a module, under its name and the first paragraph of its docstring."""
+    """Return the code of a module after its imports, under its name and the first paragraph of its docstring."""
     source = inspect.getsource(module)
     start = max((node.end_lineno for node in _imports(module)), default=ast.parse(source).body[0].end_lineno)
     title = f"---- {module.__name__.rpartition('.')[2]}: {inspect.getdoc(module)}".split("\n\n")[0]
@@ -147,7 +147,7 @@ def _section(module: ModuleType) -> str:
 
 
 def _with_own_imports(module: ModuleType) -> list[ModuleType]:
-    """The module, after all modules of its package that it imports, each once."""
+    """Return the module, after all modules of its package that it imports, each once."""
     parts = {}
     for node in _imports(module):
         if isinstance(node, ast.ImportFrom) and _package(_absolute_name(node, module)) == _package(module.__name__):

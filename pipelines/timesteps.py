@@ -15,7 +15,7 @@ from .noise import NoiseKind, noise_kind
 # A rehearsal samples from two distributions of pixels in [-1, 1]: one grey, and Gaussian ones around it.
 _GREY, _WIDTHS = 0.5, (0.0, 0.5)
 # The root mean square error of the grey, and the contrast in multiples of the Gaussian's, that it may end with.
-_TOLERANCE, _MOST_CONTRAST = 0.1, 2.0
+_TOLERANCE, _MOST_CONTRAST = 0.1, 2.5
 # The least signal, squared, so that models without any at the highest noise level have a finite one.
 _LEAST_SIGNAL = 1e-12
 _OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -63,7 +63,7 @@ def check_steps(
         if not fitting:
             raise UsageError(f"{name} cannot be used here: {reason}. Choose another scheduler.")
         raise UsageError(
-            f"num_inference_steps {num_inference_steps} does not fit {name}: {reason}. Take for example one such as "
+            f"num_inference_steps {num_inference_steps} does not fit {name}: {reason}. Take a number such as "
             f"{fitting[0]}, or another scheduler."
         )
 

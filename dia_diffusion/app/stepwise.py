@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..models.unet import DIAUNet2DModel
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
-from ..sampling.generation import check_sampling, image_generators, to_uint8
+from ..sampling.generation import check_inputs, check_sampling, image_generators, to_uint8
 from ..sampling.schedulers import make_scheduler
 
 # The angle between the noise of an image and that of its variant, as a share of a right angle.
@@ -94,7 +94,7 @@ class StepwiseSampler:
 
     def __init__(self, pipeline: DiffusionPipeline):
         if not isinstance(pipeline, DIAUNetPipeline):
-            check_sampling(pipeline, steps=1)
+            check_inputs(pipeline)
             if set(pipeline.components) != {"unet", "scheduler"}:
                 raise UsageError(f"{type(pipeline).__name__} makes no images step by step that could be shown here.")
             pipeline = DIAUNetPipeline(pipeline.unet, pipeline.scheduler).to(pipeline.device)

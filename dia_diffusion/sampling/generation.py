@@ -85,7 +85,8 @@ def sample_batch(
         UsageError: for labels or guidance where the pipeline has no classes, and for pipelines that need more than a
             number of images.
     """
-    _check_steps_and_inputs(pipeline, steps)
+    check_inputs(pipeline)
+    _check_steps(pipeline, steps)
     classes = getattr(pipeline, "null_class", None)
     if classes is None and class_label is not None:
         raise UsageError("class_label needs a class-conditional pipeline, which this is not.")
@@ -131,7 +132,8 @@ def check_sampling(pipeline: DiffusionPipeline, steps: int) -> None:
         UsageError: for a pipeline that needs more than a number of images or makes no pictures, and for numbers of
             steps that its scheduler cannot take.
     """
-    _check_steps_and_inputs(pipeline, steps)
+    check_inputs(pipeline)
+    _check_steps(pipeline, steps)
     config = getattr(getattr(pipeline, "unet", None), "config", {})
     channels, made = config.get("in_channels", 3), getattr(pipeline, "image_channels", None)
     has_decoder = any(hasattr(part, "decode") for part in pipeline.components.values())
@@ -182,7 +184,12 @@ def find_class(pipeline: DiffusionPipeline, name: str) -> int:
     return class_number(name, null_class, getattr(pipeline, "class_names", None))
 
 
-def _check_steps_and_inputs(pipeline: DiffusionPipeline, steps: int) -> None:
+def check_inputs(pipeline: DiffusionPipeline) -> None:
+    """Refuse pipelines that need more than a number of images, and classes.
+
+    Raises:
+        UsageError: with what the pipeline needs.
+    """
     name, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     if "batch_size" not in accepted:
         raise UsageError(f"{name} is not an unconditional pipeline: it cannot be asked for a number of images alone.")
@@ -191,6 +198,9 @@ def _check_steps_and_inputs(pipeline: DiffusionPipeline, steps: int) -> None:
         raise UsageError(
             f"the UNet needs class labels, which {name} does not give; DIAUNetPipeline(unet, scheduler) does."
         )
+
+
+def _check_steps(pipeline: DiffusionPipeline, steps: int) -> None:
     if steps < 1:
         raise UsageError(f"steps must be at least 1, but is {steps}.")
     config = pipeline.scheduler.config

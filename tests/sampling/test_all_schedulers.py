@@ -69,7 +69,7 @@ def sweep(unet, scheduler):
         assert images[:2].mean().item() == pytest.approx(MEAN, abs=0.1), steps
         assert images[:2].std().item() < 0.1, steps
         # Few steps give less contrast than there should be, and never much more.
-        assert images[2:].std().item() < 1, steps
+        assert images[2:].std().item() < 1.3, steps
     return refused
 
 

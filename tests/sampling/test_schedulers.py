@@ -36,7 +36,7 @@ from tiny_unets import PLAIN
 SCHEDULERS = FAMILIES[NoiseKind.BETAS].samplers
 # Those that diffusers has for the prediction of noise and velocity only.
 WITHOUT_SAMPLE = {"pndm", "euler_ancestral", "kdpm2", "kdpm2_ancestral"}
-# With 20 timesteps of the cosine schedule: refused, for their images have more than twice the contrast of the data.
+# With 20 timesteps of the cosine schedule: refused, for their images have far more contrast than the data.
 OVERSHOOTING = {("pndm", 2), ("pndm", 5), ("heun", 2), ("heun", 5), ("kdpm2_ancestral", 2)}
 # Accepted by the pipeline, but not for models trained here: see `FAMILIES`.
 OTHERS = {
