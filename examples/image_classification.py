@@ -6,7 +6,7 @@
 
 Results in `runs/image_classification` (`--output_dir`): `result.json`, `curves.png` and the trained model. A model of
 transformers is saved with its image processor, so that `dia evaluate --features` takes it. Runs of one seed start from
-the same weights and see the same images, whatever their attention. `compare_classifiers.py` runs variants over seeds.
+the same weights and see the same images, whatever their attention. `dia study` runs variants over seeds.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def make_optimizer(
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
-def train(options: argparse.Namespace) -> dict:
+def train_classifier(options: argparse.Namespace) -> dict:
     """Train and test a classifier; write and return the result."""
     if options.branch_scale != 1 and options.model not in RESNETS:
         raise UsageError(
@@ -180,7 +180,7 @@ def save_curves(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", help="digits (the default), mnist5k, a data set on the Hub, or a folder")
     parser.add_argument("--train_data_dir", type=str, help="folder of images in subfolders: train/CLASS/, test/CLASS/")
@@ -203,15 +203,56 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weight_decay", type=flags.natural, help="1e-4 for ResNets, 0.05 for the vit")
     parser.add_argument("--seed", type=flags.seed, default=0)
     parser.add_argument("--output_dir", type=flags.folder, default=Path("runs/image_classification"))
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def complete(options: argparse.Namespace) -> argparse.Namespace:
+    """Fill in the defaults that hang on the data and the model."""
     if options.dataset_name is None and options.train_data_dir is None:
         options.dataset_name = "digits"
     options.resolution = options.resolution or (8 if options.dataset_name == "digits" else 32)
     rate, decay = (1e-3, 0.05) if options.model == "vit" else (0.1, 1e-4)
     options.learning_rate = rate if options.learning_rate is None else options.learning_rate
     options.weight_decay = decay if options.weight_decay is None else options.weight_decay
+    return options
+
+
+# For `dia study`: the scores of a run, and which is better.
+SCORES = {"accuracy": "higher", "loss": "lower"}
+
+
+def read(options: dict) -> argparse.Namespace:
+    """Read options as the command line does, from a dictionary.
+
+    Raises:
+        UsageError: for options that are unknown or out of their range.
+    """
+    words = []
+    for name, value in options.items():
+        words.append(f"--{name}" if value is not False else f"--no-{name}")
+        words += [] if isinstance(value, bool) else [str(value)]
+    parser = make_parser()
+
+    def refuse(message: str) -> None:
+        raise UsageError(message)
+
+    parser.error = refuse
+    return complete(parser.parse_args(words))
+
+
+def check(options: dict) -> None:
+    """Refuse the options of a run of a study that cannot work."""
+    read(options)
+
+
+def train(options: dict) -> dict:
+    """Train a run of a study."""
+    return train_classifier(read(options))
+
+
+def main(arguments: list[str] | None = None) -> int:
     try:
-        train(options)
+        train_classifier(complete(make_parser().parse_args(arguments)))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,8 +4,7 @@
     python studies/for_minutes.py --minutes 14 studies/cifar10_32_long.yaml -- --jobs 4
     python studies/for_minutes.py --minutes 6 studies/training/cifar10_32.yaml
 
-Files in `classification/` are run by `examples/compare_classifiers.py`, those in `training/` are configurations of one
-`dia train`, and the others are run by `dia study`. What follows `--` goes to these commands. When the time is over, the
+Files in `training/` are configurations of one `dia train`, and the others are run by `dia study`. What follows `--` goes to these commands. When the time is over, the
 command at work is told to stop (SIGTERM): it writes a checkpoint, and the same call resumes it. Each result is written
 when it is there.
 """
@@ -18,15 +17,12 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parent.parent
 # A command that was interrupted ends within this time: a step, a checkpoint and a report.
 GRACE = 60
 
 
 def command(path: Path, more: list[str]) -> list[str]:
     """Return the command that runs a file."""
-    if path.parent.name == "classification":
-        return [sys.executable, str(ROOT / "examples" / "compare_classifiers.py"), str(path), *more]
     dia = [sys.executable, "-m", "dia_diffusion.cli"]
     if path.parent.name == "training":
         return [*dia, "train", "--config", str(path), "--resume_from_checkpoint", "latest", *more]

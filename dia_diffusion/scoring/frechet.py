@@ -145,7 +145,7 @@ class _FewImages:
 
 
 class Uncertainty(NamedTuple):
-    """What `frechet_uncertainty` finds: a 95% interval `(low, high)`, and the distance for infinitely many images."""
+    """The result of `frechet_uncertainty`: a 95% interval `(low, high)`, and the distance for infinitely many images."""
 
     interval: tuple[float, float]
     infinity: float
@@ -157,13 +157,14 @@ def is_uncertainty_too_long(generated: Moments) -> bool:
 
 
 def frechet_uncertainty(distance: FrechetDistanceTo, generated: Moments) -> Uncertainty | None:
-    """How far a Fréchet distance can be trusted; `None` where there are not two images for each group, and where it
+    """Return how far a Fréchet distance can be trusted, or None where there are not two images for each group, and where it
     would take minutes: for more than 2,048 features of as many images.
 
     Each group of images is left out in turn (the jackknife of Quenouille and Tukey, for d images at a time).
 
-    - The interval is the distance plus and minus its standard error times a quantile of Student's t. It says how much
-      another set of as many generated images would differ; the reference stays as it is. A bootstrap would not do: its
+    - The interval is the distance plus and minus its standard error times a quantile of Student's t. It covers
+      the expected distance of as many images of this model (93 to 99.8% of simulations), not the value of another set
+      (85 to 90%, for that value varies too); the reference stays as it is. A bootstrap would not do: its
       samples repeat images, which by itself moves and spreads the distance, many times too much where there are few
       images for the number of features.
     - The distance falls with the number N of generated images, about as 1/N. Infinitely many are reached by a straight

@@ -18,7 +18,6 @@ CLASSIFY = "image_classification"
         ("object_detection", ["--test_pictures", "1e9.5"], "it must be a whole number, but is '1e9.5'."),
         ("text_to_image", ["--steps", "-1"], "it must be at least 0, but is -1."),
         ("text_to_image", ["--sampling_steps", "-3"], "it must be at least 1, but is -3."),
-        ("compare_classifiers", ["study.yaml", "--jobs", "0"], "argument --jobs: it must be at least 1, but is 0."),
     ],
 )  # fmt: skip
 def test_numbers(example, capsys, script, arguments, words):
