@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import tarfile
 
 import datasets
@@ -182,3 +183,15 @@ def test_a_cache_that_cannot_be_written_is_read_and_another_place_is_named(tmp_p
     # All that is needed is there: nothing is written.
     monkeypatch.setattr(cache, "check_output_folder", lambda folder: 1 / 0)
     assert greys(load(images, cache_dir=str(tmp_path / "there"))) == [1]
+
+
+def test_a_full_disk_is_named_with_what_to_do(tmp_path):
+    rows = load_digits_dataset()["test"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UsageError, match=r"cannot keep prepared images in '.*dia_pixels.*Make room.*--cache_dir"):
+            prepare_pixels(rows, 64, cache_dir=str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(prepare_pixels(rows, 64, cache_dir=str(tmp_path))) == 360

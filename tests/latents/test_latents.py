@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -257,10 +258,14 @@ def test_latents_too_large_for_half_precision_are_refused(pixels):
         encode_images(vae, pixels)
 
 
-def test_a_cache_that_cannot_be_written_is_said_before_anything_is_lost(pixels, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UsageError, match=r"cannot keep latents in .*file.*--cache_dir"):
-        encode_images(random_vae(), pixels, cache_dir=str(tmp_path / "file"))
+def test_a_full_disk_is_named_with_what_to_do(pixels, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UsageError, match=r"cannot keep latents in '.*dia_latents.*--cache_dir"):
+            encode_images(random_vae(), pixels, cache_dir=str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_the_parts_hold_all_images_once_whatever_their_number(tmp_path):
