@@ -151,7 +151,7 @@ def _analyze(options: AnalyzeOptions) -> None:
 def _app(options: AppOptions) -> None:
     from .app.dia_app import launch_app
 
-    launch_app(options.model, options.device, options.host, options.port, options.share)
+    launch_app(options.model, options.device, options.host, options.port, options.share, options.variant)
 
 
 def _study(options: StudyOptions) -> None:

@@ -37,7 +37,7 @@ def analyze(options: AnalyzeOptions) -> dict[str, Any]:
     check_output_folder(options.output_dir)
     if options.attention is not None:
         return analyze_classifier(options)
-    pipeline = load_pipeline(options.model, device=find_device(options.device, make_state()))
+    pipeline = load_pipeline(options.model, device=find_device(options.device, make_state()), variant=options.variant)
     unet = pipeline.unet
     if getattr(unet, "dia", None) is None:
         raise UsageError(f"'{options.model}' has no attention maps: it was trained without DIA (dia_attention).")

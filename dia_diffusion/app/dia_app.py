@@ -22,6 +22,7 @@ def launch_app(
     host: str | None = None,
     port: int | None = None,
     share: bool = False,
+    variant: str | None = None,
     **launch: Any,
 ) -> None:
     """Show the page of a model until it is stopped.
@@ -32,6 +33,7 @@ def launch_app(
         host (`str`, *optional*): The address to listen on, by default `GRADIO_SERVER_NAME` or 127.0.0.1.
         port (`int`, *optional*): By default `GRADIO_SERVER_PORT`, or the first free one from 7860.
         share (`bool`, *optional*, defaults to `False`): Whether Gradio makes a public link, for a week.
+        variant (`str`, *optional*): The variant of the saved weights, such as `fp16`.
         launch: Further arguments of Gradio's `launch`.
 
     Raises:
@@ -39,7 +41,7 @@ def launch_app(
     """
     if find_spec("gradio") is None:
         raise UsageError("the page needs Gradio: pip install 'dia-diffusion[app]'.")
-    sampler = StepwiseSampler(load_pipeline(model, device=find_device(device, make_state())))
+    sampler = StepwiseSampler(load_pipeline(model, device=find_device(device, make_state()), variant=variant))
     # Gradio takes seconds to import, which a mistake should not wait for.
     import gradio as gr
 

@@ -100,7 +100,8 @@ def is_images(what: str) -> bool:
 
 EVALUATION_RULES = (
     Rule(
-        "num_images steps scheduler seed guidance_scale guide compile compile_mode save_images class_proportions variant",
+        "num_images steps scheduler seed guidance_scale guide compile compile_mode save_images class_proportions "
+        "variant",
         lambda options: is_images(options["what"]),
         "on images that are made already",
     ),
@@ -115,8 +116,15 @@ EVALUATION_RULES = (
         "on an embedded data set or an archive",
     ),
 )
+
+
+def _with_attention(options: Mapping[str, Any]) -> bool:
+    return options["attention"] is not None
+
+
 ANALYSIS_RULES = (
-    Rule("num_timesteps", lambda options: options["attention"] is not None, "on a classifier, which has no timesteps"),
+    Rule("num_timesteps", _with_attention, "on a classifier, which has no timesteps"),
+    Rule("variant", _with_attention, "on a classifier"),
 )
 STUDY_RULES = (Rule("cpus_per_run gpus_per_run", _without("ray"), "without --ray ADDRESS"),)
 

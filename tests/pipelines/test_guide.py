@@ -141,7 +141,7 @@ def test_a_guide_on_the_command_line(tmp_path, capsys):
         )
         == 2
     )
-    assert "a guide belongs to a pipeline" in capsys.readouterr().err
+    assert "guide have no effect on images that are made already" in capsys.readouterr().err
 
 
 def test_scores_with_a_guide_are_told_from_those_without():
