@@ -1,6 +1,4 @@
-"""The residual block of diffusers, gated in one pass.
-
-Residual branches of a backbone: where they end, and gates there."""
+"""Residual branches of a backbone: the fused residual block of diffusers, and gates at the ends of branches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
     gate: Gate | None = None
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
-        """Maps features `(B, C, H, W)` and a time embedding to features. Further arguments are ignored, as diffusers
+        """Map features `(B, C, H, W)` and a time embedding to features. Further arguments are ignored, as diffusers
         ignores them."""
         shortcut, branch = input_tensor, self.nonlinearity(self.norm1(input_tensor))
         resample = self.upsample or self.downsample
@@ -60,7 +58,7 @@ class Branch(NamedTuple):
 
 
 def resnet_branches(model: nn.Module, levels: Sequence[str]) -> list[Branch]:
-    """The branches of diffusers' residual blocks below these submodules of a model, in order of execution."""
+    """Return the branches of diffusers' residual blocks below these submodules of a model, in order of execution."""
     return [
         Branch(f"{level}.{name}", f"{level}.{name}.conv2", block.conv2.out_channels, level)
         for level in levels
@@ -70,14 +68,14 @@ def resnet_branches(model: nn.Module, levels: Sequence[str]) -> list[Branch]:
 
 
 def fuse_resnets(model: nn.Module) -> None:
-    """Gives diffusers' residual blocks in a model the form that is gated in one pass; weights and names stay."""
+    """Give diffusers' residual blocks in a model the form that is gated in one pass; weights and names stay."""
     for module in model.modules():
         if type(module) is ResnetBlock2D:
             module.__class__ = FusedResnetBlock2D
 
 
 def hook_end(block: nn.Module, name: str, gate: Gate) -> RemovableHandle:
-    """Puts a gate behind the submodule of this name."""
+    """Put a gate behind the submodule of this name."""
     return block.get_submodule(name).register_forward_hook(gate.hook)
 
 
@@ -87,7 +85,7 @@ def gate_branches(
     make_gate: Callable[[GatedBlocks, int], Gate] = Gate,
     hook_end: Callable[[nn.Module, str, Gate], Any] = hook_end,
 ) -> tuple[GatedBlocks, list[Any]]:
-    """Puts gates on the branches of a model. They are open outside of a `ForwardPass` of the blocks that are returned.
+    """Put gates on the branches of a model. Outside of a `ForwardPass` of the returned blocks they do nothing.
 
     Args:
         model (`nn.Module`), branches (`Sequence[Branch]`): The model, and its branches in order of execution.

@@ -100,7 +100,7 @@ class DIAUNet2DModel(UNet2DModel):
         return resnet_branches(self, [*down, *middle, *up])
 
     def _make_attention(self, branches: list[Branch]) -> SharedAttention:
-        """New attention for these branches, as the configuration says."""
+        """Return new attention for these branches from the configuration."""
         arguments = {
             name.removeprefix(_DIA_ARGUMENTS): value
             for name, value in self.config.items()
@@ -117,7 +117,7 @@ class DIAUNet2DModel(UNet2DModel):
 
     @classmethod
     def from_unet(cls, unet: UNet2DModel, **dia_arguments: Any) -> "DIAUNet2DModel":
-        """A DIA-UNet with the weights of a UNet2DModel, and with the default `dia_init` also its output.
+        """Return a DIA-UNet with the weights of a UNet2DModel, and with the default `dia_init` also its output.
 
         Args:
             unet (`UNet2DModel`): The UNet to start from. It is not changed.
@@ -135,7 +135,7 @@ class DIAUNet2DModel(UNet2DModel):
         return model.train(unet.training)
 
     def to_unet(self) -> UNet2DModel:
-        """The UNet2DModel with this model's weights, without DIA. Its output differs unless all gates are 1."""
+        """Return the UNet2DModel with this model's weights, without DIA. Its output differs unless all gates are 1."""
         config = {name: value for name, value in self.config.items() if not name.startswith(_DIA_ARGUMENTS)}
         unet = _cast(UNet2DModel.from_config(config), self)
         weights = self.state_dict()
@@ -153,7 +153,7 @@ class DIAUNet2DModel(UNet2DModel):
     def _check_inputs(
         self, sample: Tensor, timestep: object, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> None:
-        """Refuses in words what UNet2DModel fails at later."""
+        """Refuse images and labels at which UNet2DModel fails later, without a reason."""
         factor, (height, width) = self.downsampling_factor, sample.shape[-2:]
         if height % factor or width % factor:
             raise UsageError(
@@ -169,7 +169,7 @@ class DIAUNet2DModel(UNet2DModel):
     def attention_maps(
         self, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The channel gates of one forward pass.
+        """Return the channel gates of one forward pass.
 
         Args:
             sample, timestep, class_labels: As for `forward`.
@@ -183,8 +183,8 @@ class DIAUNet2DModel(UNet2DModel):
         return maps
 
     def record_attention_maps(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """A context in which the dictionary that it yields holds, after each forward pass in this thread, what
-        `attention_maps` returns: for those who do not call the model themselves."""
+        """Return a context that yields a dictionary, which holds the result of `attention_maps` after each forward pass
+        in this thread: for those who do not call the model themselves."""
         if self.dia is None:
             raise UsageError("this model has no attention maps: dia_attention is 'none'.")
         return record_maps(self._gated_blocks)
@@ -198,7 +198,7 @@ class DIAUNet2DModel(UNet2DModel):
 
     @property
     def downsampling_factor(self) -> int:
-        """What height and width of the images must be a multiple of."""
+        """Return the number that height and width of the images must be a multiple of."""
         return 2 ** sum(block.downsamplers is not None for block in self.down_blocks)
 
     @classmethod
@@ -222,7 +222,7 @@ class DIAUNet2DModel(UNet2DModel):
 
 
 def check_block_types(down_block_types: tuple[str, ...], up_block_types: tuple[str, ...], in_channels: int) -> None:
-    """Refuses block types that UNet2DModel cannot run, and combinations of them that cannot work.
+    """Refuse block types that UNet2DModel cannot run, and combinations of them that cannot work.
 
     Raises:
         UsageError: names the block types that work.
@@ -242,7 +242,7 @@ def check_block_types(down_block_types: tuple[str, ...], up_block_types: tuple[s
 
 
 def _cast(model: UNet2DModel, other: UNet2DModel) -> UNet2DModel:
-    """Moves a model to the device and the data type of another."""
+    """Move a model to the device and the data type of another."""
     model = model.to(other.device)
     # A cast that changes nothing makes diffusers warn.
     return model if model.dtype == other.dtype else model.to(dtype=other.dtype)
