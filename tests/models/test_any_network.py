@@ -9,6 +9,7 @@ from networks import NETWORKS
 
 from dia_diffusion import attach, detach, find_branches
 from tiny_unets import open_gates
+from training_runs import ROOT
 
 COMPILED = ("Flux", "Swin", "pre-activation ResNet")
 
@@ -92,3 +93,15 @@ def test_each_network_keeps_the_promises(network, tmp_path):
 
 def tensors(inputs):
     return [value for value in torch.utils._pytree.tree_leaves(inputs) if isinstance(value, torch.Tensor)]
+
+
+def test_the_table_of_the_documentation_has_each_network():
+    """`python tools/backbones_table.py` writes it."""
+    rows = (line.split(" | ") for line in (ROOT / "docs" / "backbones.md").read_text().splitlines() if "`" in line)
+    written = {row[0].removeprefix("| "): row for row in rows if len(row) == 5 and row[2].isdigit()}
+    assert list(written) == list(NETWORKS)
+    for name, network in NETWORKS.items():
+        _, _, branches, context, not_gated = written[name]
+        assert int(branches) == network.branches
+        assert context.split("`")[-2 if network.context else 0] == (network.context or "zero")
+        assert not_gated.split(":")[0].strip(" |") == str(network.not_gated or "")
