@@ -17,7 +17,10 @@ from training_runs import configure
 GUARDED = "import sys; from dia_diffusion.process.output import guard_streams; guard_streams()"
 TRAIN = "dia_diffusion.train --config {config}"
 SAMPLE = f"dia_diffusion.cli sample {REFERENCE} --num_images 2 --steps 2 --output_dir {{folder}}"
-EVALUATE = f"dia_diffusion.cli evaluate {REFERENCE} --num_images 4 --steps 1 --metrics fid --output {{folder}}/e.json"
+EVALUATE = (
+    f"dia_diffusion.cli evaluate {REFERENCE} --dataset digits --num_images 4 --steps 1 --metrics fid "
+    "--output {folder}/e.json"
+)
 
 
 def run_command(command, folder, **streams):
