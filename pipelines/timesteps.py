@@ -125,9 +125,9 @@ def _rehearse(scheduler: SchedulerMixin, steps: int, shape: tuple[int, int, int]
         return "its own arithmetic gives values that are not finite, whatever the model" + _options_in_words(scheduler)
     if scheduler.timesteps[-1] > scheduler.timesteps[0]:
         return None  # It goes from images to noise.
-    error = (sample[0] - _GREY).square().mean().sqrt().item()
+    missed = (sample[0] - _GREY).square().mean().sqrt().item()
     contrast = sample[1].std().item() / _WIDTHS[1]
-    if error > max(_TOLERANCE, 2 * _last_level(scheduler)):
+    if missed > max(_TOLERANCE, 2 * _last_level(scheduler)):
         return "it would miss the image even with a perfect model" + _options_in_words(scheduler)
     if contrast > _MOST_CONTRAST:
         return f"it overshoots: images have {contrast:.1f} times their contrast even with a perfect model"
