@@ -89,6 +89,8 @@ def read_script(arguments):
         assert all((ROOT / word).exists() for word in arguments[2:] if word.startswith("tests/"))
         return
     text = (ROOT / arguments[0]).read_text()
+    # Behind `--` come options of another command.
+    arguments = arguments[: arguments.index("--")] if "--" in arguments else arguments
     assert all(f'"{word.partition("=")[0]}"' in text for word in arguments[1:] if word.startswith("--"))
 
 
@@ -212,3 +214,21 @@ def test_a_paragraph_holds_at_most_three_figures(page):
     """More go into a table. Intervals count, dates, versions and sizes of images do not."""
     crowded = [block for block in paragraphs(page) if len(re.findall(r"\d+\.\d+|\d+%", block)) > 3]
     assert not crowded
+
+
+def test_the_reference_has_every_public_name_with_an_example():
+    """The examples of models run; those of the commands are in their docstrings."""
+    import dia_diffusion
+
+    text = (ROOT / "docs" / "reference.md").read_text()
+    for name in set(dia_diffusion.__all__) - {"__version__"}:
+        assert re.search(rf"^::: [\w.]+\.{name}$", text, re.M), name
+        assert (
+            name in "".join(re.findall(r"```python\n(.*?)```", text, re.S))
+            or "```python" in getattr(dia_diffusion, name).__doc__
+        ), name
+
+
+def test_the_examples_of_the_reference_run(somewhere):
+    for code in re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "reference.md").read_text(), re.M | re.S):
+        exec(code.replace("num_inference_steps=15", "num_inference_steps=2"), {})
