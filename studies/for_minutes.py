@@ -4,8 +4,8 @@
     python studies/for_minutes.py --minutes 14 studies/cifar10_32_long.yaml -- --jobs 4
     python studies/for_minutes.py --minutes 6 studies/training/cifar10_32.yaml
 
-Files in `training/` are configurations of one `dia train`, and the others are run by `dia study`. What follows `--` goes
-to these commands. When the time is over, the command at work is told to stop (SIGTERM): it writes a checkpoint, and the
+Files in `training/` are configurations of one `dia train`; the others are run by `dia study`. What follows `--` goes to
+these commands. When the time is over, the command at work is told to stop (SIGTERM): it writes a checkpoint, and the
 same call resumes it. Each result is written when it is there.
 """
 
