@@ -23,10 +23,14 @@ a { color: var(--accent) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem }
 dt { font-weight: 600 }
 dd { margin: 0 }
-.wide { overflow-x: auto; margin: 1rem 0 }
+.wide { overflow-x: auto; margin: 1rem 0;
+  background:
+    linear-gradient(to right, Canvas 2rem, transparent) local, linear-gradient(to left, Canvas 2rem, transparent) local,
+    linear-gradient(to right, var(--line), transparent 1rem), linear-gradient(to left, var(--line), transparent 1rem) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
 td, th { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line) }
 td:first-child, th:first-child { text-align: left }
+th { white-space: normal; vertical-align: bottom; overflow-wrap: normal }
 th[data-sorts] { cursor: pointer; user-select: none }
 th[aria-sort=ascending]::after { content: " \\25b2" }
 th[aria-sort=descending]::after { content: " \\25bc" }
@@ -40,7 +44,7 @@ summary { cursor: pointer }
   dl { display: block }
   dd { margin: 0 0 .5rem }
   td, th { padding: .25rem .4rem }
-  td:first-child, th { white-space: normal; overflow-wrap: normal }
+  td:first-child { white-space: normal; overflow-wrap: normal }
 }
 """
 # A click on a head sorts by its column: by the first number in each cell, or by text where there are none.
@@ -150,6 +154,7 @@ def markdown(text: str, sortable: bool = True) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], sortable: bool) -> str:
     sorts = " data-sorts tabindex='0'" if sortable and len(rows) > 1 else ""
     names = "".join(f"<th{sorts} scope='col'>{html.escape(cell)}</th>" for cell in head)
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    # An interval stands below its figure.
+    lines = ["".join(f"<td>{html.escape(cell).replace(' [', '<br>[')}</td>" for cell in row) for row in rows]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f"<div class='wide'><table><thead><tr>{names}</tr></thead><tbody>\n{body}\n</tbody></table></div>"

@@ -210,12 +210,21 @@ def draw_gates(blocks: Sequence[Block], maps: dict[str, np.ndarray], timesteps: 
     left.grid(axis="x", alpha=0.3)
     order = np.argsort(timesteps)[::-1] if timesteps else np.zeros(1, dtype=int)
     means = np.stack([maps[block.name].mean((1, 2)) for block in blocks])[:, order]
-    # A gate of 1 changes nothing: it has the neutral colour.
-    far = max(np.abs(means - 1).max(), 1e-3)
-    image = right.imshow(means, aspect="auto", cmap="coolwarm", vmin=1 - far, vmax=1 + far)
+    image = right.imshow(means, aspect="auto", **gate_colours(means))
     right.set_xticks(range(len(timesteps)), [f"{timesteps[int(at)]:.4g}" for at in order] if timesteps else [])
     right.set(title="mean gate", xlabel="timestep: from noise to image" if timesteps else "")
     # The first block that runs stands on top.
     right.set_ylim(len(blocks) - 0.5, -0.5)
     figure.colorbar(image, ax=right, label="gate")
     return figure
+
+
+def gate_colours(mean: np.ndarray) -> dict[str, Any]:
+    """Return a colour scale from the smallest to the largest mean gate, with 1, which changes nothing, in grey if it
+    lies between them."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    low, high = float(mean.min()), float(mean.max())
+    if low < 1 < high:
+        return {"cmap": "coolwarm", "norm": TwoSlopeNorm(1, low, high)}
+    return {"cmap": "viridis"}

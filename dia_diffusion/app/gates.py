@@ -1,11 +1,12 @@
 """The gates of all blocks over the steps of a sampling: a heat map, and how to read it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from ..analysis.analysis_report import gate_colours
 from .stepwise import Snapshot
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def draw_gates(snapshots: Sequence[Snapshot]) -> "Figure":
     above, below = figure.subplots(2, 1, sharex=True)
     ticks = range(0, len(timesteps), -(-len(timesteps) // _MOST_TICKS))
     for axis, values, title, style in (
-        (above, mean, "mean gate", _colours(mean)),
+        (above, mean, "mean gate", gate_colours(mean)),
         (below, spread, "spread of the gates over images and channels (standard deviation)", {"cmap": "viridis"}),
     ):
         shown = axis.imshow(values, aspect="auto", interpolation="nearest", **style)
@@ -42,17 +43,6 @@ def draw_gates(snapshots: Sequence[Snapshot]) -> "Figure":
     below.set_xticks(list(ticks), [f"{timesteps[tick]:.4g}" for tick in ticks], fontsize=8)
     below.set_xlabel("timestep: from noise (left) to image (right)")
     return figure
-
-
-def _colours(mean: np.ndarray) -> dict[str, Any]:
-    """Return a colour scale from the smallest to the largest mean gate, with 1, which changes nothing, in grey if it
-    lies between them."""
-    from matplotlib.colors import TwoSlopeNorm
-
-    low, high = float(mean.min()), float(mean.max())
-    if low < 1 < high:
-        return {"cmap": "coolwarm", "norm": TwoSlopeNorm(1, low, high)}
-    return {"cmap": "viridis"}
 
 
 def describe_gates(snapshots: Sequence[Snapshot]) -> str:

@@ -145,7 +145,7 @@ class _FewImages:
 
 
 class Uncertainty(NamedTuple):
-    """The result of `frechet_uncertainty`: a 95% interval `(low, high)`, and the distance for infinitely many images."""
+    """A 95% interval `(low, high)` of a Fréchet distance, and the distance for infinitely many images."""
 
     interval: tuple[float, float]
     infinity: float
@@ -157,8 +157,8 @@ def is_uncertainty_too_long(generated: Moments) -> bool:
 
 
 def frechet_uncertainty(distance: FrechetDistanceTo, generated: Moments) -> Uncertainty | None:
-    """Return how far a Fréchet distance can be trusted, or None where there are not two images for each group, and where it
-    would take minutes: for more than 2,048 features of as many images.
+    """Return how far a Fréchet distance can be trusted. None where there are not two images for each group, and where
+    it would take minutes: for more than 2,048 features of as many images.
 
     Each group of images is left out in turn (the jackknife of Quenouille and Tukey, for d images at a time).
 

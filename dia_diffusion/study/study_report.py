@@ -215,7 +215,7 @@ def save_figure(summary: dict[str, Any], scores: Mapping[str, Score], path: Path
     figure = Figure(figsize=(2 + 4 * len(compared), 1.6 + 0.36 * len(names)), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(compared), sharey=True))
     for axis, (name, score) in zip(axes, compared.items(), strict=True):
-        reference = by_seed(summary["runs"], baseline, name)
+        reference, shown = by_seed(summary["runs"], baseline, name), [0.0]
         for row, variant in enumerate(names):
             figures, values = variants[variant][name], by_seed(summary["runs"], variant, name)
             if figures is None or figures["difference"] is None:
@@ -224,14 +224,17 @@ def save_figure(summary: dict[str, Any], scores: Mapping[str, Score], path: Path
             few = figures["pairs"] < FEWEST_PAIRS
             colour = "tab:gray" if few else "tab:blue"
             dots = [unit * (values[seed] - reference[seed]) for seed in values if seed in reference]
-            if figures["difference_interval"]:
-                low, high = (unit * bound for bound in figures["difference_interval"])
-                axis.plot([low, high], [row, row], color=colour, linewidth=2)
+            bounds = [unit * bound for bound in figures["difference_interval"] or ()]
+            axis.plot(bounds, [row] * len(bounds), color=colour, linewidth=2)
+            shown += dots if few else dots + bounds
             axis.plot(dots, [row] * len(dots), ".", color="black", markersize=5, zorder=3)
             axis.plot(
                 unit * figures["difference"], row, "D", color=colour, markersize=7, fillstyle="none" if few else "full"
             )
         axis.axvline(0, color="black", linewidth=1)
+        # The wide intervals of few pairs run out of the picture.
+        margin = 0.1 * (max(shown) - min(shown)) or 1.0
+        axis.set_xlim(min(shown) - margin, max(shown) + margin)
         better = "← better" if score.better == "lower" else "better →"
         axis.set(
             title=score.title, xlabel=f"difference to {baseline}, {'points' if score.is_share else '%'}   {better}"

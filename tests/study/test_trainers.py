@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
+from browser import open_browser
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
 from dia_diffusion.study.description import load_study
@@ -103,3 +104,19 @@ def test_a_figure_that_is_missing_is_named(write, tmp_path, capfd):
     (tmp_path / "trainer.py").write_text(TRAINER.replace('"some_error": error', '"some_errors": error'))
     assert run(path) == 2
     assert "returned no number 'some_error'. Did you mean 'some_errors'?" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_fits_its_window(write, tmp_path, width, scheme):
+    """Nothing is cut at a desktop's width; on a phone tables scroll inside of the page."""
+    variants = {f"a-variant-with-a-long-name-{number}": {"width": number} for number in range(1, 5)}
+    assert run(write(variants=VARIANTS | variants, seeds=[0, 1])) == 0
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.goto((tmp_path / "out" / "study.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        cut = page.evaluate("[...document.querySelectorAll('.wide')].map(e => e.scrollWidth - e.clientWidth)")
+        assert len(cut) == 4
+        assert width < 1280 or cut == [0] * 4
+        assert "fewer than 3 pairs" in page.inner_text("body")
+        assert "2 †" in page.inner_text("body")
