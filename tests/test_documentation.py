@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,17 @@ def test_the_reference_has_every_public_name_with_an_example():
 def test_the_examples_of_the_reference_run(somewhere):
     for code in re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "reference.md").read_text(), re.M | re.S):
         exec(code.replace("num_inference_steps=15", "num_inference_steps=2"), {})
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone")
+def test_files_that_documented_commands_leave_are_ignored_by_git():
+    words = [one.values[0] for one in COMMANDS]
+    names = {
+        line[i + 1]
+        for line in words
+        for i, word in enumerate(line[:-1])
+        if word in ("--output_dir", "--output", "--report")
+    }
+    assert len(names) >= 5
+    ignored = subprocess.run(["git", "check-ignore", *names], cwd=ROOT, capture_output=True, text=True)
+    assert set(ignored.stdout.split()) == names
