@@ -1,6 +1,4 @@
-"""The attention maps of a model, and where their blocks stand.
-
-The attention maps of an image classifier of transformers, to which attention is attached."""
+"""Attention maps of a UNet or of an image classifier, and where their blocks stand."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -38,7 +36,7 @@ class Block(NamedTuple):
 
 
 def place_blocks(names: Iterable[str]) -> list[Block]:
-    """Reads the places of blocks off their names, such as `down_blocks.0.resnets.1`."""
+    """Read the places of blocks off their names, such as `down_blocks.0.resnets.1`."""
     names = list(names)
     levels = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("down_blocks"))
     blocks = []
@@ -52,7 +50,7 @@ def place_blocks(names: Iterable[str]) -> list[Block]:
 
 
 def spread_rows(length: int, num_images: int) -> list[int]:
-    """The rows of that many images, spread evenly over a data set; all if it has fewer."""
+    """Return the rows of that many images, spread evenly over a data set; all if it has fewer."""
     count = min(num_images, length)
     return [index * length // count for index in range(count)]
 
@@ -67,7 +65,7 @@ def collect_maps(
     batch_size: int = 64,
     encode: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, np.ndarray], list[float]]:
-    """The maps of all blocks for noisy images, with noise that is the same each time.
+    """Collect the maps of all blocks for noisy images, with noise that is the same each time.
 
     Args:
         unet (`DIAUNet2DModel`), scheduler (`SchedulerMixin`): The model, and the noise that it was trained with.
@@ -127,7 +125,7 @@ def load_classifier(name_or_path: str, attention: str, device: str | torch.devic
 
 
 def read_processor(name_or_path: str, config: Any) -> tuple[int, Tensor, Tensor]:
-    """The side of the images that a classifier was made for, and their mean and standard deviation by channel."""
+    """Return the side of a classifier's images, and their mean and standard deviation by channel."""
     from transformers import ImageProcessingMixin
 
     try:
@@ -152,7 +150,7 @@ def collect_classifier_maps(
     num_images: int = 512,
     batch_size: int = 64,
 ) -> dict[str, np.ndarray]:
-    """For each branch its maps, float32 `(1, N, C)`, for images spread evenly over a data set."""
+    """Collect for each branch its maps, float32 `(1, N, C)`, for images spread evenly over a data set."""
     rows = spread_rows(len(dataset), num_images)
     collected: dict[str, list[np.ndarray]] = {}
     with model.dia.record() as maps:

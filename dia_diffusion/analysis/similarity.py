@@ -51,7 +51,7 @@ def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def is_constant(samples: np.ndarray) -> np.ndarray:
-    """Which channels of centred samples `(S, C)` do not vary."""
+    """Tell which channels of centred samples `(S, C)` do not vary."""
     return np.sqrt(np.square(samples).mean(0)) < _CONSTANT
 
 

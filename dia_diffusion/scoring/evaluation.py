@@ -32,7 +32,7 @@ _DEFINITIONS = {"version": 2, "kid": "cubic kernel, 100 subsets of 1000", "is_sp
 
 @dataclass(frozen=True)
 class Sample:
-    """What is kept of a set of images.
+    """Features and sums kept of a set of images.
 
     Args:
         moments (`Moments`): Sums of their features.
@@ -53,7 +53,7 @@ def evaluate(
     batch_size: int = 64,
     state: PartialState | None = None,
 ) -> dict[str, Any] | None:
-    """Compares generated images with real ones, in one pass over the generated images.
+    """Compare generated images with real ones, in one pass over the generated images.
 
     The Fréchet distance needs memory for sums only. KID, precision and recall keep the features of both sides, those of
     at most 50,000 reference images, and the Inception Score keeps logits: 4 bytes for each number (`bytes_kept`).
@@ -200,7 +200,7 @@ def _versions() -> dict[str, str]:
 
 
 def _warnings(moments: Moments, real: int | None, extractor: FeatureExtractor, metrics: Sequence[str]) -> list[str]:
-    """Of the numbers of generated and of real images, as far as they are known."""
+    """Return warnings about too few generated or real images."""
     count, features, found = len(moments), extractor.num_features, []
     if "fid" in metrics:
         found += [

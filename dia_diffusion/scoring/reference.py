@@ -1,6 +1,4 @@
-"""Features of many images, by one process or by several that share the work.
-
-What generated images are compared with: statistics of real images, computed once and then cached, or published."""
+"""The reference of a score: features of real images, extracted and kept in a cache, or published statistics."""
 
 import hashlib
 import time
@@ -33,7 +31,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def numbered(self, numbers: range) -> Tensor:
-        """These images, uint8 of shape `(B, C, H, W)` on the CPU."""
+        """Return these images, uint8 of shape `(B, C, H, W)` on the CPU."""
 
 
 class Extracted(NamedTuple):
@@ -52,7 +50,7 @@ def extract(
     with_logits: bool = False,
     state: PartialState | None = None,
 ) -> Iterator[Extracted]:
-    """Features of all images in order, on the CPU.
+    """Yield features of all images in order, on the CPU.
 
     Args:
         images (`Images`): What to extract features of.
@@ -122,7 +120,7 @@ def make_reference(
     with_logits: bool = False,
     state: PartialState | None = None,
 ) -> Reference:
-    """Statistics of all images of a data set, from the cache where they are there already.
+    """Return statistics of all images of a data set, from the cache where they are there already.
 
     They are cached by the fingerprint of the data, which changes with its files and its preparation, and by the
     settings of the extractor, a digest of its weights included.
@@ -194,7 +192,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    """A cache that cannot be written costs time only, and must not end the run."""
+    """Write the cache; where it cannot be written that costs time only, and must not end the run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda place: safetensors.torch.save_file(tensors, place))
@@ -203,7 +201,7 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def read_published(path: Path, extractor: FeatureExtractor) -> Reference:
-    """Statistics that others published: an `.npz` file with `mu` and `sigma`, as those of pytorch-fid, ADM and EDM.
+    """Read statistics that others published: an `.npz` file with `mu` and `sigma`, as those of pytorch-fid, ADM and EDM.
 
     Raises:
         UsageError: if the file holds no such statistics, or those of other features.

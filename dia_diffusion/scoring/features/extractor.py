@@ -1,6 +1,4 @@
-"""What all feature extractors have in common: images as they come, made into what a network sees.
-
-The pixels as features."""
+"""The base of all feature extractors, which brings images to what a network sees; and pixels as features."""
 
 from typing import Any
 
@@ -38,7 +36,7 @@ class FeatureExtractor(nn.Module):
         super().__init__()
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
-        """Stays in evaluation mode, whatever is asked: training statistics must not leak into a score."""
+        """Stay in evaluation mode, whatever is asked: training statistics must not leak into a score."""
         return super().train(False)
 
     @property
@@ -58,13 +56,13 @@ class FeatureExtractor(nn.Module):
         }
 
     def digest(self) -> str | None:
-        """SHA-256 of all weights, by name; `None` where there are none."""
+        """Return the SHA-256 of all weights, by name; `None` where there are none."""
         weights = self.state_dict()
         return weights_digest(weights) if weights else None
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Maps uint8 images `(B, C, H, W)` of any size, C 1 or 3, to float32 features `(B, num_features)`.
+        """Map uint8 images `(B, C, H, W)` of any size, C 1 or 3, to float32 features `(B, num_features)`.
 
         Raises:
             UsageError: if the images are not of that type and shape.
@@ -73,12 +71,12 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features as `forward` makes them, and float32 logits `(B, num_classes)`."""
+        """Return features as `forward` makes them, and float32 logits `(B, num_classes)`."""
         features, logits = self.features_and_logits(self.convert(images))
         return features.float(), logits.float()
 
     def convert(self, images: Tensor) -> Tensor:
-        """The images as floats in [0, 1], `(B, channels, resolution, resolution)`, on the device of the extractor."""
+        """Return the images in [0, 1], `(B, channels, resolution, resolution)`, on the device of the extractor."""
         images = self.check(images).float() / 255
         if images.shape[1] > self.channels:
             images = torch.einsum("bchw,c->bhw", images, images.new_tensor(_LUMA)).unsqueeze(1)
@@ -88,7 +86,7 @@ class FeatureExtractor(nn.Module):
         return images.expand(-1, self.channels, -1, -1)
 
     def check(self, images: Tensor) -> Tensor:
-        """The images on the device of the extractor, if they are a batch of uint8 images."""
+        """Return the images on the device of the extractor, if they are a batch of uint8 images."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise UsageError(
                 "features are taken of uint8 images of shape (B, 1 or 3, H, W), but these are "
@@ -97,11 +95,11 @@ class FeatureExtractor(nn.Module):
         return images.to(next(self.parameters(), images).device)
 
     def features(self, images: Tensor) -> Tensor:
-        """Maps what `convert` made to features `(B, num_features)`."""
+        """Map what `convert` made to features `(B, num_features)`."""
         raise NotImplementedError
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps what `convert` made to features and logits, in a classifier."""
+        """Map what `convert` made to features and logits, in a classifier."""
         raise NotImplementedError
 
 

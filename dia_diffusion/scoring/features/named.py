@@ -1,7 +1,4 @@
-"""Features of small digits, whose network ships with the package.
-
-Feature extractors by name: the spaces in which sets of images are compared. Each is a short subclass of
-`FeatureExtractor` in a file of its own."""
+"""Feature extractors by name, and that of the digits, whose network ships with the package."""
 
 from collections import OrderedDict
 from importlib.resources import files
@@ -17,7 +14,7 @@ DIGITS_WEIGHTS = files(__package__) / "weights" / "digits_features.safetensors"
 
 
 def digits_classifier() -> nn.Sequential:
-    """A classifier of 8x8 grey digits with fresh weights: `body` maps `(B, 1, 8, 8)` to 32 features, `head` to logits.
+    """Build a fresh classifier of 8x8 grey digits: `body` maps `(B, 1, 8, 8)` to 32 features, `head` to logits.
 
     The features end in a normalisation, not in an activation: they have mean 0 and variance 1 over digits, and none is
     stuck at zero, so that a Gaussian (FID) describes them well and each of them counts alike.
@@ -75,7 +72,7 @@ FEATURES = (*_NAMES, "a vision model of transformers (folder or Hub id)")
 def get_extractor(
     name: str, resolution: int | None = None, channels: int | None = None, inception_path: str | None = None
 ) -> FeatureExtractor:
-    """Makes a feature extractor.
+    """Make a feature extractor.
 
     Args:
         name (`str`): `digits`, `pixels`, `inception`, or the folder or Hub id of a vision model of transformers.

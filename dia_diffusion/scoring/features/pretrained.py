@@ -1,6 +1,4 @@
-"""Features of large pretrained networks: the Inception of the FID literature, and vision models of transformers.
-
-Features of the vision models of transformers."""
+"""Features of large pretrained networks: the Inception of the FID literature, and vision models of transformers."""
 
 import json
 from pathlib import Path
@@ -53,7 +51,7 @@ class InceptionFeatures(FeatureExtractor):
         self.num_features = self.network(torch.zeros(1, 3, 299, 299, dtype=torch.uint8)).shape[1]
 
     def convert(self, images: Tensor) -> Tensor:
-        """The images as they are, with three channels."""
+        """Return the images as they are, with three channels."""
         return self.check(images).expand(-1, 3, -1, -1)
 
     def features(self, images: Tensor) -> Tensor:
@@ -147,7 +145,7 @@ class VisionModelFeatures(FeatureExtractor):
         }
 
     def convert(self, images: Tensor) -> Tensor:
-        """The images as their processor prepares them, `(B, 3, H, W)`, on the device of the model."""
+        """Return the images as their processor prepares them, `(B, 3, H, W)`, on the device of the model."""
         images = self.check(images).expand(-1, 3, -1, -1)
         pictures = list(images.permute(0, 2, 3, 1).cpu().numpy())
         pixels = self.processor(pictures, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
