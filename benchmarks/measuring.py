@@ -1,4 +1,4 @@
-"""What the benchmarks share: sides timed in alternation, ratios with their spread, and results as JSON."""
+"""Time sides in alternation, take ratios with their spread, and write results as JSON: shared by the benchmarks."""
 
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
 
 
 def read_arguments(document: str, name: str, rounds: int | None = None, **flags: str) -> argparse.Namespace:
-    """The options of a benchmark: `output`, `rounds` where it has them, and flags by name with their help."""
+    """Read the options of a benchmark: `output`, `rounds` where it has them, and flags by name with their help."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
         parser.add_argument(
@@ -43,10 +43,10 @@ def read_arguments(document: str, name: str, rounds: int | None = None, **flags:
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds that each side takes in each round, after `warm_up` rounds that do not count.
+    """Return the seconds that each side takes in each round, after `warm_up` rounds that do not count.
 
-    Every other round goes the other way round, so that what a side leaves behind (a warm chip, a full cache) does not
-    always meet the same other side.
+    The order is reversed every other round, so that what a side leaves behind (a warm chip, a full cache) does not always
+    meet the same other side.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(-warm_up, rounds):
@@ -69,12 +69,12 @@ def _wait_for_device() -> None:
 def start_workers(
     script: str, sides: Mapping[str, Sequence[str]], interpreters: Mapping[str, Path] | None = None
 ) -> Iterator[dict[str, Callable[[], Any]]]:
-    """A process for each side, which runs `script --side` with the arguments of that side and then `serve_rounds`.
+    """Start a process for each side, which runs `script --side` with its arguments and then `serve_rounds`.
 
     `interpreters` names the Python of sides that have an environment of their own.
 
     Yields:
-        For each side what makes its process run a round, and returns the result of that.
+        For each side a function that makes its process run a round, and returns the result.
     """
 
     def run_round(worker: subprocess.Popen) -> Any:
@@ -96,7 +96,7 @@ def start_workers(
 
 
 def serve_rounds(run: Callable[[], Any]) -> None:
-    """Runs a round for each line that this process is sent, and answers with its result."""
+    """Run a round for each line that this process is sent, and answer with its result."""
     for _ in sys.stdin:
         result = run()
         _wait_for_device()
@@ -104,33 +104,33 @@ def serve_rounds(run: Callable[[], Any]) -> None:
 
 
 def spread(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
-    """Median and extremes of the ratios of the rounds."""
+    """Return the median and the extremes of the ratios of the rounds."""
     ratios = [above / below for above, below in zip(numerators, denominators, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def count_flops(step: Callable[[], Any]) -> int:
-    """Floating point operations of a step's matrix products and convolutions, forward and backward."""
+    """Count the floating point operations of a step's matrix products and convolutions, forward and backward."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
 def row(case: str, value: float, unit: str, against: str = "", ratio: Mapping[str, float] | None = None) -> dict:
-    """A line of a result: what was measured, and its ratio to what it was measured against."""
+    """Make a row of a result: the case, its figure, and its ratio to what it was measured against."""
     compared = {} if ratio is None else {"against": against, "ratio": {k: round(v, 3) for k, v in ratio.items()}}
     return {"case": case, "value": float(f"{value:.4g}"), "unit": unit} | compared
 
 
 def describe_machine() -> str:
-    """The device that torch would take."""
+    """Describe the device that torch would use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
 
 
 def write_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
-    """Writes a result as JSON."""
+    """Write a result as JSON."""
     result = {
         "machine": describe_machine(),
         "date": datetime.date.today().isoformat(),
@@ -142,13 +142,13 @@ def write_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
 
 
 def save_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
-    """Prints a result and writes it."""
+    """Print a result and write it."""
     print("\n".join(format_row(line) for line in rows))
     write_result(path, rows, **more)
 
 
 def format_row(line: Mapping[str, Any]) -> str:
-    """A line of a Markdown table: case, figure, what it is compared with, ratio."""
+    """Format a row as a line of a Markdown table: case, figure, what it is compared with, ratio."""
     ratio = line.get("ratio")
     compared = f"{ratio['median']:.3f}" if ratio else ""
     if ratio and ratio["min"] < ratio["max"]:

@@ -1,4 +1,4 @@
-"""Prints the results of all benchmarks as one Markdown table.
+"""Print the results of all benchmarks as one Markdown table.
 
 python benchmarks/table.py [FOLDER]
 """
@@ -11,7 +11,7 @@ from measuring import RESULTS, format_row
 
 
 def make_table(folder: Path) -> str:
-    """The table of all results in a folder, under the machine, the date and the versions of each."""
+    """Make the table of all results in a folder, under the machine, the date and the versions of each."""
     lines = []
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
