@@ -201,7 +201,7 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def read_published(path: Path, extractor: FeatureExtractor) -> Reference:
-    """Read statistics that others published: an `.npz` file with `mu` and `sigma`, as those of pytorch-fid, ADM and EDM.
+    """Read published statistics: an `.npz` file with `mu` and `sigma`, as those of pytorch-fid, ADM and EDM.
 
     Raises:
         UsageError: if the file holds no such statistics, or those of other features.
