@@ -45,8 +45,8 @@ def read_arguments(document: str, name: str, rounds: int | None = None, **flags:
 def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Return the seconds that each side takes in each round, after `warm_up` rounds that do not count.
 
-    The order is reversed every other round, so that what a side leaves behind (a warm chip, a full cache) does not always
-    meet the same other side.
+    The order is reversed every other round, so that what a side leaves behind (a warm chip, a full cache) does not
+    always meet the same other side.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(-warm_up, rounds):
