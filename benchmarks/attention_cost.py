@@ -147,11 +147,7 @@ def trace_rows(size: str, rounds: int) -> list[dict]:
 
 
 def make_passes(
-    model: UNet2DModel,
-    call: Callable,
-    batch: int,
-    passes: int = 1,
-    dtype: torch.dtype | None = None,
+    model: UNet2DModel, call: Callable, batch: int, passes: int = 1, dtype: torch.dtype | None = None
 ) -> dict[str, Callable[[], Any]]:
     """Return a training step (forward, backward, optimizer), a forward pass, and a prediction with its graph.
 

@@ -110,11 +110,7 @@ def measure_start(dataset: str, cache: Path, workers: int) -> list[dict]:
     disk = sum(path.stat().st_size for path in (cache / "dia_pixels").rglob("*.arrow"))
     return [
         row(f"{case}, prepared by {workers}", first["seconds"], "s"),
-        row(
-            f"{case}, prepared by {workers}, memory",
-            first["memory"] / _MIB,
-            "MiB",
-        ),
+        row(f"{case}, prepared by {workers}, memory", first["memory"] / _MIB, "MiB"),
         row(f"{case}, prepared, on disk", disk / _MIB, "MiB"),
         row(f"{case}, start of a later run, imports included", later["whole"], "s"),
         row(f"{case}, start of a later run, memory", later["memory"] / _MIB, "MiB"),

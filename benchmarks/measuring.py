@@ -31,10 +31,7 @@ def read_arguments(document: str, name: str, rounds: int | None = None, **flags:
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
         parser.add_argument(
-            "--rounds",
-            type=count,
-            default=rounds,
-            help=f"rounds of the alternation (default: {rounds})",
+            "--rounds", type=count, default=rounds, help=f"rounds of the alternation (default: {rounds})"
         )
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)

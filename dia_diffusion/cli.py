@@ -74,13 +74,7 @@ def make_parser() -> OptionParser:
         "Correlation and CKA between the attention maps of a model's blocks, and their change with time.",
     )
     add("app", AppOptions, _app, "try a model in a browser", "A page to try a model: pip install 'dia-diffusion[app]'.")
-    add(
-        "study",
-        StudyOptions,
-        _study,
-        "compare variants over seeds",
-        "Train and score variants of a model over seeds.",
-    )
+    add("study", StudyOptions, _study, "compare variants over seeds", "Train and score variants of a model over seeds.")
     return parser
 
 

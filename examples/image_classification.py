@@ -23,12 +23,7 @@ from accelerate.utils import set_seed
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric
-from transformers import (
-    RegNetConfig,
-    RegNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import RegNetConfig, RegNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from dia_diffusion import attach
 from dia_diffusion.data.sources import EMBEDDED, load_dataset_splits

@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from diffusers import (
-    ConfigMixin,
-    DDPMScheduler,
-    ModelMixin,
-    SchedulerMixin,
-)
+from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 

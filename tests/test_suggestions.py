@@ -97,8 +97,7 @@ def test_a_mistyped_line_of_a_configuration_names_the_nearest(text, meant, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("changed", "meant"),
-    [({"sedes": [1]}, "seeds"), ({"variants": {"a": {"learning_rat": 1}}}, "learning_rate")],
+    ("changed", "meant"), [({"sedes": [1]}, "seeds"), ({"variants": {"a": {"learning_rat": 1}}}, "learning_rate")]
 )
 def test_a_mistyped_line_of_a_study_names_the_nearest(changed, meant, tmp_path, capsys):
     study = {"baseline": "a", "seeds": [0], "variants": {"a": {}}, "common": {"max_train_steps": 1}}

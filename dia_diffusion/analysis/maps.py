@@ -143,12 +143,7 @@ def read_processor(name_or_path: str, config: Any) -> tuple[int, Tensor, Tensor]
 
 @torch.no_grad()
 def collect_classifier_maps(
-    model: nn.Module,
-    dataset: PixelDataset,
-    mean: Tensor,
-    std: Tensor,
-    num_images: int = 512,
-    batch_size: int = 64,
+    model: nn.Module, dataset: PixelDataset, mean: Tensor, std: Tensor, num_images: int = 512, batch_size: int = 64
 ) -> dict[str, np.ndarray]:
     """Collect for each branch its maps, float32 `(1, N, C)`, for images spread evenly over a data set."""
     rows = spread_rows(len(dataset), num_images)

@@ -110,9 +110,7 @@ class PixelDataset:
         table = self.rows[list(indices)]
         size, channels = self.resolution, self.channels
         images = np.empty((len(indices), channels, size, size), dtype=self.dtype)
-        for row, (data, width) in enumerate(
-            zip(table["pixels"].to_pylist(), table["width"].to_pylist(), strict=True),
-        ):
+        for row, (data, width) in enumerate(zip(table["pixels"].to_pylist(), table["width"].to_pylist(), strict=True)):
             image = np.frombuffer(data, dtype=self.dtype).reshape(channels, -1, width)
             if image.shape[1:] != (size, size):
                 down, across = crop(row)

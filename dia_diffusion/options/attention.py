@@ -50,8 +50,7 @@ class AttentionOptions:
     hidden_size: int = field(default=64, metadata={"help": "Width of the module that the whole network shares."})
     reduction: int = field(default=4, metadata={"help": "Reduction ratio of the bottlenecks."})
     init: str = field(
-        default="identity",
-        metadata={"choices": INITS, "help": "identity: gates start at 1. paper: gates in (0, 1)."},
+        default="identity", metadata={"choices": INITS, "help": "identity: gates start at 1. paper: gates in (0, 1)."}
     )
     gate_slope: float = field(
         default=1.0, metadata={"help": "Slope of the gates with init identity: how fast they leave 1 in training."}

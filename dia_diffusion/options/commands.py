@@ -144,8 +144,7 @@ class AnalyzeOptions(DeviceOptions):
 
     model: Location = option(text=_MODEL)
     attention: Location | None = option(
-        None,
-        "Folder or Hub id of a saved attention; MODEL is then the image classifier of transformers that it fits.",
+        None, "Folder or Hub id of a saved attention; MODEL is then the image classifier of transformers that it fits."
     )
     dataset: Location | None = option(
         None,

@@ -105,11 +105,7 @@ EVALUATION_RULES = (
         lambda options: is_images(options["what"]),
         "on images that are made already",
     ),
-    Rule(
-        "inception_path",
-        lambda options: options["features"] != "inception",
-        "without --features inception",
-    ),
+    Rule("inception_path", lambda options: options["features"] != "inception", "without --features inception"),
     Rule(
         "dataset_config_name image_column",
         lambda options: options["dataset"] in EMBEDDED_DATA or is_archive(options["dataset"] or ""),

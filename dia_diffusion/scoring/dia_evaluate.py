@@ -184,13 +184,7 @@ def _make_images(options: EvaluateOptions, pipeline: DiffusionPipeline, real: Re
                 f"Classes: drawn as often as the reference has them ({few}); --class_proportions even draws all alike."
             )
     return PipelineImages(
-        pipeline,
-        options.num_images,
-        options.steps,
-        options.seed,
-        options.guidance_scale,
-        options.save_images,
-        shares,
+        pipeline, options.num_images, options.steps, options.seed, options.guidance_scale, options.save_images, shares
     )
 
 

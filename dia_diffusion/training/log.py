@@ -55,11 +55,7 @@ class RunLog:
         self._unread: list[Tensor] = []
         self._mark = (step, time.monotonic())
         self.progress = progress_bar(
-            total=total_steps,
-            initial=step,
-            desc="Training",
-            unit="step",
-            disable=not accelerator.is_main_process,
+            total=total_steps, initial=step, desc="Training", unit="step", disable=not accelerator.is_main_process
         )
         if accelerator.is_main_process:
             # An interrupted run's lines after the checkpoint will be written again.

@@ -210,11 +210,7 @@ class RunResults:
         return figures
 
     def _score(
-        self,
-        pipeline: DIAUNetPipeline,
-        num_images: int,
-        metrics: Sequence[str],
-        held_out: PixelDataset | None = None,
+        self, pipeline: DIAUNetPipeline, num_images: int, metrics: Sequence[str], held_out: PixelDataset | None = None
     ) -> dict[str, Any]:
         options, data = self.options, self.data.pixels
         assert options.score_features is not None

@@ -30,8 +30,7 @@ def last_images(snapshots):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"class_label": 2}, {"class_label": 2, "guidance_scale": 3.0}, {"scheduler": "ddim"}, {"seed": 5}],
+    "settings", [{}, {"class_label": 2}, {"class_label": 2, "guidance_scale": 3.0}, {"scheduler": "ddim"}, {"seed": 5}]
 )
 def test_the_images_are_those_of_dia_sample(pipeline, settings):
     snapshots = list(StepwiseSampler(pipeline).sample(Request((0, 1, 4), steps=4, **settings)))

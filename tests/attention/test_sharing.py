@@ -47,9 +47,9 @@ def test_paper_block_attention_is_the_sigmoid_of_the_module(kind):
     attention = SharedAttention(WIDTHS, kind, "block", init="paper").eval()
     x, *rest = branches()
     (gate, *_) = run(attention, [x, *rest])
-    statistics = {
-        "srm": lambda: torch.stack([x.mean((2, 3)), (x.var((2, 3), correction=0) + 1e-5).sqrt()], 1),
-    }.get(kind, lambda: x.mean((2, 3))[:, None])()
+    statistics = {"srm": lambda: torch.stack([x.mean((2, 3)), (x.var((2, 3), correction=0) + 1e-5).sqrt()], 1)}.get(
+        kind, lambda: x.mean((2, 3))[:, None]
+    )()
     torch.testing.assert_close(gate[:, :, 0, 0], torch.sigmoid(attention.shared["0"](statistics)))
 
 

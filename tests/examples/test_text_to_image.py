@@ -59,12 +59,7 @@ def text_encoder(kind=CLIPTextModel):
     sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     return kind(
         CLIPTextConfig(
-            vocab_size=len(WORDS),
-            max_position_embeddings=8,
-            bos_token_id=0,
-            eos_token_id=1,
-            projection_dim=3,
-            **sizes,
+            vocab_size=len(WORDS), max_position_embeddings=8, bos_token_id=0, eos_token_id=1, projection_dim=3, **sizes
         )
     )
 

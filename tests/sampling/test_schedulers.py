@@ -22,14 +22,7 @@ from dia_diffusion import DIAUNet2DModel
 from dia_diffusion.errors import UsageError
 from dia_diffusion.pipelines.noise import NoiseKind
 from dia_diffusion.sampling.schedulers import FAMILIES, make_scheduler
-from gaussian_unets import (
-    MEAN,
-    STD,
-    GaussianUNet,
-    ShrinkingUNet,
-    assert_is_the_distribution,
-    draw,
-)
+from gaussian_unets import MEAN, STD, GaussianUNet, ShrinkingUNet, assert_is_the_distribution, draw
 from tiny_unets import PLAIN
 
 # By schedules of betas; those for EDM and for flows are in `test_other_noise.py`.

@@ -170,10 +170,7 @@ def test_interrupted_scoring_goes_on_with_the_images_that_it_has_written(models,
 def test_mistakes_end_before_the_work_begins(models, images, tmp_path, capsys):
     digits = ["--dataset", "digits"]
     cases = [
-        (
-            [models / "dia", "--dataset", images],
-            "name the features to compare in: --features digits, pixels",
-        ),
+        ([models / "dia", "--dataset", images], "name the features to compare in: --features digits, pixels"),
         ([models / "dia"], "does not record which data it was trained on: name the data to compare with"),
         ([images], "does not record which data it was trained on"),
         ([models / "dia", *digits, "--metrics", "is", "--features", "pixels"], "needs a classifier"),
@@ -182,10 +179,7 @@ def test_mistakes_end_before_the_work_begins(models, images, tmp_path, capsys):
         ([models / "dia", "--seed", "-1"], "seed must be at least 0, but is -1"),
         ([tmp_path / "none" / "there"], "there is no such folder."),
         ([models / "dia", "--batch_size", "0"], "batch_size must be at least 1"),
-        (
-            [images, "--save_images", tmp_path / "x"],
-            "save_images has no effect on images that are made already",
-        ),
+        ([images, "--save_images", tmp_path / "x"], "save_images has no effect on images that are made already"),
         (
             [images, *digits, "--steps", "9", "--seed", "0"],
             "steps and seed have no effect on images that are made already",

@@ -14,12 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 # The command above a table: of the study, or of the table.
 STUDY = re.compile(r"^    .*?(?:dia study|(places)\.py) studies/(\S+)\.yaml")
 TABLE = re.compile(r"^    python tools/published_table\.py docs/study/(\S+)\.json")
-SCORES = {
-    "held-out loss": "held_out_loss",
-    "Fréchet distance": "fid",
-    "test accuracy": "accuracy",
-    "test loss": "loss",
-}
+SCORES = {"held-out loss": "held_out_loss", "Fréchet distance": "fid", "test accuracy": "accuracy", "test loss": "loss"}
 
 
 def published():

@@ -54,8 +54,7 @@ def test_scores_need_two_held_out_images(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variable", "name"),
-    [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")],
+    ("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")]
 )
 def test_engines_that_divide_the_model_are_refused_by_name(tmp_path, monkeypatch, variable, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
