@@ -11,7 +11,7 @@ SITE_TOOLS := $(VENV)/.site-tools
 PEERS := .venv-peers
 WHEEL := build/wheel
 DEMO := runs/digits
-BENCHMARKS := attention_cost training_throughput scaling data_scale peer_training sampling memory sampler_quality gpu
+BENCHMARKS := attention_cost training_throughput data_scale sampling memory gpu
 # What accelerate would otherwise assume, with a warning for each.
 ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -24,7 +24,7 @@ wheel: ## build the wheel and try it in an environment of its own
 docs: ## build the site of the documentation in site/
 release: ## build the distributions and check them with twine; nothing is uploaded
 benchmark: ## measure speed and memory, on a machine that does nothing else
-peers: ## install the trainer and the models that some benchmarks and tests compare with
+peers: ## install the models that some tests compare with
 test-peers: ## tests with torchvision and timm; with DIFFUSERS=CLONE diffusers' own tests too
 clean: ## remove environments, runs and builds
 
@@ -69,10 +69,11 @@ wheel: $(READY)
 
 benchmark: demo
 	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || exit 1; done
-	@$(BIN)/python benchmarks/table.py
+	@$(BIN)/python benchmarks/training_throughput.py --processes --output runs/benchmarks/processes.json
+	@$(BIN)/python benchmarks/objectives.py $(DEMO)
+	@$(BIN)/python benchmarks/measuring.py
 
-# An environment of its own for the trainer that ours is compared with, and for the ResNets of torchvision and timm:
-# torchvision needs a CUDA build of torch (4 GiB).
+# An environment of its own for the models of torchvision and timm: torchvision needs a CUDA build of torch (4 GiB).
 peers:
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
@@ -82,12 +83,9 @@ test-peers: peers $(TOOLS)
 	$(PEERS)/bin/python -m pytest --noconftest tests/models/test_torchvision_resnets.py tests/models/test_timm.py
 	$(BIN)/python tools/peer_tests.py $(DIFFUSERS)
 
-# The site is built in an environment of its own, so that `make test` needs no tools for it. mkdocstrings reads the
-# source; nothing is imported.
-docs:
-	test -x /bin/mkdocs || { $(PYTHON) -m venv  && /bin/python -m pip install --quiet $(SITE_TOOLS); }
-	$(DOCS)/bin/python tools/site.py
-	$(DOCS)/bin/mkdocs build --strict
+# mkdocstrings reads the source; nothing is imported.
+docs: $(SITE_TOOLS)
+	$(BIN)/mkdocs build --strict
 
 release: $(TOOLS)
 	rm -rf dist

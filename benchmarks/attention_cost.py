@@ -218,9 +218,7 @@ def measure_families(rounds: int, device: str, names: Sequence[str] = tuple(fami
 
 
 def main() -> int:
-    options = read_arguments(
-        __doc__, "attention_cost", rounds=15, families="measure a model of each family that can have attention, too"
-    )
+    options = read_arguments(__doc__, "attention_cost", 15, **{"--families": "measure a model of each family, too"})
     tune_process()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = call_rows() + trace_rows("CIFAR-10", rounds=3)

@@ -1,4 +1,7 @@
-"""Time sides in alternation, take ratios with their spread, and write results as JSON: shared by the benchmarks."""
+"""Time sides in alternation, take ratios with their spread, and write results as JSON: shared by the benchmarks.
+
+python benchmarks/measuring.py [FOLDER]      the results in a folder as one Markdown table
+"""
 
 import argparse
 import contextlib
@@ -34,7 +37,7 @@ def read_arguments(document: str, name: str, rounds: int | None = None, **flags:
             "--rounds", type=count, default=rounds, help=f"rounds of the alternation (default: {rounds})"
         )
     for flag, text in flags.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=text)
+        parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="JSON file for the result")
     return parser.parse_args()
 
@@ -63,12 +66,8 @@ def _wait_for_device() -> None:
 
 
 @contextlib.contextmanager
-def start_workers(
-    script: str, sides: Mapping[str, Sequence[str]], interpreters: Mapping[str, Path] | None = None
-) -> Iterator[dict[str, Callable[[], Any]]]:
+def start_workers(script: str, sides: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Callable[[], Any]]]:
     """Start a process for each side, which runs `script --side` with its arguments and then `serve_rounds`.
-
-    `interpreters` names the Python of sides that have an environment of their own.
 
     Yields:
         For each side a function that makes its process run a round, and returns the result.
@@ -83,9 +82,7 @@ def start_workers(
     with contextlib.ExitStack() as stack:
         workers = {
             name: stack.enter_context(
-                subprocess.Popen(
-                    [(interpreters or {}).get(name, sys.executable), script, "--side", *arguments], text=True, **pipes
-                )
+                subprocess.Popen([sys.executable, script, "--side", *arguments], text=True, **pipes)
             )
             for name, arguments in sides.items()
         }
@@ -151,3 +148,20 @@ def format_row(line: Mapping[str, Any]) -> str:
     if ratio and ratio["min"] < ratio["max"]:
         compared += f" ({ratio['min']:.3f} to {ratio['max']:.3f})"
     return f"| {line['case']} | {line['value']:g} {line['unit']} | {line.get('against', '')} | {compared} |"
+
+
+def make_table(folder: Path) -> str:
+    """Return the table of all results in a folder, under the machine, the date and the versions of each."""
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        lines += [f"**{path.stem}** ({result['machine']}, {result['date']}, {versions})", ""]
+        lines += ["| case | figure | against | ratio, median (extremes) |", "|---|---:|---|---:|"]
+        lines += [*map(format_row, result["rows"]), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    print(make_table(folder) or f"There are no results in {folder}.")

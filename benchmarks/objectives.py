@@ -2,11 +2,11 @@
 
     python benchmarks/objectives.py              the best network there can be, in closed form: what the samplers lose
     python benchmarks/objectives.py STUDY        networks that were trained: what is gained by each objective
+    python benchmarks/objectives.py MODEL        one pipeline of digits, such as the demo's: which sampler to take
 
 STUDY is the folder that `dia study studies/objectives.yaml` leaves; a variant there is named after its objective, and
-what follows a hyphen. The distance is that of `dia evaluate`, in the
-features of the digits, to the training images. All samplers are compared at equal evaluations of the model: Heun's
-method takes half as many steps.
+what follows a hyphen. The distance is that of `dia evaluate`, in the features of the digits, to the training images.
+All samplers are compared at equal evaluations of the model: Heun's method takes half as many steps.
 
     [--num_images N] [--output RESULT.json] [--picture PICTURE.png]
 """
@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -32,6 +33,7 @@ from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_images
 from dia_diffusion.errors import UsageError
 from dia_diffusion.objectives import OBJECTIVES
+from dia_diffusion.pipelines.noise import NoiseKind, noise_kind
 from dia_diffusion.process.startup import tune_process
 from dia_diffusion.sampling.loading import load_pipeline
 from dia_diffusion.sampling.schedulers import make_scheduler
@@ -47,13 +49,12 @@ SAMPLERS = {
     "edm": ["euler", "dpm", "dpm_sde"],
     "flow": ["euler", "heun", "dpm", "dpm_sde", "unipc"],
 }
+KINDS = {NoiseKind.BETAS: "ddpm", NoiseKind.EDM: "edm", NoiseKind.FLOW: "flow"}
 # Odd, because Heun's method takes two for each step but the last.
 EVALUATIONS = (5, 9, 15, 25, 49)
 BATCH = 250
-# For each variant the samplers, and for each of them the distances of its seeds at each number of evaluations.
-Curves = dict[str, dict[str, list[list[float]]]]
-
-
+# For each variant the samplers, and for each of them what its seeds gave at each number of evaluations.
+Curves = dict[str, dict[str, list[list[Any]]]]
 # The level of a timestep, for each objective.
 LEVELS: dict[str, Callable[[Tensor], Tensor]] = {
     "ddpm": lambda timestep: timestep.long(),
@@ -111,11 +112,16 @@ def best_pipelines(images: PixelDataset) -> Iterator[tuple[str, DIAUNetPipeline]
 
 
 def trained_pipelines(study: Path) -> Iterator[tuple[str, DIAUNetPipeline]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (study / "model_index.json").exists():
+        pipeline = load_pipeline(str(study), device=device)
+        yield KINDS[noise_kind(pipeline.scheduler.config)], pipeline
+        return
     for variant in sorted(path for path in study.iterdir() if path.is_dir()):
         for folder in sorted(variant.glob("seed-*")):
             # Of a run that is not finished there is none.
             if (folder / "result.json").exists():
-                yield variant.name, load_pipeline(str(folder), device="cuda" if torch.cuda.is_available() else "cpu")
+                yield variant.name, load_pipeline(str(folder), device=device)
 
 
 def measure(
@@ -124,23 +130,28 @@ def measure(
     held_out: PixelDataset,
     num_images: int,
     evaluations: Sequence[int],
-) -> tuple[Curves, float]:
-    """The distances of the images of each pipeline with each of its samplers, and that of the held-out images."""
+) -> tuple[Curves, Curves, float]:
+    """Return the distances of each pipeline with each sampler, their intervals, and that of held-out images."""
     floor = 0.0
     curves: Curves = {}
+    intervals: Curves = {}
     extractor = get_extractor(DATA)
     for seed, (name, pipeline) in enumerate(pipelines):
         config = pipeline.scheduler.config
         for sampler in SAMPLERS[name.partition("-")[0]]:
-            points = curves.setdefault(name, {}).setdefault(sampler, [[] for _ in evaluations])
-            for number, point in zip(evaluations, points, strict=True):
+            points, bounds = (
+                found.setdefault(name, {}).setdefault(sampler, [[] for _ in evaluations])
+                for found in (curves, intervals)
+            )
+            for number, point, bound in zip(evaluations, points, bounds, strict=True):
                 pipeline.scheduler = make_scheduler(sampler, config)
                 steps = (number + 1) // pipeline.scheduler.order
                 images = PipelineImages(pipeline, num_images, steps - (pipeline.scheduler.order == 1), seed)
                 scores = evaluate(images, train, extractor.to(pipeline.device), ("fid",), held_out, BATCH)
                 point.append(scores["fid"])
+                bound.append(scores["fid_interval"])
                 floor = scores["floor"]["fid"]
-    return curves, floor
+    return curves, intervals, floor
 
 
 def compare_best(curves: Curves, evaluations: Sequence[int]) -> Iterator[str]:
@@ -160,15 +171,22 @@ def compare_best(curves: Curves, evaluations: Sequence[int]) -> Iterator[str]:
             yield line
 
 
-def draw(curves: Curves, evaluations: Sequence[int], floor: float, path: Path) -> None:
-    """A panel for each objective: the mean of the seeds, and the smallest and the largest."""
+def draw(curves: Curves, intervals: Curves, evaluations: Sequence[int], floor: float, path: Path) -> None:
+    """Draw a panel for each objective: mean, smallest and largest of the seeds; of one seed its 95% interval."""
     figure = Figure(figsize=(4 * len(curves), 4.2), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for axes, (name, samplers) in zip(panels, curves.items(), strict=True):
         for (sampler, points), marker in zip(samplers.items(), "osD^v", strict=False):
             means = [statistics.mean(point) for point in points]
-            spread = [[m - min(p) for m, p in zip(means, points, strict=True)]]
-            spread += [[max(p) - m for m, p in zip(means, points, strict=True)]]
+            ranges = [
+                bound[0] if len(bound) == 1 and bound[0] else (min(point), max(point))
+                for point, bound in zip(points, intervals[name][sampler], strict=True)
+            ]
+            # A distance is not below zero, but the interval of one near zero can be.
+            spread = [
+                [max(min(m - low, 0.9 * m), 0.0) for m, (low, _) in zip(means, ranges, strict=True)],
+                [max(high - m, 0.0) for m, (_, high) in zip(means, ranges, strict=True)],
+            ]
             axes.errorbar(evaluations, means, yerr=spread, label=sampler, marker=marker, markersize=5, capsize=2)
         axes.axhline(floor, color="tab:gray", linestyle=":", label="held-out images")
         axes.set(title=name, xlabel="model evaluations", xscale="log", yscale="log")
@@ -184,7 +202,7 @@ def draw(curves: Curves, evaluations: Sequence[int], floor: float, path: Path) -
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", type=Path, help="folder of a study with trained models")
+    parser.add_argument("study", nargs="?", type=Path, help="folder of a study, or of one pipeline")
     parser.add_argument("--num_images", type=count, default=1000, help="for each point of the curves (default: 1000)")
     parser.add_argument("--evaluations", type=count, nargs="+", default=EVALUATIONS, help="odd numbers of evaluations")
     parser.add_argument("--output", type=Path, default=RESULTS / "objectives.json", help="JSON file")
@@ -196,7 +214,7 @@ def main() -> int:
     train, held_out = (prepare_pixels(split, 8, 1) for split in load_images(DATA))
     pipelines = best_pipelines(train) if options.study is None else trained_pipelines(options.study)
     try:
-        curves, floor = measure(pipelines, train, held_out, options.num_images, options.evaluations)
+        curves, intervals, floor = measure(pipelines, train, held_out, options.num_images, options.evaluations)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -212,8 +230,8 @@ def main() -> int:
     more = {"num_images": options.num_images, "evaluations": list(options.evaluations)}
     print("The best sampler of each, and its difference to that of the first, paired by seed:")
     print(*compare_best(curves, options.evaluations), sep="\n")
-    save_result(options.output, rows, curves=curves, floor=floor, **more)
-    draw(curves, options.evaluations, floor, options.picture)
+    save_result(options.output, rows, curves=curves, intervals=intervals, floor=floor, **more)
+    draw(curves, intervals, options.evaluations, floor, options.picture)
     return 0
 
 

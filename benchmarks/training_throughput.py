@@ -4,22 +4,28 @@ Same UNet, data, batch and precision; without DIA on either side, and with DIA o
 image anew, keeps the default memory format, optimizer and memory allocation, and reads the loss at each step. Ratios
 are of speeds, so more than 1 is faster than the plain loop. Also the share of this trainer's step that waits for data.
 
-    python benchmarks/training_throughput.py [--rounds N] [--output RESULT.json]
+    python benchmarks/training_throughput.py [--rounds N] [--processes] [--output RESULT.json]
 
-On a GPU where there is one.
+On a GPU where there is one. `--processes` measures images a second of 1 and 2 processes on a CPU, of 1 to all GPUs
+where there are some, instead. Each takes batches of one size, so that twice as many would be twice as fast; on a CPU
+they share its cores.
 """
 
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
@@ -32,7 +38,8 @@ from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.objectives import OBJECTIVES
 from dia_diffusion.options.model import DataOptions
 from dia_diffusion.options.objective import OptimisationOptions
-from dia_diffusion.process.startup import tune_process
+from dia_diffusion.process.distributed import make_state
+from dia_diffusion.process.startup import available_cores, tune_process
 from dia_diffusion.training.batches import BatchPlan, make_loader, prepare_batches
 from dia_diffusion.training.loop import accumulate_gradients
 from dia_diffusion.training.state import TrainingState
@@ -40,6 +47,9 @@ from measuring import alternate, read_arguments, row, save_result, serve_rounds,
 
 IMAGES, STEPS_A_ROUND = 512, 2
 RESOLUTION = 32
+SIZE = "32x32"
+# Steps of a process of several: first those that do not count.
+WARM_UP, STEPS = 2, 4
 PLAIN = "plain loop"
 # This trainer's sides, by `dia_attention`.
 SIDES = {"none": "this trainer, no DIA", "lstm": "this trainer, DIA"}
@@ -170,13 +180,69 @@ def measure(size: str, rounds: int, batch_size: int | None = None, precision: st
     return [*rows, row(f"{case}, {SIDES['none']}, waiting for data", 100 * statistics.median(shares), "% of the step")]
 
 
+def train_together() -> None:
+    """Train in one of several processes, and print how many there are and the images a second of all together."""
+    state = make_state()
+    on_cpu = state.device.type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(max(available_cores() // state.num_processes, 1))
+    unet, batch_size, _ = SIZES[SIZE]
+    data = prepare_pixels(make_images(), RESOLUTION)
+    loop = this_trainer(data, unet, batch_size, "no" if on_cpu else "bf16", "lstm", [])
+    for step in range(WARM_UP + STEPS):
+        if step == WARM_UP:
+            start = _wait(state)
+        next(loop)
+    speed = STEPS * batch_size * state.num_processes / (_wait(state) - start)
+    if state.is_main_process:
+        print(json.dumps([state.num_processes, speed]), flush=True)
+
+
+def _wait(state: PartialState) -> float:
+    """Wait for all processes and devices, and return the time."""
+    if state.device.type == "cuda":
+        torch.cuda.synchronize()
+    state.wait_for_everyone()
+    return time.perf_counter()
+
+
+def measure_processes(rounds: int) -> list[dict]:
+    """Return the rows of training with several processes."""
+    counts = list(range(1, torch.cuda.device_count() + 1)) or [1, 2]
+    speeds: dict[int, list[float]] = {count: [] for count in counts}
+    # Without a GPU accelerate takes processes for one group only if it is told to use the CPU.
+    environment = os.environ | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "True"})
+
+    def run(count: int) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        done = subprocess.run([*launcher, __file__, "--side"], check=True, text=True, env=environment, **pipes)
+        found, speed = json.loads(done.stdout.splitlines()[-1])
+        if found != count:
+            raise RuntimeError(f"{count} processes were started, and accelerate sees {found}.")
+        speeds[count].append(speed)
+
+    alternate({str(count): partial(run, count) for count in counts}, rounds, warm_up=0)
+    rows = []
+    for count in counts:
+        ratio = None if count == counts[0] else spread(speeds[count], speeds[counts[0]])
+        case = f"training, {SIZE}, processes: {count}"
+        rows.append(row(case, statistics.median(speeds[count]), "images/s", f"speed of {counts[0]}", ratio))
+    return rows
+
+
 def main() -> int:
+    if sys.argv[1:] == ["--side"]:
+        train_together()
+        return 0
     if sys.argv[1:2] == ["--side"]:
         side, size, batch_size, precision = sys.argv[2:]
         work(side, size, int(batch_size), precision)
         return 0
-    options = read_arguments(__doc__, "training_throughput", rounds=9)
-    save_result(options.output, measure("32x32", options.rounds))
+    options = read_arguments(
+        __doc__, "training_throughput", rounds=9, **{"--processes": "measure several processes instead"}
+    )
+    save_result(options.output, (measure_processes if options.processes else partial(measure, SIZE))(options.rounds))
     return 0
 
 

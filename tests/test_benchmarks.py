@@ -47,7 +47,7 @@ def test_sides_take_turns_and_each_time_is_that_of_its_side(benchmark, monkeypat
 
 
 def test_the_table_has_a_line_for_each_row_of_each_result(benchmark, tmp_path, capsys):
-    measuring, table = benchmark("measuring"), benchmark("table")
+    measuring = benchmark("measuring")
     ratio = {"median": 1.02345, "min": 1.0, "max": 1.25}
     measuring.save_result(tmp_path / "speed.json", [measuring.row("step", 12.3456, "ms", "time of plain", ratio)])
     measuring.save_result(tmp_path / "size.json", [measuring.row("plain", 7, "MiB")])
@@ -56,7 +56,7 @@ def test_the_table_has_a_line_for_each_row_of_each_result(benchmark, tmp_path, c
         "max": 1.25,
     }
     capsys.readouterr()
-    lines = table.make_table(tmp_path).splitlines()
+    lines = measuring.make_table(tmp_path).splitlines()
     assert [line.split(" (")[0] for line in lines if line.startswith("**")] == ["**size**", "**speed**"]
     assert "| plain | 7 MiB |  |  |" in lines
     assert "| step | 12.35 ms | time of plain | 1.023 (1.000 to 1.250) |" in lines
@@ -208,30 +208,6 @@ def test_the_gpu_benchmark_ends_well_without_a_gpu(benchmark, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "gpu.json")])
     assert benchmark("gpu").main() == 0
     assert "no GPU" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
-def test_workers_may_have_an_interpreter_of_their_own(benchmark, tmp_path):
-    measuring = benchmark("measuring")
-    script, other = tmp_path / "worker.py", tmp_path / "python"
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "from measuring import serve_rounds\n"
-        "serve_rounds(lambda: os.environ.get('INTERPRETER'))\n"
-    )
-    other.write_text(f'#!/bin/sh\nINTERPRETER=other exec "{sys.executable}" "$@"\n')
-    other.chmod(0o755)
-    with measuring.start_workers(str(script), {"a": [], "b": []}, interpreters={"b": other}) as runs:
-        assert (runs["a"](), runs["b"]()) == (None, "other")
-
-
-def test_the_peer_benchmark_ends_well_where_the_peer_is_not_installed(benchmark, tmp_path, monkeypatch, capsys):
-    peer = benchmark("peer_training")
-    monkeypatch.setattr(peer, "PYTHON", tmp_path / "none")
-    monkeypatch.setattr(sys, "argv", ["peer_training.py", "--output", str(tmp_path / "peer.json")])
-    assert peer.main() == 0
-    assert "make peers" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
