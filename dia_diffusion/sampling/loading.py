@@ -53,7 +53,7 @@ def load_pipeline(
     for unet in unets:
         unet.to(memory_format=memory_format(device))  # type: ignore[call-overload]
         if compile_mode is not None:
-            unet.compile(mode=compile_mode)
+            unet.compile(mode=compile_mode, dynamic=False)
     if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
         # One image at a time: the memory of a decoder does not grow with the batch, and it takes no longer.
         pipeline.vae.enable_slicing()

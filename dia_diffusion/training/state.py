@@ -104,7 +104,7 @@ class TrainingState:
         unet.to(memory_format=memory_format(accelerator.device))
         self.compiled = options.compile or accelerator.state.dynamo_plugin.backend is not DynamoBackend.NO
         if options.compile:
-            unet.compile(backend=BACKEND, mode=options.compile_mode)
+            unet.compile(backend=BACKEND, mode=options.compile_mode, dynamic=False)
         optimizer = torch.optim.AdamW(
             [parameter for parameter in unet.parameters() if parameter.requires_grad],
             lr=options.learning_rate,

@@ -71,7 +71,7 @@ def test_a_trained_classifier_loads_as_it_was_tested(example, tmp_path, argument
 def test_a_regnet_has_no_attention_to_attach(example, tmp_path, capsys):
     arguments = ["--model", "regnet", "--attention", "se", "--output_dir", str(tmp_path / "run")]
     assert example("image_classification").main(arguments) == 2
-    assert "no residual blocks that are known" in capsys.readouterr().err
+    assert "is not of a family whose residual branches are known by name" in capsys.readouterr().err
 
 
 def test_maps_are_correlated_over_all_images_and_within_classes(example, tmp_path):

@@ -17,7 +17,7 @@ from dia_diffusion.options.objective import ObjectiveOptions
 from dia_diffusion.options.training import as_yaml, parse_arguments
 from dia_diffusion.scoring.evaluation import evaluate
 from dia_diffusion.scoring.features.named import get_extractor
-from dia_diffusion.scoring.images import PipelineImages
+from dia_diffusion.scoring.images import PipelineImages, shares_of_labels
 from dia_diffusion.training.loop import train
 from training_runs import assert_same_weights, configure, fresh_state, losses, run, weights
 
@@ -52,9 +52,10 @@ def test_a_run_leaves_what_it_promises(undisturbed):
 
 def test_scores_of_a_run_can_be_compared_with_those_of_its_pipeline(undisturbed):
     folder, figures, _ = undisturbed
-    images = PipelineImages(DIAUNetPipeline.from_pretrained(folder), 10, figures["settings"]["sampling"]["steps"])
-    # Training had the labels as well.
-    pixels = prepare_pixels(load_digits_dataset()["train"], 8)
+    # Training had the labels, and drew the classes as often as the data has them.
+    pixels = prepare_pixels(load_digits_dataset()["train"], 8, with_labels=True)
+    shares, steps = shares_of_labels(pixels.labels, 10), figures["settings"]["sampling"]["steps"]
+    images = PipelineImages(DIAUNetPipeline.from_pretrained(folder), 10, steps, class_shares=shares)
     assert evaluate(images, pixels, get_extractor("digits"), ["fid"])["settings_hash"] == figures["settings_hash"]
 
 
