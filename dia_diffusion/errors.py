@@ -49,7 +49,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 def folders_beside(path: str) -> list[str]:
     """List the folders in the parent of a path: candidates for a misspelled folder."""
-    parent = Path(path).expanduser().parent
+    parent = Path(path).parent
     try:
         return [str(other) for other in parent.iterdir() if other.is_dir() and not other.name.startswith(".")]
     except OSError:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
+from .errors import UsageError, first_line
+
 if TYPE_CHECKING:
+    # Nothing here imports torch: light modules write files too.
     from torch import Tensor
-
-# Nothing here imports torch: light modules write files too.
-
-from .errors import UsageError
 
 _TOKEN_BYTES = 8
 
@@ -35,6 +36,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         follow_umask(temporary)
         temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"'{path}' cannot be written: {error}") from error
     except OSError as error:
         # A full disk does not say which file there was no room for.
         error.filename = str(path)
@@ -114,6 +117,9 @@ def replace_files(folder: Path, write: Callable[[Path], object], last: str) -> N
         folder (`Path`): Where the files go; made where there is none.
         write (`Callable`): Called with the empty folder.
         last (`str`): The file that is moved when all others are: where there was none, it says that they are whole.
+
+    Raises:
+        UsageError: if the disk is full or refuses.
     """
     staging = _beside(folder / "files")
     try:
@@ -126,6 +132,8 @@ def replace_files(folder: Path, write: Callable[[Path], object], last: str) -> N
             place = folder / path.relative_to(staging)
             place.parent.mkdir(parents=True, exist_ok=True)
             path.replace(place)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"files could not be saved in '{folder}': {first_line(error)}. Make room there.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -160,8 +168,9 @@ def flush(path: Path) -> None:
 def cache_dir() -> Path:
     """Return the folder of results that took time: `$DIA_CACHE`, or `dia_diffusion` in the user's cache folder."""
     chosen = os.environ.get("DIA_CACHE")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Path(chosen) if chosen else user / "dia_diffusion"
+    # Unlike `Path.expanduser` it has no error for a user without a home directory.
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    return Path(chosen) if chosen else Path(user) / "dia_diffusion"
 
 
 def _beside(path: Path) -> Path:

@@ -1,74 +1,106 @@
-"""Images in tar archives: WebDataset, whose samples are files that share a name and differ in their endings."""
+"""Images in archives: tar files, among them WebDataset, and zip files."""
 
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, groupby
+from functools import partial
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 from datasets import Dataset
 
-ARCHIVES = (".tar", ".tar.gz", ".tgz")
-# The ending of files that hold the number of a class.
+from ..errors import UsageError, first_line
+from ..process.output import print_main
+
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+# Part of the name in the cache: raise it whenever the same archive would give other rows.
+VERSION = "archives 2"
+# The ending of files that hold the class of an image.
 _CLASS = "cls"
+_FEATURES = datasets.Features(image=datasets.Image(), label=datasets.Value("string"), unused=datasets.Value("int32"))
 
 
-def load_archives(
-    files: Sequence[Path], is_image: Callable[[str], bool], split: str | None, cache_dir: str
-) -> Dataset | None:
-    """Load the images of archives, with a column `label` where samples hold a class (`.cls`).
+def load_archives(files: Sequence[Path], is_image: Callable[[str], bool], cache_dir: str) -> Dataset | None:
+    """Load the images of archives, with a column `label` where a class stands beside images (`.cls`).
 
     Args:
         files (sequence of `Path`): The archives.
         is_image (`Callable`): Tells from the ending of a file, such as `.png`, whether it is an image.
-        split (`str`, *optional*): The name of the split.
         cache_dir (`str`): Where the images are kept.
 
     Returns:
-        `datasets.Dataset`: the first image of each sample, or None if there are none.
+        `datasets.Dataset`: the first image of each sample, with its path in the archive; None if there are none.
 
     Raises:
-        OSError, tarfile.TarError: for an archive that cannot be read.
+        UsageError: for an archive that cannot be read.
     """
-    first = next(_read_samples(files, is_image), None)
-    if first is None:
+    if next(_read_samples(files, is_image), None) is None:
         return None
-    features = datasets.Features(image=datasets.Image())
-    if first["label"] is not None:
-        features["label"] = datasets.Value("int64")
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for sample in _read_samples(files, is_image):
-            yield {name: sample[name] for name in features}
-
-    named = datasets.NamedSplit(split or "train")
-    return Dataset.from_generator(rows, features, cache_dir=cache_dir, fingerprint=Path(cache_dir).name, split=named)
+    samples = partial(_read_samples, files, is_image)
+    try:
+        rows = Dataset.from_generator(samples, _FEATURES, cache_dir=cache_dir, fingerprint=Path(cache_dir).name)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from None
+        raise UsageError(f"the images of '{files[0].parent}' cannot be kept: {first_line(error.__cause__)}.") from error
+    unused = pc.sum(rows.data.column("unused")).as_py()
+    if unused:
+        print_main(
+            f"not used of the archives in '{files[0].parent}': {unused:,} more images of samples that have several. "
+            "Files whose names are equal up to the first dot are one sample."
+        )
+    labelled = rows.data.column("label").null_count < len(rows)
+    return rows.select_columns(["image", "label"] if labelled else ["image"])
 
 
 def _read_samples(files: Sequence[Path], is_image: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     for file in files:
-        with tarfile.open(file) as archive:
-            members = chain.from_iterable(_split_name(member) for member in archive if member.isfile())
-            for _, sample in groupby(members, key=lambda part: part[0]):
-                image = label = None
-                for _, ending, member in sample:
-                    if image is None and is_image(PurePosixPath(member.name).suffix.lower()):
-                        image = {"bytes": _content(archive, member), "path": member.name}
-                    elif ending == _CLASS:
-                        label = int(_content(archive, member))
-                if image is not None:
-                    yield {"image": image, "label": label}
+        try:
+            yield from _samples_of(file, is_image)
+        except UsageError:
+            raise
+        except Exception as error:  # Of tarfile's, zipfile's and the decompressors' kinds.
+            raise UsageError(f"the archive '{file}' cannot be read: {first_line(error).rstrip(':')}.") from error
 
 
-def _split_name(member: tarfile.TarInfo) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield the name of the sample, the ending, and the member, unless it is hidden."""
-    path = PurePosixPath(member.name)
-    name, _, ending = path.name.partition(".")
-    if name:
-        yield str(path.parent / name), ending.lower(), member
+def _samples_of(file: Path, is_image: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
+    is_zip = file.suffix.lower() == ".zip"
+    members = (member for member in (_zip_members if is_zip else _tar_members)(file) if member[0].name[0] != ".")
+    for _, sample in groupby(members, key=lambda member: _name_of_sample(member[0], is_zip)):
+        image, label, unused = None, None, 0
+        for path, read in sample:
+            if is_image(path.suffix.lower()):
+                unused += image is not None
+                image = image or {"bytes": read(), "path": str(path)}
+            elif path.suffix.lower() == f".{_CLASS}":
+                label = read().decode(errors="replace").strip() or None
+        if image is not None:
+            yield {"image": image, "label": label, "unused": unused}
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    return b"" if file is None else file.read()
+def _name_of_sample(path: PurePosixPath, is_zip: bool) -> str:
+    """Return what the files of a sample have in common: WebDataset's names end at the first dot."""
+    return str(path.with_suffix("") if is_zip else path.parent / path.name.partition(".")[0])
+
+
+def _tar_members(file: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
+    with tarfile.open(file) as archive:
+        for member in archive:
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is not None:
+                yield PurePosixPath(member.name.lstrip("/")), content.read
+        # tarfile takes any end between two files for the end.
+        stream: Any = archive.fileobj
+        stream.seek(archive.offset)
+        if not stream.read(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it has no end mark, so it may be cut off; fetch or pack it again")
+
+
+def _zip_members(file: Path) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield PurePosixPath(member.filename.lstrip("/")), partial(archive.read, member)

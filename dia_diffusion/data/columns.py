@@ -15,7 +15,7 @@ from .decoding import UNREADABLE, open_header
 _DEFAULT_IMAGE_COLUMNS = ("image", "img")
 # The last one is that of WebDataset.
 _DEFAULT_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
-_MOST_CLASSES_WITHOUT_NAMES = 10_000
+_NO_CLASSES = "Name a column of classes with --label_column, or train without --class_conditional."
 
 
 def recognise_images(dataset: Dataset) -> Dataset:
@@ -113,26 +113,38 @@ def find_label_column(dataset: Dataset, name: str | None = None) -> str:
     candidates = [name] if name else [c for c in _DEFAULT_LABEL_COLUMNS if c in dataset.features] + classes
     if not candidates:
         raise UsageError(
-            f"the data set has no labels to condition on; its columns are: {', '.join(dataset.features)}. "
-            "Name one with --label_column, or train without --class_conditional."
+            f"the data set has no labels to condition on; its columns are: {', '.join(dataset.features)}. {_NO_CLASSES}"
         )
     feature = dataset.features[candidates[0]]
-    if not (isinstance(feature, datasets.ClassLabel) or "int" in _dtype(feature) or _is_text(feature)):
+    is_number = _dtype(feature).startswith(("int", "uint", "float"))
+    if not (isinstance(feature, datasets.ClassLabel) or is_number or _is_text(feature)):
         raise UsageError(
-            f"column '{candidates[0]}' holds no classes (whole numbers or text) but {feature}. Name another with "
-            "--label_column, or train without --class_conditional."
+            f"column '{candidates[0]}' holds no classes (whole numbers or text) but {feature}. {_NO_CLASSES}"
         )
     return candidates[0]
 
 
-def classes_from_text(dataset: Dataset, column: str) -> Dataset:
-    """Return a data set in which a label column of text has the type `ClassLabel`, with the texts as class names."""
-    if not _is_text(dataset.features[column]):
+def name_classes(dataset: Dataset, column: str) -> Dataset:
+    """Return a data set whose label column has the type `ClassLabel`: texts and whole numbers are names of classes.
+
+    Numbers below 0 and NaN, with which pandas marks empty cells, are no labels.
+
+    Raises:
+        UsageError: for numbers that are not whole.
+    """
+    if isinstance(dataset.features[column], datasets.ClassLabel):
         return dataset
     values = dataset.with_format(None)[column][:]
-    names = sort_class_names({str(value) for value in values if value is not None})
+    if not _is_text(dataset.features[column]):
+        values = [None if value is None or not value >= 0 else value for value in values]
+        broken = next((value for value in values if value is not None and not float(value).is_integer()), None)
+        if broken is not None:
+            raise UsageError(f"column '{column}' holds no classes (whole numbers or text), but {broken}. {_NO_CLASSES}")
+        values = [None if value is None else int(value) for value in values]
+    found = {value: str(value) for value in set(values) if value is not None}
+    names = sort_class_names(set(found.values()))
     numbers = {name: number for number, name in enumerate(names)}
-    labels = [None if value is None else numbers[str(value)] for value in values]
+    labels = [None if value is None else numbers[found[value]] for value in values]
     # `datasets` has no classes without names.
     feature = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
     return dataset.remove_columns(column).add_column(column, labels, feature=feature)
@@ -156,37 +168,25 @@ def read_labels(
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """Return the class of each image, the names of the classes, and the names of classes without an image.
 
-    Classes with names are those that occur, because a model cannot learn another one. Classes that are numbers only
-    keep their numbers, with those in between.
+    Classes are those that occur, because a model cannot learn another one.
 
     Args:
         rows (`datasets.Dataset`): Has a column `label`.
-        feature (`datasets.ClassLabel` or another): The type of the labels in their source.
+        feature (`datasets.ClassLabel` or another): The type of the labels: see `name_classes`.
         trained (`tuple`, *optional*):
             The class names of a model, whose numbers count then, and the labels of its training images. A label that
             none of these has becomes -1.
 
     Returns:
         `tuple`: int64 numbers of shape `(N,)`, -1 for an image without a label, and the two lists of names.
-
-    Raises:
-        UsageError: for numbers that cannot be those of classes.
     """
     labels = np.asarray(rows.with_format("numpy")["label"][:] if len(rows) else [], dtype=np.int64)
     found, indices = np.unique(labels, return_inverse=True)
-    named = isinstance(feature, datasets.ClassLabel)
-    own = list(feature.names) if isinstance(feature, datasets.ClassLabel) else _numbers(found)
+    own = list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
     occurring = [own[label] for label in found.tolist() if label >= 0]
     absent = [] if trained else sorted(set(own) - set(occurring), key=own.index)
-    names = list(trained[0]) if trained else occurring if named else own
+    names = list(trained[0]) if trained else occurring
     seen = set(np.unique(trained[1]).tolist()) if trained else set(range(len(names)))
     known = {name: number for number, name in enumerate(names) if number in seen}
     classes = [known.get(own[label], -1) if label >= 0 else -1 for label in found.tolist()]
     return np.array(classes, dtype=np.int64)[indices.reshape(-1)], names, absent
-
-
-def _numbers(found: np.ndarray) -> list[str]:
-    count = int(found.max(initial=-1)) + 1
-    if count > max(_MOST_CLASSES_WITHOUT_NAMES, 10 * len(found)):
-        raise UsageError(f"labels go up to {count - 1}, which is no number of a class: number the classes from 0.")
-    return [str(number) for number in range(count)]

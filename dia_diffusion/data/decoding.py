@@ -7,7 +7,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -55,6 +55,8 @@ def _open(file: Any) -> Image.Image:
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         image = Image.open(file)
+    except UnidentifiedImageError as error:
+        raise ValueError("it is not an image of a kind that Pillow reads") from error
     finally:
         Image.MAX_IMAGE_PIXELS = before
     if image.width * image.height > _MOST_PIXELS:

@@ -6,7 +6,6 @@
 import glob
 import os
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -14,13 +13,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
 from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
 from PIL import Image
 
 from ..errors import UsageError, first_line
 from ..process.output import print_main
-from .archives import ARCHIVES, load_archives
+from .archives import ARCHIVES, VERSION, load_archives
 from .cache import cache_place, hash_files
 from .columns import find_image_column, recognise_images, sort_class_names
 from .metadata import METADATA, TABLES, read_metadata
@@ -54,7 +56,8 @@ def load_folder(folder: Path, config_name: str | None = None, cache_dir: str | N
       folders that are named as splits are, these are the splits. Where everything lies in folders, each is a class;
       `metadata.jsonl`, `.csv` or `.parquet` describe images instead of classes.
     - Parquet or Arrow files: splits where all of them are named as splits are.
-    - Anything else, such as archives: what `datasets` makes of it.
+    - Archives (tar, zip): the images in them; folders inside are splits and classes as above, and `.cls` files classes.
+    - Anything else: what `datasets` makes of it.
 
     Args:
         folder (`Path`): The folder.
@@ -116,7 +119,8 @@ def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
             continue
         if entry.is_dir():
             yield from _walk(folder / entry.name, (*above, real))
-        else:
+        elif entry.is_file() or entry.is_symlink():
+            # Reading a pipe or a socket would wait for ever.
             yield folder / entry.name
 
 
@@ -192,19 +196,15 @@ def _cells(images: Sequence[Path]) -> list[Any]:
     ]
 
 
-def _parts(folder: Path, files: Sequence[Path]) -> list[tuple[str, ...]]:
+def _parts(paths: Sequence[str | Path]) -> list[tuple[str, ...]]:
     """Split the paths of files below the deepest folder that holds them all."""
-    places = [PurePosixPath(path.relative_to(folder).as_posix()).parts for path in files]
+    places = [tuple(part for part in PurePosixPath(path).parts if part != "/") for path in paths]
     shared = PurePosixPath(os.path.commonpath([PurePosixPath("/", *place[:-1]) for place in places])).parts[1:]
     return [place[len(shared) :] for place in places]
 
 
 def _load_images(folder: Path, images: list[Path], metadata: list[Path]) -> DatasetDict:
-    places = _parts(folder, images)
-    found = [_SPLITS.get(place[0].lower(), "") if place[1:] else "" for place in places]
-    if all(found):
-        places = [place[1:] for place in places]
-    splits = found if all(found) else [TRAIN_SPLIT] * len(images)
+    splits, folders = _splits_and_folders(images)
     columns: dict[str, list[Any]] = {"image": _cells(images)}
     features: dict[str, Any] = {"image": datasets.Image()}
     names: list[str] = []
@@ -212,7 +212,6 @@ def _load_images(folder: Path, images: list[Path], metadata: list[Path]) -> Data
         more, of_them = read_metadata(metadata, images)
         columns, features = columns | more, features | of_them
     else:
-        folders = [readable(place[0]) if place[1:] else None for place in places]
         names = _class_names(folders, splits)
         if names:
             columns["label"] = [None if name is None else names.index(name) for name in folders]
@@ -231,6 +230,17 @@ def _load_images(folder: Path, images: list[Path], metadata: list[Path]) -> Data
     return DatasetDict(loaded)
 
 
+def _splits_and_folders(paths: Sequence[str | Path]) -> tuple[list[str], list[str | None]]:
+    """Return the split of each image, and the folder that it lies in, which may be its class, or None."""
+    places = _parts(paths)
+    splits = [_SPLITS.get(place[0].lower(), "") if place[1:] else "" for place in places]
+    if all(splits):
+        places = [place[1:] for place in places]
+    else:
+        splits = [TRAIN_SPLIT] * len(places)
+    return splits, [readable(place[0]) if place[1:] else None for place in places]
+
+
 def _class_names(folders: list[str | None], splits: list[str]) -> list[str]:
     """Return the classes, those of training images first, or none where a training image lies in no folder."""
     training = [name for name, split in zip(folders, splits, strict=True) if split == TRAIN_SPLIT] or folders
@@ -241,25 +251,33 @@ def _class_names(folders: list[str | None], splits: list[str]) -> list[str]:
 
 
 def _load_archives(folder: Path, archives: list[Path], cache_dir: str | None) -> DatasetDict | None:
-    splits, loaded = _splits_of(folder, archives), {}
+    """Load archives. Without archives named as splits, folders inside of them are splits and classes, as elsewhere."""
+    splits, loaded = _splits_of(archives), {}
+    content = hash_files(archives, VERSION)
     for split in dict.fromkeys(splits):
         files = [path for path, of in zip(archives, splits, strict=True) if of == split]
-        content = hash_files(files)
-        name = split if len(set(splits)) > 1 else None
-        try:
-            rows = load_archives(files, _image_endings().__contains__, name, _cache(cache_dir, content))
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            raise UsageError(f"cannot load images from the archives in '{folder}': {first_line(error)}.") from error
-        if rows is not None:
-            loaded[split] = rows
-    return DatasetDict(loaded) if loaded else None
+        rows = load_archives(files, _image_endings().__contains__, _cache(cache_dir, hash_files(files, VERSION)))
+        if rows is None:
+            continue
+        paths = pc.struct_field(rows.data.column("image"), "path").to_pylist()
+        inside, folders = _splits_and_folders(paths)
+        if "label" not in rows.features and _class_names(folders, inside):
+            rows = rows.add_column("label", folders, feature=datasets.Value("string"))
+        if len(set(splits)) > 1:
+            inside = [split] * len(rows)
+        for name in sorted(set(inside), key=lambda name: name != TRAIN_SPLIT):
+            loaded[name] = rows.select([row for row, of in enumerate(inside) if of == name])
+    return _follow(DatasetDict(loaded), content) if loaded else None
 
 
 def _load_tables(folder: Path, tables: list[Path], cache_dir: str | None) -> DatasetDict:
     kind = _TABLES[tables[0].suffix]
     if any(path.suffix != tables[0].suffix for path in tables):
         raise UsageError(f"'{folder}' holds Parquet files and Arrow files; leave one kind there.")
-    splits = _splits_of(folder, tables)
+    tables = [path for path in tables if not _is_empty(path)]
+    if not tables:
+        raise UsageError(f"cannot load images from '{folder}': its {kind} files hold no rows.")
+    splits = _splits_of(tables)
     files = {
         split: [glob.escape(str(path)) for path, of in zip(tables, splits, strict=True) if of == split]
         for split in dict.fromkeys(splits)
@@ -269,15 +287,23 @@ def _load_tables(folder: Path, tables: list[Path], cache_dir: str | None) -> Dat
         loaded = datasets.load_dataset(kind, data_files=files, cache_dir=_cache(cache_dir, content))
         return _follow(DatasetDict({name: recognise_images(rows) for name, rows in loaded.items()}), content)
     except Exception as error:
-        raise UsageError(
-            f"cannot load images from '{folder}': its {kind} files cannot be read: "
-            f"{first_line(error.__cause__ or error)}."
-        ) from error
+        reason = first_line(error.__cause__ or error)
+        if isinstance(error.__cause__, datasets.table.CastError):
+            reason = "their columns are not the same"
+        raise UsageError(f"cannot load images from '{folder}': its {kind} files cannot be read: {reason}.") from error
 
 
-def _splits_of(folder: Path, files: Sequence[Path]) -> list[str]:
+def _is_empty(table: Path) -> bool:
+    """Tell whether a Parquet file has no rows, which `datasets` cannot read."""
+    try:
+        return table.suffix == ".parquet" and pyarrow.parquet.read_metadata(table).num_rows == 0
+    except (OSError, pa.ArrowException):
+        return False  # Reading it will give the error.
+
+
+def _splits_of(files: Sequence[Path]) -> list[str]:
     """Return the split of each file, from their names if all of them are named as splits are."""
-    splits = [_split_of_name(place) for place in _parts(folder, files)]
+    splits = [_split_of_name(place) for place in _parts(files)]
     return [split or TRAIN_SPLIT for split in splits] if all(splits) else [TRAIN_SPLIT] * len(files)
 
 

@@ -24,8 +24,6 @@ _NAME = "file_name"
 def read_metadata(files: Sequence[Path], images: Sequence[Path]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Read the columns of tables beside images.
 
-    Text in a column `label` is the names of classes.
-
     Args:
         files (sequence of `Path`): The tables.
         images (sequence of `Path`): The images.
@@ -46,8 +44,11 @@ def read_metadata(files: Sequence[Path], images: Sequence[Path]) -> tuple[dict[s
                 # Written on Windows.
                 place = normpath(file.parent / name.replace("\\", "/"))
             if place not in known:
-                raise UsageError(f"'{file}' names '{place}', which is not there or not an image: correct or remove it.")
-            rows[place] = row
+                raise UsageError(f"'{file}' names '{place}', which is no image in that folder: correct or remove it.")
+            before = rows.get(place, {})
+            if any(before.get(column, value) != value for column, value in row.items()):
+                raise UsageError(f"'{file}' describes '{name}' again and differently: {before} and {row}. Remove one.")
+            rows[place] = before | row
     unnamed = [path for path in images if normpath(path) not in rows]
     if unnamed:
         print_main(
@@ -58,23 +59,23 @@ def read_metadata(files: Sequence[Path], images: Sequence[Path]) -> tuple[dict[s
     features = {}
     for name, values in columns.items():
         try:
-            kind = pa.array(values).type
+            features[name] = datasets.features.features.generate_from_arrow_type(pa.array(values).type)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise UsageError(f"column '{name}' of {files[0].name} has values of several types: {error}") from error
-        if name == "label" and pa.types.is_string(kind):
-            classes = datasets.ClassLabel(names=sorted({value for value in values if value is not None}))
-            columns[name] = [None if value is None else classes.str2int(value) for value in values]
-            features[name] = classes
-        else:
-            features[name] = datasets.features.features.generate_from_arrow_type(kind)
     return columns, features
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
         table = _READERS[file.suffix](file)
+        if file.suffix == ".csv" and len(table.column_names) == 1:
+            # As spreadsheets write it in many countries.
+            table = pyarrow.csv.read_csv(file, parse_options=pyarrow.csv.ParseOptions(delimiter=";"))
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"'{file}' cannot be read: {first_line(error)}.") from error
+    broken = [field.name for field in table.schema if file.suffix == ".csv" and pa.types.is_binary(field.type)]
+    if broken:
+        raise UsageError(f"'{file}' is not UTF-8 (column '{broken[0]}'): save it in that encoding.")
     if _NAME not in table.column_names:
         raise UsageError(
             f"'{file}' has no column '{_NAME}' that says which image a row is about, only: "

@@ -22,7 +22,7 @@ from ..errors import UsageError, first_line
 from ..process.signals import forks_end_with_parent
 from ..process.startup import available_cores
 from .cache import cache_place, find_in_cache, hash_files
-from .columns import classes_from_text, find_image_column, find_label_column, read_labels
+from .columns import find_image_column, find_label_column, name_classes, read_labels
 from .decoding import DTYPES, GREY_MODES, PICTURES, UNREADABLE, image_to_pixels, on_white, open_header, open_image
 from .pixels import PixelDataset, list_names
 
@@ -93,7 +93,7 @@ def prepare_pixels(
     image_column = find_image_column(dataset, image_column)
     label_column = find_label_column(dataset, label_column) if with_labels else None
     if label_column:
-        dataset = classes_from_text(dataset, label_column)
+        dataset = name_classes(dataset, label_column)
     raw = dataset.select_columns([image_column] + ([label_column] if label_column else []))
     raw = raw.cast_column(image_column, datasets.Image(decode=False))
     settings = {
@@ -120,10 +120,9 @@ def prepare_pixels(
     if label_column:
         labels, class_names, absent = read_labels(rows, dataset.features[label_column], trained)
         if absent:
-            named = isinstance(dataset.features[label_column], datasets.ClassLabel)
             left_out.append(
                 f"{len(absent)} of {len(absent) + len(np.unique(labels[labels >= 0]))} classes have no training image"
-                f"{' and are left out' if named else ''}: {list_names(absent, numbered=False)}"
+                f" and are left out: {list_names(absent, numbered=False)}"
             )
         known = labels >= 0
         if not known.all():

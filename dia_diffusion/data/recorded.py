@@ -14,7 +14,7 @@ def find_recorded_data(model: str) -> DataOptions | None:
     Args:
         model (`str`): Folder of the run, or anything else that names a model.
     """
-    record = Path(model).expanduser() / CONFIG
+    record = Path(model) / CONFIG
     options = read_yaml(record) if record.is_file() else None
     if not isinstance(options, dict):
         return None
@@ -40,7 +40,7 @@ def choose_data(
     Raises:
         UsageError: if no data is named and none is recorded, or if the data is not here.
     """
-    if dataset is not None and Path(dataset).expanduser().is_file() and not dataset.endswith(".npz"):
+    if dataset is not None and Path(dataset).is_file() and not dataset.endswith(".npz"):
         raise UsageError(
             f"--dataset '{dataset}' is a file: name a folder, a data set, or samples or statistics (.npz)."
         )
@@ -48,7 +48,7 @@ def choose_data(
     if recorded is not None:
         origin = recorded.dataset_name or recorded.train_data_dir or ""
         if dataset in (None, recorded.dataset_name, recorded.train_data_dir):
-            if recorded.dataset_name is None and not Path(origin).expanduser().is_dir():
+            if recorded.dataset_name is None and not Path(origin).is_dir():
                 raise UsageError(
                     f"'{model}' was trained on the images in '{origin}', and there is no such folder here: name the "
                     "data to compare with, --dataset FOLDER."

@@ -128,7 +128,7 @@ def _load_splits(
         return load_folder(find_folder("--train_data_dir", str(data_dir)), config_name, cache_dir)
     if data_dir is not None:
         print_main(f"--dataset_name '{name}' counts, and --train_data_dir '{data_dir}' is not used.")
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if name in EMBEDDED:
         if folder.is_dir():
             print_main(f"'{name}' is the embedded data set; the folder of that name is './{name}'.")
@@ -151,7 +151,7 @@ def find_folder(option: str, name: str) -> Path:
     Raises:
         UsageError: if there is none, or it is a file.
     """
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_file():
         raise UsageError(f"{option} '{name}' is a file: name the folder that holds the images.")
     if not folder.is_dir():

@@ -92,7 +92,7 @@ def is_images(what: str) -> bool:
     Raises:
         UsageError: if it is another file.
     """
-    path = Path(what).expanduser()
+    path = Path(what)
     if path.is_file() and not is_archive(what):
         raise UsageError(f"'{what}' is a file: name a pipeline, a folder of images, or samples (.npz).")
     return is_archive(what) or (path.is_dir() and not (path / PIPELINE_INDEX).is_file())

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..data.grid import image_grid
 from ..errors import UsageError
-from ..files import replace_file
+from ..files import check_output_folder, replace_file
 from ..options.commands import SampleOptions
 from ..process.distributed import find_device, make_state
 from .generation import check_sampling, describe_guidance, find_advice, find_class, sample_images
@@ -32,7 +32,7 @@ def sample(options: SampleOptions) -> list[Image.Image]:
     Raises:
         UsageError: for a pipeline that cannot be loaded, or cannot do what was asked for, or a folder that is taken.
     """
-    folder = None if options.output_dir is None else options.output_dir.expanduser().resolve()
+    folder = None if options.output_dir is None else options.output_dir.resolve()
     grid = None if folder is None else folder.with_name(f"{folder.name}.png")
     earlier = [] if folder is None or grid is None else _find_earlier(folder, grid, options.overwrite)
     check_guide(options.guide, options.guidance_scale)
@@ -42,6 +42,8 @@ def sample(options: SampleOptions) -> list[Image.Image]:
     )
     check_sampling(pipeline, options.steps)
     class_label = None if options.class_label is None else find_class(pipeline, options.class_label)
+    if folder is not None:
+        check_output_folder(folder)
     if advice := find_advice(pipeline, options.steps):
         print(advice, file=sys.stderr)
     print(_describe(options, pipeline, class_label), flush=True)
@@ -62,7 +64,6 @@ def sample(options: SampleOptions) -> list[Image.Image]:
             # Keep the old images until there is something to put in their place.
             for path in earlier:
                 path.unlink()
-            folder.mkdir(parents=True, exist_ok=True)
         for image in images:
             picture = Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy())
             if folder is None:

@@ -67,7 +67,7 @@ def score(options: EvaluateOptions, command: str | None = None) -> dict[str, Any
         )
         check_sampling(pipeline, options.steps)
     dataset, recorded = choose_data(options.what, options.dataset, options.dataset_config_name, options.image_column)
-    archive = Path(dataset).expanduser() if is_archive(dataset) else None
+    archive = Path(dataset) if is_archive(dataset) else None
     published = archive if archive is not None and not _holds_images(archive) else None
     metrics = options.metrics or list(DEFAULT_METRICS if published is None else ("fid",))
     name = options.features or (DIGITS if dataset == DIGITS else None)
@@ -122,7 +122,7 @@ def _load_scored(what: str, state: PartialState) -> PixelDataset | ArchiveImages
     if not is_images(what):
         return None
     if is_archive(what):
-        return ArchiveImages(Path(what).expanduser())
+        return ArchiveImages(Path(what))
     with state.main_process_first():
         images = load_all_images(what)
         check_one_size(images)
@@ -141,7 +141,7 @@ def _load_real(
         train, held_out = load_pixels(replace(recorded, resolution=resolution))
         return RealImages(train, held_out, shares_of_labels(train.labels, train.num_classes))
     if is_archive(dataset):
-        return RealImages(ArchiveImages(Path(dataset).expanduser(), resolution))
+        return RealImages(ArchiveImages(Path(dataset), resolution))
     rows, held_out_rows = load_images(dataset, options.dataset_config_name)
     reference, held_out = prepare_pixels(rows, resolution, image_column=options.image_column), None
     if held_out_rows is not None:

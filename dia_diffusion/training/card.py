@@ -142,8 +142,8 @@ def _flag_values(value: Any) -> list[str]:
         return [json.dumps(value)]
     if isinstance(value, list | tuple):
         return [str(item) for item in value]
-    local = isinstance(value, str) and value != "" and Path(value).expanduser().exists()
-    return [Path(value).expanduser().resolve().name if local else str(value)]
+    local = isinstance(value, str) and value != "" and Path(value).exists()
+    return [Path(value).resolve().name if local else str(value)]
 
 
 def check_card(config: TrainingConfig) -> None:

@@ -101,8 +101,14 @@ class RunLog:
     def write(self, line: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl and to the trackers."""
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(to_json(line) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(to_json(line) + "\n")
+            except OSError as error:
+                raise UsageError(
+                    f"'{self.path}' cannot be written: {error.strerror}. Earlier checkpoints are untouched; make room "
+                    "and resume with --resume_from_checkpoint latest."
+                ) from error
         self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
 
     def close(self) -> None:

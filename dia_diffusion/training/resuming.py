@@ -49,7 +49,7 @@ def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
         return None
     names = [path.name for path in list_checkpoints(folder)]
     if options.resume_from_checkpoint != "latest":
-        asked = Path(options.resume_from_checkpoint).expanduser()
+        asked = Path(options.resume_from_checkpoint)
         match = _NAME.fullmatch(asked.name)
         inside = folder / (f"step-{int(match[1]):08d}" if match else asked.name)
         # A name alone, or in the output directory, where diffusers' scripts have them.

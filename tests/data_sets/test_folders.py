@@ -13,6 +13,7 @@ from PIL import Image
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_all_images, load_dataset_splits, load_images
 from dia_diffusion.errors import UsageError
+from dia_diffusion.options.model import DataOptions
 
 
 def make(root, *names, mode="L"):
@@ -120,7 +121,7 @@ def test_metadata_says_more_about_images(tmp_path, capsys):
     ]
     (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     train, _ = load_dataset_splits(train_data_dir=str(root))
-    assert (train["text"][:], train["label"][:]) == (["A", None, "B"], [1, None, 0])
+    assert (train["text"][:], train["label"][:]) == (["A", None, "B"], ["cat", None, "ant"])
     assert "1 of 3 images have no row in metadata.jsonl, such as 'c.png'" in capsys.readouterr().out
     with pytest.raises(UsageError, match="1 of 3 images have no label in column 'label'"):
         prepare_pixels(train, 8, with_labels=True)
@@ -128,7 +129,7 @@ def test_metadata_says_more_about_images(tmp_path, capsys):
     assert (pixels.class_names, pixels.labels.tolist(), len(pixels)) == (["ant", "cat"], [1, 0], 2)
     (root / "metadata.jsonl").unlink()
     (root / "metadata.csv").write_text("file_name,label\na.png,0\nnone.png,1\n")
-    with pytest.raises(UsageError, match=r"none\.png', which is not there"):
+    with pytest.raises(UsageError, match=r"none\.png', which is no image in that folder"):
         load_dataset_splits(train_data_dir=str(root))
     (root / "metadata.csv").write_text("name,label\na.png,0\n")
     with pytest.raises(UsageError, match="has no column 'file_name'"):
@@ -203,7 +204,7 @@ def test_embedded_names_come_first_and_that_is_said(tmp_path, monkeypatch, capsy
     load_dataset_splits("digits", train_data_dir=str(tmp_path / "digits"))
     assert "--dataset_name 'digits' counts" in capsys.readouterr().out
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(load_images("~/digits")[0]) == 1
+    assert len(load_images(DataOptions(dataset_name="~/digits").dataset_name)[0]) == 1
 
 
 def test_a_grey_data_set_is_in_colour_wherever_the_colour_stands(tmp_path):

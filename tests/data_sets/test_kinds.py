@@ -4,6 +4,7 @@ import io
 import os
 import resource
 import tarfile
+import zipfile
 
 import datasets
 import numpy as np
@@ -38,16 +39,12 @@ def greys(pixels):
 @pytest.mark.parametrize("archives", [1, 2])
 def test_a_webdataset_of_two_kinds_of_images_is_used_whole(tmp_path, archives):
     for number in range(archives):
-        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
-            for index in range(8):
-                if archives == 2 and index % 2 != number:
-                    continue
-                kind = ("png", "jpg")[index % 2]
-                content = encoded(10 * index, {"png": "PNG", "jpg": "JPEG"}[kind])
-                for name, data in ((f"{index}.{kind}", content), (f"{index}.cls", str(index % 3).encode())):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
+        files = {}
+        for index in range(number, 8, archives):
+            kind = ("png", "jpg")[index % 2]
+            content = encoded(10 * index, {"png": "PNG", "jpg": "JPEG"}[kind])
+            files |= {f"{index}.{kind}": content, f"{index}.cls": str(index % 3).encode()}
+        write_archive(tmp_path / f"{number}.tar", files)
     pixels = load(tmp_path, class_conditional=True)
     assert greys(pixels) == [10 * index for index in range(8)]
     assert np.bincount(pixels.labels).tolist() == [3, 3, 2]
@@ -63,6 +60,86 @@ def test_a_table_as_pandas_writes_it_holds_images_and_text_is_names_of_classes(t
     assert (pixels.class_names, pixels.labels.tolist()) == (["cat", "dog"], [1, 0, 1])
     with pytest.raises(UsageError, match="column 'code' holds no classes"):
         load(tmp_path, class_conditional=True, label_column="code")
+
+
+def write_archive(path, files):
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+        return
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["tar", "tgz", "zip"])
+def test_folders_in_an_archive_are_splits_and_classes_as_elsewhere(tmp_path, kind):
+    places = {"train/cat": (1, 2), "train/dog": (3,), "val/dog": (4,), "val/cat": (5,)}
+    files = {f"pets/{place}/{v}.png": encoded(v) for place, values in places.items() for v in values}
+    write_archive(tmp_path / f"pets.{kind}", files)
+    data, held_out = load_pixels(DataOptions(train_data_dir=str(tmp_path), resolution=8, class_conditional=True))
+    assert (greys(data), greys(held_out)) == ([1, 2, 3], [4, 5])
+    for pixels in (data, held_out):
+        found = dict(zip(pixels.numbered(range(len(pixels)))[:, 0, 0, 0].tolist(), pixels.labels, strict=True))
+        assert pixels.class_names == ["cat", "dog"]
+        assert all((found[value] == 1) == (value in (3, 4)) for value in found)
+
+
+def test_classes_in_archives_may_be_text_and_may_be_missing(tmp_path, capsys):
+    files = {"0.png": encoded(0), "1.png": encoded(1), "1.cls": b"cat\n", "2.png": encoded(2), "2.cls": b"a dog"}
+    write_archive(tmp_path / "a.tar", files | {"3.input.png": encoded(3), "3.target.png": encoded(4), "3.cls": b"cat"})
+    pixels = load(tmp_path, class_conditional=True, on_bad_image="skip")
+    assert (pixels.class_names, pixels.labels.tolist()) == (["a dog", "cat"], [1, 0, 1])
+    assert greys(load(tmp_path)) == [0, 1, 2, 3]
+    assert "1 more images of samples that have several" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tgz", "a.zip"])
+def test_a_damaged_archive_is_named(tmp_path, name):
+    write_archive(tmp_path / name, {f"{value}.png": encoded(value) for value in range(9)})
+    whole = (tmp_path / name).read_bytes()
+    for content in (whole[: len(whole) // 2], b"none"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=rf"the archive '.*{name}' cannot be read"):
+            load(tmp_path)
+
+
+def test_a_pipe_among_the_images_is_passed_over(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    os.mkfifo(tmp_path / "b.png")
+    assert greys(load(tmp_path)) == [1]
+
+
+def test_tables_without_rows_and_with_other_columns(tmp_path):
+    pandas.DataFrame({"image": [encoded(1)]}).to_parquet(tmp_path / "a.parquet")
+    pandas.DataFrame({"image": []}).to_parquet(tmp_path / "b.parquet")
+    assert greys(load(tmp_path)) == [1]
+    pandas.DataFrame({"image": [encoded(2)], "more": [1]}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match="their columns are not the same"):
+        load(tmp_path)
+    (tmp_path / "a.parquet").unlink()
+    pandas.DataFrame({"image": []}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match="its parquet files hold no rows"):
+        load(tmp_path)
+
+
+def test_metadata_as_spreadsheets_write_it(tmp_path):
+    for value in (1, 2):
+        (tmp_path / f"{value}.png").write_bytes(encoded(value))
+    table = tmp_path / "metadata.csv"
+    table.write_text("\ufefffile_name;label\n1.png;10\n2.png;9\n")
+    pixels = load(tmp_path, class_conditional=True)
+    assert (pixels.class_names, pixels.labels.tolist()) == (["9", "10"], [1, 0])
+    table.write_bytes("file_name,label\n1.png,caf\u00e9\n2.png,b\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"metadata.csv' is not UTF-8 \(column 'label'\)"):
+        load(tmp_path)
+    # The last one would count, in silence.
+    table.write_text("file_name,label\n1.png,a\n2.png,b\n1.png,c\n")
+    with pytest.raises(UsageError, match=r"describes '1\.png' again and differently"):
+        load(tmp_path)
 
 
 def test_text_of_held_out_images_has_the_numbers_of_training(tmp_path):

@@ -52,7 +52,7 @@ def test_a_split_without_labels_gives_way_to_one_with_them(tmp_path, capsys, lab
 
 def test_held_out_labels_that_training_never_saw_are_left_out(tmp_path, capsys):
     data, held_out = load_pixels(save(tmp_path / "a", train=rows([0, 1, 3]), test=rows([3, 2, 7, None, 1])))
-    assert (data.num_classes, held_out.labels.tolist()) == (4, [3, 1])
+    assert (data.class_names, held_out.labels.tolist()) == (["0", "1", "3"], [2, 1])
     assert held_out.fetch([0, 1])["images"][:, 0, 0, 0].tolist() == [0, 4]
     assert "3 of 5 images" in held_out.left_out[0]
     # Names count, and not the numbers that another split has for them.
@@ -69,10 +69,11 @@ def test_named_classes_without_a_training_image_are_left_out_and_said(tmp_path):
     assert (data.class_names, data.labels.tolist()) == (["c3", "c7"], [1, 0, 1])
     assert (held_out.class_names, held_out.labels.tolist()) == (["c3", "c7"], [0, 1])
     assert "8 of 10 classes have no training image and are left out: c0, c1, c2, c4" in describe_images(data, "a")
-    # Numbers alone are what users call these classes by.
-    data, _ = load_pixels(save(tmp_path / "b", train=rows([0, 1, 3])))
-    assert (data.num_classes, data.labels.tolist()) == (4, [0, 1, 3])
-    assert "1 of 4 classes have no training image: 2;" in describe_images(data, "b")
+    # So are numbers alone.
+    data, held_out = load_pixels(save(tmp_path / "b", train=rows([10, 2, 10]), test=rows([2, 5, 10])))
+    assert (data.class_names, data.labels.tolist()) == (["2", "10"], [1, 0, 1])
+    assert held_out.labels.tolist() == [0, 1]
+    assert "2 classes: 0 2, 1 10." in describe_images(data, "b")
 
 
 def test_the_digest_follows_the_labels_and_is_what_it_was_without_them():
@@ -83,9 +84,17 @@ def test_the_digest_follows_the_labels_and_is_what_it_was_without_them():
     assert plain.digest() == plain.digest(with_labels=False) == data[1].digest(with_classes=False)
 
 
-def test_numbers_that_are_no_classes_are_refused():
-    with pytest.raises(UsageError, match="labels go up to 2000000000"):
-        prepare_pixels(rows([0, 2_000_000_000]), 4, with_labels=True)
+def test_numbers_that_pandas_made_fractions_are_classes_and_other_fractions_are_not():
+    """An empty cell makes whole numbers floats in pandas, and itself NaN."""
+
+    def fractions(*labels):
+        return rows([0] * len(labels)).remove_columns("label").add_column("label", list(labels))
+
+    data = prepare_pixels(fractions(2.0, None, 7.0, float("nan")), 4, with_labels=True, on_bad_image="skip")
+    assert (data.class_names, data.labels.tolist()) == (["2", "7"], [0, 1])
+    for wrong in (0.5, float("inf")):
+        with pytest.raises(UsageError, match=f"column 'label' holds no classes .* but {wrong}"):
+            prepare_pixels(fractions(1.0, wrong), 4, with_labels=True)
 
 
 def test_what_a_command_says_about_images():
