@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .options.commands import AnalyzeOptions, EvaluateOptions, SampleOptions
 from .options.training import TrainOptions, configure
-from .process.output import print_main
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,8 +86,6 @@ def train(**given: Any) -> TrainedModel:
     config = configure(given)
     from .training.loop import train as run
 
-    for remark in config.remarks:
-        print_main(remark)
     return TrainedModel(config.output.folder, run(config))
 
 

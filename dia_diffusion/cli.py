@@ -17,7 +17,7 @@ from .errors import UsageError
 from .options.commands import AnalyzeOptions, AppOptions, CommandOptions, EvaluateOptions, SampleOptions, StudyOptions
 from .options.parser import OptionParser
 from .options.training import TrainingConfig, configure, training_parser
-from .process.output import guard_streams, print_main
+from .process.output import guard_streams
 from .process.signals import Interrupted
 from .process.startup import end_with_launcher, ensure_home, quiet_dependencies, start_missing_processes, tune_process
 
@@ -110,17 +110,11 @@ def _run(prepare: Callable[[Given], Any], work: Callable[[Any], None], given: Gi
 def _train(config: TrainingConfig) -> None:
     from .scoring.score_report import format_scores
     from .training.loop import train
+    from .training.run import explain_end
 
-    for remark in config.remarks:
-        print_main(remark)
-    figures = train(config)
-    if not figures:
-        return
-    if "features" in figures:
-        print(format_scores(figures))
-    folder, scores = config.output.folder, " and scores" if "features" in figures else ""
-    print(f"Made in {folder}: the pipeline, its card (README.md), pictures{scores} in one page (report.html).")
-    print(f"Next: dia sample {folder}, dia app {folder}, dia evaluate {folder}; each has --help.")
+    if figures := train(config):
+        scores = [format_scores(figures)] if "features" in figures else []
+        print("\n".join([*scores, explain_end(config, figures)]))
 
 
 def _sample(options: SampleOptions) -> None:

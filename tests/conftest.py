@@ -5,6 +5,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small gain nothing from threads, and threads of several processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import datasets
@@ -39,9 +41,11 @@ def undisturbed(tmp_path_factory):
     """A finished run: its folder, its figures and its lines of metrics. Not to be changed."""
     folder = tmp_path_factory.mktemp("run") / "undisturbed"
     fresh_state()
-    figures, lines = run(
-        folder, class_conditional=True, dropout=0.1, random_flip=True, score_features="digits", score_num_images=10
-    )
+    with redirect_stdout(io.StringIO()) as said:
+        figures, lines = run(
+            folder, class_conditional=True, dropout=0.1, random_flip=True, score_features="digits", score_num_images=10
+        )
+    folder.with_suffix(".log").write_text(said.getvalue())
     return folder, figures, lines
 
 

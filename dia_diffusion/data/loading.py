@@ -82,9 +82,9 @@ def hold_out(data: PixelDataset, share: float) -> tuple[PixelDataset, PixelDatas
     return data.select(np.setdiff1d(np.arange(len(data)), held)), data.select(held)
 
 
-def describe_data(options: DataOptions, data: PixelDataset, held_out: PixelDataset | None) -> str:
-    """Describe the images of a run, in two lines for its start."""
+def describe_data(options: DataOptions, data: PixelDataset, held_out: PixelDataset | None) -> dict[str, str]:
+    """Describe the images of a run, by title."""
     origin = str(options.dataset_name or options.train_data_dir)
     hint = "none. (--validation_split 0.1 holds out a tenth of the training images.)"
     held = hint if held_out is None else describe_images(held_out, origin)
-    return f"Training images: {describe_images(data, origin)}\nHeld-out images: {held}"
+    return {"Data": describe_images(data, origin), "Held out": held}

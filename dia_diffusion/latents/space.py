@@ -126,8 +126,8 @@ class PixelSpace:
         self.shape = LatentShape(data.channels, data.resolution)
 
     def describe(self, count: int) -> str:
-        """Describe what the model sees of `count` images."""
-        return f"The model sees pixels: {self.shape.channels}x{self.shape.resolution}x{self.shape.resolution}."
+        """Describe in a phrase what the model sees of `count` images."""
+        return f"pixels of {self.shape.channels}x{self.shape.resolution}x{self.shape.resolution}"
 
     def encode_all(self, data: PixelDataset, held_out: PixelDataset | None) -> tuple[PixelDataset, PixelDataset | None]:
         """Return the training and the held-out images as the model sees them."""
@@ -183,8 +183,8 @@ class LatentSpace:
         if self.options.random_flip:
             size_in_bytes, times = 2 * size_in_bytes, "once as they are and once flipped"
         return (
-            f"The model sees latents: {channels}x{size}x{size} of {type(self.vae).__name__} '{self.options.vae}'. "
-            f"Images are encoded {times}, which takes {size_in_bytes / 1e6:,.1f} MB of the cache."
+            f"latents of {channels}x{size}x{size} by the VAE '{self.options.vae}', encoded {times} "
+            f"({size_in_bytes / 1e6:,.1f} MB of the cache)"
         )
 
     def encode_all(

@@ -64,6 +64,13 @@ def print_main(text: str) -> None:
         print(text, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """Return a time in words, rounded: "40 seconds", "3 minutes", "2.5 hours"."""
+    if seconds < 90:
+        return "1 second" if seconds < 1.5 else f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
+
+
 def is_watched() -> bool:
     """Tell whether a bar that overwrites itself is displayed well: in a terminal and in a notebook."""
     return sys.stderr.isatty() or _in_notebook()

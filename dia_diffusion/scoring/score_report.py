@@ -111,7 +111,7 @@ def write_report(
         definitions(facts),
         heading("Scores"),
         markdown(format_scores(scores), sortable=False),
-        *(prose(line) for line in _explain(scores)),
+        *(prose(line) for line in explain_scores(scores)),
         *(prose(f"**Warning:** {warning}") for warning in scores["warnings"]),
         heading("Generated images"),
         picture(grid, "generated images", pixels=True),
@@ -133,7 +133,7 @@ def write_report(
     write_page(path, f"Scores of {scores['what']} against {scores['dataset']}", parts, [] if raw is None else [raw])
 
 
-def _explain(scores: dict[str, Any]) -> list[str]:
+def explain_scores(scores: dict[str, Any]) -> list[str]:
     """Return what the figures of a table mean, a paragraph each."""
     lines = []
     if scores["fid"] is not None:

@@ -24,7 +24,7 @@ from ..scoring.evaluation import evaluate
 from ..scoring.features.named import get_extractor
 from ..scoring.images import PipelineImages, shares_of_labels
 from ..training.accelerator import make_accelerator
-from ..training.architecture import build_unet
+from ..training.architecture import build_unet, count_parameters
 from ..training.batches import Batch, draw_step
 from ..training.checkpoint import CHECKPOINTS
 from ..training.held_out import held_out_loss
@@ -145,8 +145,7 @@ def _score(run: StudyRun) -> dict[str, Any]:
     if not math.isfinite(loss):
         raise NotFiniteError(optimisation.max_train_steps, f"the held-out loss is {loss}", optimisation.learning_rate)
     scores: dict[str, Any] = {
-        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
-        "attention_parameters": sum(p.numel() for name, p in unet.named_parameters() if name.startswith("dia.")),
+        **dict(zip(("parameters", "attention_parameters"), count_parameters(unet), strict=True)),
         "held_out_loss": loss,
     }
     if scoring.num_images:

@@ -247,3 +247,9 @@ def _find_unet(name_or_path: str) -> dict[str, str]:
     except OSError:
         return {}
     return {"subfolder": "unet"}
+
+
+def count_parameters(unet: UNet2DModel) -> tuple[int, int]:
+    """Return the number of a UNet's parameters, and of those that are its attention."""
+    sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if name.startswith("dia."))

@@ -18,6 +18,7 @@ from ..options.model import DataOptions
 from ..options.output import OutputOptions
 from ..options.training import CONFIG, TrainingConfig, load_options, recipes
 from ..scoring.score_report import format_scores
+from .architecture import count_parameters
 from .checkpoint import CHECKPOINTS
 from .folder import BEST, LOCK, SAMPLES
 
@@ -52,8 +53,7 @@ def write_model_card(
     """
     folder, options = config.output.folder, config.data
     data, _ = _data_name(options)
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
-    attention = sum(p.numel() for name, p in unet.named_parameters() if name.startswith("dia."))
+    parameters, attention = count_parameters(unet)
     losses = [f"- {key.replace('_', ' ')}: {figures[key]:.5f}" for key in ("loss", "held_out_loss") if key in figures]
     name = json.dumps(hub_id or folder.name, ensure_ascii=False)
     text = f"""

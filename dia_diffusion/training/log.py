@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import NotFiniteError, UsageError, first_line
 from ..files import replace_text, to_json
-from ..process.output import progress_bar
+from ..process.output import duration, progress_bar
 
 METRICS_LOG = "metrics.jsonl"
 
@@ -53,6 +53,7 @@ class RunLog:
         self.batch_size = batch_size
         self._losses: list[float] = list(pending or [])
         self._unread: list[Tensor] = []
+        self._start, self._estimated = step, not accelerator.is_main_process
         self._mark = (step, time.monotonic())
         self.progress = progress_bar(
             total=total_steps, initial=step, desc="Training", unit="step", disable=not accelerator.is_main_process
@@ -72,6 +73,17 @@ class RunLog:
             self._losses = []
             speed = self._speed(step)
             self.write({"step": step, "loss": loss_mean, "learning_rate": learning_rate, "images_per_second": speed})
+            # The first steps are slower than those that follow.
+            if (
+                step - self._start >= 2 * self.logging_steps
+                and not self._estimated
+                and speed
+                and step < self.progress.total
+            ):
+                self._estimated = True
+                left = self.progress.total - step
+                time_left = duration(left * self.batch_size / speed)
+                self.progress.write(f"Time:      about {time_left} for the {left:,} steps that are left.")
             self.progress.set_postfix(loss=f"{loss_mean:.4f}", img_s=f"{speed:.0f}", refresh=False)
 
     def read(self, step: int, learning_rate: float) -> None:

@@ -4,7 +4,7 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.loading import describe_data, load_pixels
-from ..data.pixels import PixelDataset
+from ..data.loading import load_pixels
 from ..errors import NotFiniteError
 from ..files import replace_text
-from ..latents.space import LatentDataset, make_space, measure_std
+from ..latents.space import make_space, measure_std
 from ..objectives import Objective, make_objective
 from ..options.training import CONFIG, TrainingConfig, as_yaml
 from ..process.signals import Interrupted, catch_interrupts
@@ -30,7 +29,8 @@ from .folder import check_output_dir, lock_output_dir, prepare_output_dir, set_a
 from .log import METRICS_LOG, RunLog, start_trackers
 from .results import RunResults, check_results
 from .resuming import digest_without_labels, find_checkpoint, load_to_resume
-from .state import TrainingState, remarks_on_schedule
+from .run import Run
+from .state import TrainingState
 
 
 def train(config: TrainingConfig) -> dict[str, Any]:
@@ -58,43 +58,9 @@ def train(config: TrainingConfig) -> dict[str, Any]:
 def _train(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     run = set_up(config, accelerator)
     resume(run)
+    accelerator.print(run.explain())
     train_steps(run)
     return leave_results(run)
-
-
-@dataclass
-class Run:
-    """A run that is set up: what its parts share.
-
-    Attributes:
-        config (`TrainingConfig`): Its description, completed by what the data and the model decide.
-        record (`dict`): What its checkpoints say of it; another run that resumes them must agree.
-        data, held_out (`PixelDataset` or `LatentDataset`): Images as the model sees them.
-        checkpoint (`Path`, *optional*): The checkpoint to resume.
-        start (`int`): The step of that checkpoint, or 0.
-        pending_losses (list of `float`): Losses of steps up to `start` that are not in the log yet.
-        hub_id (`str`, *optional*): The repository on the Hub that the run is pushed to.
-    """
-
-    config: TrainingConfig
-    record: dict[str, Any]
-    accelerator: Accelerator
-    data: PixelDataset | LatentDataset
-    held_out: PixelDataset | LatentDataset | None
-    objective: Objective
-    plan: BatchPlan
-    training: TrainingState
-    results: RunResults
-    total_steps: int
-    checkpoint: Path | None
-    start: int = 0
-    pending_losses: list[float] = field(default_factory=list)
-    hub_id: str | None = None
-
-    @property
-    def epoch_steps(self) -> int:
-        """Steps in a pass over the data."""
-        return -(-len(self.data) // self.plan.images)
 
 
 def set_up(config: TrainingConfig, accelerator: Accelerator) -> Run:
@@ -102,7 +68,6 @@ def set_up(config: TrainingConfig, accelerator: Accelerator) -> Run:
     optimisation, objective, output = config.optimisation, make_objective(config.objective), config.output
     with accelerator.main_process_first():
         pixels, held_out_pixels = load_pixels(config.data)
-    accelerator.print(f"{describe_data(config.data, pixels, held_out_pixels)}\nDevice: {accelerator.device}.")
     # The standard deviation of the images makes no difference to what is tried here.
     check_results(output, objective.fitted(lambda: 1.0), pixels, held_out_pixels)
     space = make_space(config.data, pixels)
@@ -120,15 +85,8 @@ def set_up(config: TrainingConfig, accelerator: Accelerator) -> Run:
     checkpoint = find_checkpoint(output, total_steps)
     if accelerator.is_main_process:
         check_output_dir(output, checkpoint)
-    accelerator.print(space.describe(len(pixels)))
     data, held_out = space.encode_all(pixels, held_out_pixels)
     objective = objective.fitted(partial(measure_std, data))
-    for line in (
-        *space.remarks(data),
-        f"Objective: {objective.describe()}.",
-        *remarks_on_schedule(config, total_steps),
-    ):
-        accelerator.print(line)
     config = replace(
         config, model=config.model.as_built(unet.config), objective=replace(config.objective, **asdict(objective))
     )
@@ -227,7 +185,7 @@ def leave_results(run: Run) -> dict[str, Any]:
     """Save the pipeline, its figures and its card, and push them if asked for. Return the figures."""
     figures: dict[str, Any] = {}
     if run.accelerator.is_main_process:
-        figures = run.results.finish(run.total_steps, run.plan.images)
+        figures = run.results.finish(run.total_steps, run.plan.images, run.facts())
         write_model_card(
             run.config, run.training.unet, figures, run.objective.describe(), run.data.pixels.class_names, run.hub_id,
             run.accelerator.num_processes,

@@ -1,7 +1,8 @@
 """The results of a run: pictures, figures and the pipeline, on the way and at the end, and the page that shows them."""
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,15 @@ from ..models.unet import DIAUNet2DModel
 from ..objectives import Objective
 from ..options.output import OutputOptions
 from ..options.training import CONFIG
-from ..page import folded, heading, markdown, picture, write_page
+from ..page import definitions, folded, heading, markdown, picture, plot, prose, write_page
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
+from ..process.output import duration, print_main
 from ..sampling.generation import sample_images
 from ..sampling.schedulers import make_scheduler
 from ..scoring.evaluation import DEFAULT_METRICS, evaluate
 from ..scoring.features.named import get_extractor
 from ..scoring.images import PipelineImages, shares_of_labels
-from ..scoring.score_report import format_scores
+from ..scoring.score_report import explain_scores, format_scores
 from .folder import BEST, SAMPLES, read_best
 from .held_out import held_out_loss
 from .log import METRICS_LOG, log_picture, read_metrics
@@ -81,7 +83,8 @@ def save_curves(metrics: list[dict[str, float]], path: Path) -> None:
     ):
         points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
         if points:
-            axis.plot(*zip(*points, strict=True), label=label, **style)
+            # A line of one point is invisible without a mark.
+            axis.plot(*zip(*points, strict=True), label=label, **({"marker": "o"} if len(points) == 1 else {}) | style)
     losses.set(xlabel="step", ylabel="mean squared error", yscale="log")
     rate.set(ylabel="learning rate", ylim=(0, None))
     handles = [axis.get_legend_handles_labels() for axis in (losses, rate)]
@@ -90,22 +93,25 @@ def save_curves(metrics: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def write_run_report(folder: Path, figures: dict[str, Any]) -> None:
+def write_run_report(folder: Path, figures: dict[str, Any], facts: Mapping[str, str]) -> None:
     """Write the `report.html` of a finished run.
 
     Args:
         folder (`Path`): The output directory, with the pictures and files that the page shows and links.
         figures (`dict`): The content of metrics.json.
+        facts (`dict`): What was trained on what, by title.
     """
-    losses = [f"{name}: {figures[key]:.5f}. " for key, name in _LOSSES.items() if key in figures]
-    steps = f"{figures['step']:,} steps of {figures['global_batch_size']:,} images. {''.join(losses)}"
-    parts = [markdown(steps), heading("Samples"), picture(folder / "samples.png", "samples of the model", pixels=True)]
+    losses = {name: f"{figures[key]:.5f}" for key, name in _LOSSES.items() if figures.get(key) is not None}
+    parts = [heading("Samples"), picture(folder / "samples.png", "samples of the model", pixels=True)]
     if "features" in figures:
         parts += [heading("Scores"), markdown(format_scores(figures), sortable=False)]
-    parts += [heading("Training"), picture(folder / "curves.png", "losses and learning rate over the steps")]
-    if (folder / CONFIG).exists():
-        parts.append(folded("Options of the run", (folder / CONFIG).read_text()))
-    write_page(folder / REPORT, folder.name, parts, [folder / "metrics.json", folder / METRICS_LOG])
+        parts += map(prose, explain_scores(figures))
+    if losses:
+        parts += [heading("Training"), definitions(losses)]
+        parts.append(plot(folder / "curves.png", "losses and learning rate over the steps"))
+    parts += [heading("The run"), definitions(facts), folded("All options", (folder / CONFIG).read_text())]
+    title = f"{folder.name}: a diffusion UNet after {figures['step']:,} steps"
+    write_page(folder / REPORT, title, parts, [folder / "metrics.json", folder / METRICS_LOG])
 
 
 @dataclass
@@ -188,7 +194,7 @@ class RunResults:
                 write_json(best / "metrics.json", record)
         return {"fid": scores["fid"]}
 
-    def finish(self, step: int, global_batch_size: int) -> dict[str, Any]:
+    def finish(self, step: int, global_batch_size: int, facts: Mapping[str, str]) -> dict[str, Any]:
         """Save the pipeline, samples.png, curves.png, metrics.json and report.html. Return the figures."""
         options, folder = self.options, self.folder
         metrics = read_metrics(folder / METRICS_LOG)
@@ -198,15 +204,21 @@ class RunResults:
         with self.training.averaged() as unet:
             pipeline = self._pipeline(unet)
             _save(pipeline, folder)
+            start = time.monotonic()
             replace_file(folder / "samples.png", partial(self._sample_grid(pipeline).save, format="PNG"))
+            seconds = (time.monotonic() - start) / options.eval_batch_size
             replace_file(folder / "curves.png", partial(save_curves, metrics))
             if options.score_features is not None:
-                held_out = None if self.held_out is None else self.held_out.pixels
-                figures |= self._score(pipeline, options.score_num_images, DEFAULT_METRICS, held_out)
+                count, held_out = options.score_num_images, None if self.held_out is None else self.held_out.pixels
+                print_main(
+                    f"Scoring {count:,} generated images takes up to about {duration(count * seconds)}; "
+                    "--score_num_images takes fewer."
+                )
+                figures |= self._score(pipeline, count, DEFAULT_METRICS, held_out)
             write_json(folder / "metrics.json", figures)
             # What JSON makes of them: `null` for what is not finite.
             figures = json.loads((folder / "metrics.json").read_text())
-            write_run_report(folder, figures)
+            write_run_report(folder, figures, facts)
         return figures
 
     def _score(
