@@ -30,7 +30,7 @@ from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.data.decoding import to_unit_range
 from dia_diffusion.data.pixels import PixelDataset
 from dia_diffusion.data.preparation import prepare_pixels
-from dia_diffusion.data.sources import load_images
+from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.errors import UsageError
 from dia_diffusion.objectives import OBJECTIVES
 from dia_diffusion.pipelines.noise import NoiseKind, noise_kind
@@ -211,7 +211,7 @@ def main() -> int:
     if options.study is not None and not options.study.is_dir():
         parser.error(f"there is no folder '{options.study}': dia study studies/objectives.yaml.")
     tune_process()
-    train, held_out = (prepare_pixels(split, 8, 1) for split in load_images(DATA))
+    train, held_out = (prepare_pixels(split, 8, 1) for split in load_dataset_splits(DATA))
     pipelines = best_pipelines(train) if options.study is None else trained_pipelines(options.study)
     try:
         curves, intervals, floor = measure(pipelines, train, held_out, options.num_images, options.evaluations)

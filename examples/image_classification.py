@@ -31,8 +31,7 @@ from dia_diffusion.errors import UsageError
 from dia_diffusion.files import write_json
 from helpers import flags
 from helpers.cifar_resnet import BasicBlock, Bottleneck, ResNet
-from helpers.images_in_memory import Images
-from helpers.trained_classifier import correlate_maps, save_classifier
+from helpers.classification import Images, correlate_maps, save_classifier
 
 # Arguments of `attach`: SE in each block; the paper's DIA, one cell a stage from state zero; one cell for the whole
 # network, whose state is carried from stage to stage, with the paper's gates; the same with gates that start at 1. (A

@@ -79,25 +79,6 @@ def test_the_published_figures_of_a_gpu_are_those_of_the_file_beside_them():
         ), (figure, ratio)
 
 
-def test_live_bytes_are_those_of_the_tensors_that_live(benchmark):
-    with benchmark("memory").LiveBytes() as live:
-        kept = torch.zeros(1000)  # 4000 bytes
-        view = kept[:10]
-        kept.add_(1)
-        assert live.now == 4000
-        del kept
-        assert live.now == 4000, "a view keeps the storage"
-        passing = torch.ones(250, dtype=torch.double)  # 2000 bytes
-        assert live.now == 6000
-        del passing, view
-        assert (live.now, live.peak) == (0, 6000)
-        weight = torch.ones(100, requires_grad=True)
-        saved = (weight * 2).sigmoid()  # keeps its output for the backward pass, not its input
-        assert live.now == 800
-        saved.sum().backward()
-        assert live.now == 1200
-
-
 def test_checkpointing_needs_less_memory(benchmark):
     memory = benchmark("memory")
     peaks = [memory.peak_of_step("digits", "DIA", checkpointing, "cpu") for checkpointing in (False, True)]

@@ -7,12 +7,12 @@ Each effect is the mean difference of two variants from the same seeds, from the
 """
 
 import json
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
-from scipy import stats
+
+from dia_diffusion.study.comparison import KNOWN_SCORES, by_seed, compare, relative_unit
 
 STUDY = Path(__file__).parent.parent / "docs" / "study"
 
@@ -67,14 +67,10 @@ def measure(effect: Effect, score: str) -> tuple[float, float, float, int]:
     """Return an effect, the bounds of its 95% interval, and the number of pairs of runs."""
     raw = json.loads((STUDY / f"{effect.file}.json").read_text())
     runs = raw if isinstance(raw, list) else raw["runs"]
-    mine, other = (
-        {run["seed"] if "seed" in run else run["options"]["seed"]: run[score] for run in runs if run["variant"] == name}
-        for name in (effect.variant, effect.baseline)
-    )
-    unit = 100 if score == "accuracy" else 100 / statistics.mean(other.values())
-    differences = [unit * (mine[seed] - other[seed]) for seed in mine if seed in other]
-    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    return statistics.mean(differences), interval.low, interval.high, len(differences)
+    figures = compare(*(by_seed(runs, variant, score) for variant in (effect.variant, effect.baseline)))
+    unit = relative_unit(KNOWN_SCORES[score], figures)
+    low, high = figures["difference_interval"]
+    return unit * figures["difference"], unit * low, unit * high, figures["pairs"]
 
 
 def measure_all() -> dict[str, list[tuple[Effect, tuple[float, float, float, int]]]]:

@@ -114,11 +114,6 @@ def load_all_images(folder: str) -> Dataset:
     return datasets.concatenate_datasets([rows.select_columns([find_image_column(rows)]) for rows in splits.values()])
 
 
-def load_images(name_or_folder: str, config_name: str | None = None) -> tuple[Dataset, Dataset | None]:
-    """Load what `dia --dataset` names, as `load_dataset_splits` does."""
-    return load_dataset_splits(name_or_folder, config_name)
-
-
 def _load_splits(
     name: str | None, config_name: str | None, data_dir: str | None, cache_dir: str | None
 ) -> dict[str, Dataset]:

@@ -66,11 +66,3 @@ def find_device(name: str | None, state: PartialState) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name} cannot be used here: {first_line(error)}.") from error
     return torch.device(name)
-
-
-def memory_format(device: torch.device | str | None) -> torch.memory_format:
-    """Return the layout of images and weights in which convolutional networks run fastest on a device.
-
-    `channels_last` won on every CPU measured here, and is what the tensor cores of GPUs take.
-    """
-    return torch.channels_last

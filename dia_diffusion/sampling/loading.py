@@ -12,7 +12,6 @@ from ..errors import UsageError, first_line, why_not_loaded
 from ..files import weights_digest
 from ..pipelines.noise import noise_kind
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
-from ..process.distributed import memory_format
 from .schedulers import find_family, make_scheduler
 
 
@@ -51,7 +50,7 @@ def load_pipeline(
     _check_unet(name_or_path, pipeline)
     unets = [unet for name in ("unet", "guide") if isinstance(unet := getattr(pipeline, name, None), nn.Module)]
     for unet in unets:
-        unet.to(memory_format=memory_format(device))  # type: ignore[call-overload]
+        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile_mode is not None:
             unet.compile(mode=compile_mode, dynamic=False)
     if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):

@@ -12,7 +12,7 @@ from ..data.loading import load_pixels
 from ..data.pixels import PixelDataset, describe_images
 from ..data.preparation import prepare_at_own_size, prepare_pixels
 from ..data.recorded import choose_data
-from ..data.sources import DIGITS, load_all_images, load_images
+from ..data.sources import DIGITS, load_all_images, load_dataset_splits
 from ..errors import UsageError
 from ..files import check_output_file, check_output_folder, write_json
 from ..options.commands import EvaluateOptions
@@ -142,7 +142,7 @@ def _load_real(
         return RealImages(train, held_out, shares_of_labels(train.labels, train.num_classes))
     if is_archive(dataset):
         return RealImages(ArchiveImages(Path(dataset), resolution))
-    rows, held_out_rows = load_images(dataset, options.dataset_config_name)
+    rows, held_out_rows = load_dataset_splits(dataset, options.dataset_config_name)
     reference, held_out = prepare_pixels(rows, resolution, image_column=options.image_column), None
     if held_out_rows is not None:
         held_out = prepare_pixels(held_out_rows, resolution, reference.channels, options.image_column)

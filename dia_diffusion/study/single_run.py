@@ -19,7 +19,6 @@ from ..files import json_digest, to_json, write_json
 from ..latents.space import load_data, measure_std
 from ..objectives import make_objective
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
-from ..process.distributed import memory_format
 from ..scoring.evaluation import evaluate
 from ..scoring.features.named import get_extractor
 from ..scoring.images import PipelineImages, shares_of_labels
@@ -170,7 +169,7 @@ def make_step(run: StudyRun) -> Callable[[], None]:
     training = TrainingState(config.optimisation, accelerator, unet, 10_000)
     batch = data.fetch(range(config.optimisation.train_batch_size))
     batch = {name: values.to(accelerator.device) for name, values in batch.items()}
-    images = data.model_inputs(batch).contiguous(memory_format=memory_format(accelerator.device))
+    images = data.model_inputs(batch).contiguous(memory_format=torch.channels_last)
     draws = draw_step(0, 0, tuple(images.shape), objective, accelerator.device)
     batches = itertools.repeat(Batch(images, draws.noise, draws.levels, batch.get("labels"), seed=0))
 

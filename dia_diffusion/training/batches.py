@@ -16,7 +16,6 @@ from ..data.pixels import EndlessShuffle, PixelDataset
 from ..latents.space import LatentDataset
 from ..objectives import Objective
 from ..options.model import DataOptions
-from ..process.distributed import memory_format
 from ..process.signals import forks_end_with_parent, ignore_stops
 from ..randomness import step_seed
 
@@ -177,7 +176,7 @@ def prepare_batches(
             batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             drawn = None if posterior is None else posterior[rows]
             images = data.model_inputs(batch, draws.flips if random_flip else None, drawn)
-            images = images.contiguous(memory_format=memory_format(device))
+            images = images.contiguous(memory_format=torch.channels_last)
             labels = None
             if data.num_classes is not None:
                 labels = batch["labels"].masked_fill(draws.label_drops < label_dropout, data.num_classes)

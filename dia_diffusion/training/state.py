@@ -16,7 +16,6 @@ from ..errors import NotFiniteError, UsageError, first_line
 from ..models.unet import DIAUNet2DModel
 from ..options.objective import OptimisationOptions
 from ..options.training import TrainingConfig
-from ..process.distributed import memory_format
 from .checkpoint import Checkpoint
 
 # The compiler behind --compile, as `torch.compile` names it. Tests without a C++ compiler set another.
@@ -101,7 +100,8 @@ class TrainingState:
                 unet.enable_xformers_memory_efficient_attention()
             except (ImportError, ValueError) as error:
                 raise UsageError(f"xformers cannot be used here: {first_line(error)}.") from error
-        unet.to(memory_format=memory_format(accelerator.device))
+        # The layout in which convolutions are fastest, on every CPU measured here and for the tensor cores of GPUs.
+        unet.to(memory_format=torch.channels_last)
         self.compiled = options.compile or accelerator.state.dynamo_plugin.backend is not DynamoBackend.NO
         if options.compile:
             unet.compile(backend=BACKEND, mode=options.compile_mode, dynamic=False)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dia_diffusion.data.preparation import prepare_pixels
-from dia_diffusion.data.sources import load_all_images, load_dataset_splits, load_images
+from dia_diffusion.data.sources import load_all_images, load_dataset_splits
 from dia_diffusion.errors import UsageError
 from dia_diffusion.options.model import DataOptions
 
@@ -156,7 +156,7 @@ def test_every_command_takes_what_training_takes(tmp_path, kind):
     for load in (
         lambda: load_dataset_splits(str(root)),
         lambda: load_dataset_splits(train_data_dir=str(root)),
-        lambda: load_images(str(root)),
+        lambda: load_dataset_splits(str(root)),
     ):
         train, held_out = load()
         pixels = prepare_pixels(train, 8, with_labels=True)
@@ -186,7 +186,7 @@ def test_the_cache_follows_the_contents_whatever_their_times_say(tmp_path, kind)
             os.utime(path, (1, 1))
 
     def read():
-        return prepare_pixels(load_images(str(root))[0], 8).fetch([0])["images"].unique().tolist()
+        return prepare_pixels(load_dataset_splits(str(root))[0], 8).fetch([0])["images"].unique().tolist()
 
     seen = []
     for value in (3, 5, 3):
@@ -198,13 +198,13 @@ def test_the_cache_follows_the_contents_whatever_their_times_say(tmp_path, kind)
 def test_embedded_names_come_first_and_that_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "digits", "a.png")
-    assert len(load_images("digits")[0]) == 1437
+    assert len(load_dataset_splits("digits")[0]) == 1437
     assert "the folder of that name is './digits'" in capsys.readouterr().out
-    assert len(load_images("./digits")[0]) == 1
+    assert len(load_dataset_splits("./digits")[0]) == 1
     load_dataset_splits("digits", train_data_dir=str(tmp_path / "digits"))
     assert "--dataset_name 'digits' counts" in capsys.readouterr().out
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(load_images(DataOptions(dataset_name="~/digits").dataset_name)[0]) == 1
+    assert len(load_dataset_splits(DataOptions(dataset_name="~/digits").dataset_name)[0]) == 1
 
 
 def test_a_grey_data_set_is_in_colour_wherever_the_colour_stands(tmp_path):

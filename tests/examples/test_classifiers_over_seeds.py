@@ -1,7 +1,6 @@
 """The classifiers over seeds, and what a trained one leaves."""
 
 import json
-import statistics
 
 import numpy as np
 import pytest
@@ -24,17 +23,14 @@ def test_variants_of_a_classifier_are_a_study(tmp_path, capfd):
     common = {"depth": 8, "epochs": 1, "batch_size": 256, "augment": False}
     trainer = str(ROOT / "examples" / "image_classification.py")
     variants = {"plain": {"attention": "none"}, "shared": {"attention": "dia_paper"}}
-    study = {"trainer": trainer, "baseline": "plain", "seeds": [0, 1], "common": common, "variants": variants}
+    study = {"trainer": trainer, "baseline": "plain", "seeds": [0], "common": common, "variants": variants}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(study))
     command = ["study", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out"), "--jobs", "1"]
     assert main(command) == 0
     said = capfd.readouterr().out
     runs = json.loads((tmp_path / "out" / "study.json").read_text())["runs"]
-    assert [(run["variant"], run["seed"]) for run in runs] == [
-        ("plain", 0), ("shared", 0), ("plain", 1), ("shared", 1)
-    ]  # fmt: skip
-    losses = {(run["variant"], run["seed"]): run["loss"] for run in runs}
-    assert f"{statistics.mean(losses['shared', seed] - losses['plain', seed] for seed in (0, 1)):+.4f} [" in said
+    assert [(run["variant"], run["seed"]) for run in runs] == [("plain", 0), ("shared", 0)]
+    assert f"{runs[1]['loss'] - runs[0]['loss']:+.4f}" in said
     assert {run["options"]["augment"] for run in runs} == {False}
     assert len(runs[1]["history"]) == 1
 
@@ -83,7 +79,7 @@ def test_maps_are_correlated_over_all_images_and_within_classes(example, tmp_pat
     model = classification.make_model(options, 8, 1, 10).eval()
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     train, test = (
-        example("helpers.images_in_memory").Images(split, 8, torch.device("cpu"))
+        example("helpers.classification").Images(split, 8, torch.device("cpu"))
         for split in load_dataset_splits("digits")
     )
     std, mean = torch.std_mean(train.pixels.float(), (0, 2, 3), keepdim=True)

@@ -68,7 +68,7 @@ def test_gates_are_behind_the_last_norm_and_before_the_shortcut(example, name, d
 
 def test_augmentation_cuts_out_of_a_black_border_and_flips(example):
     pixels = torch.arange(1, 3 * 4 * 4 * 20 + 1).reshape(20, 3, 4, 4) % 251 + 1
-    images = example("helpers.images_in_memory").Images.__new__(example("helpers.images_in_memory").Images)
+    images = example("helpers.classification").Images.__new__(example("helpers.classification").Images)
     images.pixels, images.labels = pixels.to(torch.uint8), torch.arange(20)
     rows = torch.randperm(20)
     plain = list(images.batches(rows, 8, None))
@@ -198,5 +198,5 @@ def test_grey_images_are_tested_as_the_colour_images_that_were_trained_on(exampl
     grey = Pillow.fromarray(np.full((8, 8), 7, dtype=np.uint8))
     features = Features({"image": Image(), "label": Value("int64")})
     split = Dataset.from_dict({"image": [grey] * 2, "label": [0, 1]}, features)
-    images = example("helpers.images_in_memory").Images(split, 8, torch.device("cpu"), channels=3)
+    images = example("helpers.classification").Images(split, 8, torch.device("cpu"), channels=3)
     assert torch.equal(images.pixels, torch.full((2, 3, 8, 8), 7, dtype=torch.uint8))
