@@ -12,8 +12,6 @@ PEERS := .venv-peers
 WHEEL := build/wheel
 DEMO := runs/digits
 BENCHMARKS := attention_cost training_throughput data_scale sampling memory gpu
-# What accelerate would otherwise assume, with a warning for each.
-ONE_PROCESS := --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: help demo test lint wheel docs release benchmark peers test-peers clean
 
@@ -32,10 +30,7 @@ help:
 	@grep -E '^[a-z-]+: ## ' Makefile | sed 's/: ## /\t/' | expand -t 12
 
 demo: $(READY)
-	@test -f $(DEMO)/metrics.json || $(BIN)/accelerate launch $(ONE_PROCESS) train_unet.py --resume_from_checkpoint latest
-	@test -f $(DEMO)/images.png || $(BIN)/dia sample $(DEMO) --num_images 100 --output_dir $(DEMO)/images --overwrite
-	@echo
-	@echo "Made: $(DEMO)/report.html (open it in a browser: samples, scores, curves) and 100 digits in $(DEMO)/images/."
+	@$(BIN)/dia demo --output_dir $(DEMO)
 	@echo "Next, after \`. $(BIN)/activate\`:"
 	@echo "  pip install --editable .[app] && dia app $(DEMO)    try the model in a browser"
 	@echo "  dia sample $(DEMO) --class_label 7 --num_images 16 --output_dir sevens"

@@ -14,7 +14,16 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .errors import UsageError
-from .options.commands import AnalyzeOptions, AppOptions, CommandOptions, EvaluateOptions, SampleOptions, StudyOptions
+from .options.commands import (
+    AnalyzeOptions,
+    AppOptions,
+    CacheOptions,
+    CommandOptions,
+    DemoOptions,
+    EvaluateOptions,
+    SampleOptions,
+    StudyOptions,
+)
 from .options.parser import OptionParser
 from .options.training import TrainingConfig, configure, training_parser
 from .process.output import guard_streams
@@ -75,6 +84,10 @@ def make_parser() -> OptionParser:
     )
     add("app", AppOptions, _app, "try a model in a browser", "A page to try a model: pip install 'dia-diffusion[app]'.")
     add("study", StudyOptions, _study, "compare variants over seeds", "Train and score variants of a model over seeds.")
+    demo = "Train on the embedded digits for some minutes, score, and sample 100 images. The same call goes on."
+    add("demo", DemoOptions, _demo, "train, score and sample handwritten digits", demo)
+    cache = "List what is kept to save time: prepared images, latents, statistics and networks of scores."
+    add("cache", CacheOptions, _cache, "list or remove what is cached", cache)
     return parser
 
 
@@ -152,6 +165,25 @@ def _study(options: StudyOptions) -> None:
     print(
         f"The report is {folder}/study.html; table, figures of every run and picture: study.md, study.json, study.png."
     )
+
+
+def _demo(options: DemoOptions) -> None:
+    run, images = options.output_dir, options.output_dir / "images"
+    given = {"recipe": "digits", "output_dir": str(run), "resume_from_checkpoint": "latest"}
+    if not (run / "metrics.json").exists():
+        _train(configure(given))
+    # The picture of all images is written last.
+    if not images.with_suffix(".png").exists():
+        _sample(SampleOptions(model=str(run), num_images=100, output_dir=images, overwrite=True))
+    print(f"Open {run}/report.html in a browser: samples, scores, curves. The images are in {images}.")
+
+
+def _cache(options: CacheOptions) -> None:
+    from .data.stored import clean_caches, describe_caches
+
+    print(describe_caches(options.cache_dir))
+    if options.clean:
+        print(clean_caches(options.cache_dir))
 
 
 if __name__ == "__main__":

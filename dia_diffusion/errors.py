@@ -1,5 +1,6 @@
 """Errors for people: each message says what was wrong and what to do about it."""
 
+import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -62,7 +63,12 @@ def why_not_loaded(name_or_path: str, error: Exception) -> str:
         return f"{first_line(error)}."
     reason, hint = "there is no such folder", nearest(name_or_path, folders_beside(name_or_path))
     if _HUB_ID.fullmatch(name_or_path):
-        reason += f", and the Hub gave none ({first_line(error)})"
+        said = first_line(error)
+        if "does not appear to have a file" in said:
+            # What libraries say offline, of private repositories and of names that do not exist.
+            offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "is there a connection?"
+            said = f"the name may be wrong, the repository private (hf auth login) or the Hub out of reach: {offline}"
+        reason += f", and the Hub gave none ({said})"
     return f"{reason}.{hint}"
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,11 @@ def cache_dir() -> Path:
     # Unlike `Path.expanduser` it has no error for a user without a home directory.
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
     return Path(chosen) if chosen else Path(user) / "dia_diffusion"
+
+
+def temporary_cache() -> Path:
+    """Return the folder among the temporary files that takes the place of a cache that cannot be written."""
+    return Path(tempfile.gettempdir()) / f"dia-diffusion-{os.getuid() if hasattr(os, 'getuid') else ''}"
 
 
 def _beside(path: Path) -> Path:

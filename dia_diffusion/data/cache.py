@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -11,7 +10,7 @@ from pathlib import Path
 import datasets
 
 from ..errors import UsageError
-from ..files import check_output_folder, file_digest
+from ..files import check_output_folder, file_digest, temporary_cache
 from ..process.output import print_main
 
 
@@ -44,7 +43,7 @@ def cache_place(cache_dir: str | None, *parts: str) -> Path:
 
 @lru_cache
 def _temporary(cache: Path) -> Path:
-    place = Path(tempfile.gettempdir()) / f"dia-diffusion-{os.getuid() if hasattr(os, 'getuid') else ''}"
+    place = temporary_cache()
     print_main(
         f"The cache '{cache}' cannot be written; prepared data goes to '{place}'. Choose another folder with "
         "--cache_dir or HF_DATASETS_CACHE."

@@ -1,4 +1,4 @@
-"""Options of the commands beside training: sample, evaluate, analyze, app and study."""
+"""Options of the commands beside training: sample, evaluate, analyze, app, study, demo and cache."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -193,4 +193,25 @@ class StudyOptions(CommandOptions):
     cpus_per_run: Annotated[int, COUNT] | None = option(None, "With --ray: cores of a run; by default 1.")
     gpus_per_run: Annotated[float, Range(least=0, most=1)] | None = option(
         None, "With --ray: the share of a GPU that a run takes; by default 1 if the cluster has GPUs."
+    )
+
+
+@dataclass
+class DemoOptions(CommandOptions):
+    """Where `dia demo` goes."""
+
+    group = "demo"
+
+    output_dir: File = option("runs/digits", "Folder of the run; the images go to images/ inside.")
+
+
+@dataclass
+class CacheOptions(CommandOptions):
+    """Which caches `dia cache` lists."""
+
+    group = "cache"
+
+    clean: bool = option(False, "Remove what is listed; it is made again when it is needed.")
+    cache_dir: Location | None = option(
+        None, "The --cache_dir of the runs, if they had one; by default the cache of `datasets`."
     )

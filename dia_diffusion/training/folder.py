@@ -78,7 +78,9 @@ def check_output_dir(options: OutputOptions, checkpoint: Path | None) -> None:
     if checkpoint is not None or not killed_early:
         found += [path for path in _traces(folder) if path.exists()]
     if found:
-        why = "there is no usable checkpoint that was asked for"
+        why = "this run does not resume it"
+        if options.resume_from_checkpoint is not None:
+            why = "it left no checkpoint to resume"
         if checkpoint is not None:
             why = f"'{checkpoint}' is a checkpoint of another"
         raise UsageError(

@@ -150,6 +150,11 @@ def _describe(name: str, old: Any, new: Any, before: dict[str, Any], now: dict[s
         return f"the images are others (now from {_source(now)}, then from {_source(before)})"
     if name == "vae_digest":
         return f"the VAE is another one (now {now.get('vae') or 'none'}, then {before.get('vae') or 'none'})"
+    if name == "global_batch_size":
+        return (
+            f"a step takes {new} images, took {old} (processes x --train_batch_size x --gradient_accumulation_steps; "
+            "their product must stay the same)"
+        )
     return f"{name} is {new}, was {old}"
 
 

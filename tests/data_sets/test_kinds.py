@@ -4,6 +4,7 @@ import io
 import os
 import resource
 import tarfile
+import tempfile
 import zipfile
 
 import datasets
@@ -242,7 +243,7 @@ def test_a_cache_that_cannot_be_written_is_read_and_another_place_is_named(tmp_p
     from dia_diffusion.data import cache
 
     cache._temporary.cache_clear()
-    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     images = tmp_path / "images"
     images.mkdir()
     (images / "a.png").write_bytes(encoded(1))

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from dia_diffusion import DIAUNet2DModel
-from dia_diffusion.cli import make_parser
+from dia_diffusion.cli import main, make_parser
 from dia_diffusion.options.training import parse_arguments
 from dia_diffusion.process.output import duration
 from dia_diffusion.training.results import write_run_report
@@ -86,3 +86,14 @@ def test_times_in_words():
     assert [duration(seconds) for seconds in (0, 40.4, 89, 180, 9000)] == [
         "1 second", "40 seconds", "89 seconds", "3 minutes", "2.5 hours",
     ]  # fmt: skip
+
+
+def test_the_demo_goes_on_where_it_stopped(undisturbed, tmp_path, capsys):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "digits")
+    before = (folder / "metrics.json").stat()
+    assert main(["demo", "--output_dir", str(folder)]) == 0
+    assert len(list((folder / "images").iterdir())) == 100
+    assert f"Open {folder}/report.html" in capsys.readouterr().out
+    made = (folder / "images.png").stat()
+    assert main(["demo", "--output_dir", str(folder)]) == 0
+    assert ((folder / "images.png").stat(), (folder / "metrics.json").stat()) == (made, before)
