@@ -110,7 +110,7 @@ def write_run_report(folder: Path, figures: dict[str, Any], facts: Mapping[str, 
         parts += [heading("Training"), definitions(losses)]
         parts.append(plot(folder / "curves.png", "losses and learning rate over the steps"))
     parts += [heading("The run"), definitions(facts), folded("All options", (folder / CONFIG).read_text())]
-    title = f"{folder.name}: a diffusion UNet after {figures['step']:,} steps"
+    title = f"{folder.name}: {figures['step']:,} steps on {facts['Data'].split(': ')[0]}"
     write_page(folder / REPORT, title, parts, [folder / "metrics.json", folder / METRICS_LOG])
 
 

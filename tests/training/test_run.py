@@ -70,11 +70,11 @@ def test_the_end_names_what_was_made_and_commands_that_fit(undisturbed, tmp_path
 
 def test_the_page_holds_nothing_that_is_empty(undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed[0], tmp_path / "run")
-    facts = {"Data": "1,437 images of <digits>", "Model": "3 parameters"}
+    facts = {"Data": "1,437 images of <digits>: 8x8 pixels", "Model": "3 parameters"}
     write_run_report(folder, undisturbed[1], facts)
     page = (folder / "report.html").read_text()
-    assert "<title>run: a diffusion UNet after 6 steps</title>" in page
-    assert "<dt>Data</dt><dd>1,437 images of &lt;digits&gt;</dd>" in page
+    assert "<title>run: 6 steps on 1,437 images of &lt;digits&gt;</title>" in page
+    assert "<dt>Data</dt><dd>1,437 images of &lt;digits&gt;: 8x8 pixels</dd>" in page
     assert f"The floor is {undisturbed[1]['floor']['fid']:.2f}: another 360 real images" in page
     write_run_report(folder, {"step": 1, "global_batch_size": 8, "loss": None}, facts)
     page = (folder / "report.html").read_text()
