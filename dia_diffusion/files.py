@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from .errors import UsageError, first_line
+from .errors import UsageError, first_line, folders_beside, nearest
 
 if TYPE_CHECKING:
     # Nothing here imports torch: light modules write files too.
@@ -77,6 +77,20 @@ def follow_umask(path: Path) -> None:
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
             file.chmod(0o666 & ~mask)
+
+
+def find_folder(option: str, name: str) -> Path:
+    """Return the folder that an option names.
+
+    Raises:
+        UsageError: if there is none, or it is a file.
+    """
+    folder = Path(name)
+    if folder.is_file():
+        raise UsageError(f"{option} '{name}' is a file: name the folder that holds the images.")
+    if not folder.is_dir():
+        raise UsageError(f"{option} '{name}' is not a folder.{nearest(name, folders_beside(name))}")
+    return folder
 
 
 def check_output_file(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command lines as a user meets them."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,20 @@ def test_sample_writes_numbered_images_and_a_grid_beside_them(model, tmp_path):
     for one, other in zip(images_in(tmp_path / "a"), images_in(tmp_path / "b"), strict=True):
         assert one.shape == (8, 8)
         assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def test_a_full_disk_and_a_folder_that_refuses_are_named(model, tmp_path, capsys):
+    arguments = ["sample", model, "--steps", "1", "--num_images", "1", "--output_dir"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        assert main([*arguments, str(tmp_path / "a")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"'{tmp_path / 'a' / '00000.png'}'" in capsys.readouterr().err
+    assert list((tmp_path / "a").iterdir()) == []
+    assert main([*arguments, "/proc/1/a"]) == 2
+    assert "nothing can be written in '/proc/1/a'" in capsys.readouterr().err
 
 
 def test_names_that_people_try_first(model, tmp_path, capsys):
@@ -173,13 +188,16 @@ def test_a_mistake_shows_no_traceback_and_imports_no_more_than_sampling_needs():
 
 REFUSED = [
     ["train", "--lable_dropout", "0.2"],
-    ["train", "--train_data_dir", "x", "--label_dropout", "0.2"],
+    ["train", "--train_data_dir", "tests", "--label_dropout", "0.2"],
     ["train", "--dia_attention", "sse"],
     ["train", "--objective", "edm", "--snr_gamma", "5"],
     ["train", "--ddpm_num_steps", "10"],
     ["sample", "m", "--steps", "0"],
     ["evaluate", "tests", "--seed", "1"],
     ["study", "s.yaml", "--cpus_per_run", "2"],
+    ["train", "--train_data_dir", "~nobody/photos"],
+    ["sample", "m", "--guide", "g"],
+    ["evaluate", "m", "--metrics", "fid,kdi"],
 ]
 HELP = [
     ["--help"],

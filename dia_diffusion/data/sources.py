@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from ..errors import UsageError, first_line, folders_beside, nearest
+from ..files import find_folder
 from ..process.output import print_main
 from .columns import find_image_column, find_label_column, recognise_images
 from .folders import TRAIN_SPLIT, load_folder
@@ -138,20 +139,6 @@ def _load_splits(
     except Exception as error:
         hint = nearest(name, [*EMBEDDED, *folders_beside(name)])
         raise UsageError(f"cannot load images from '{name}': {first_line(error)}.{hint}") from error
-
-
-def find_folder(option: str, name: str) -> Path:
-    """Return the folder that an option names.
-
-    Raises:
-        UsageError: if there is none, or it is a file.
-    """
-    folder = Path(name)
-    if folder.is_file():
-        raise UsageError(f"{option} '{name}' is a file: name the folder that holds the images.")
-    if not folder.is_dir():
-        raise UsageError(f"{option} '{name}' is not a folder.{nearest(name, folders_beside(name))}")
-    return folder
 
 
 def _has_labels(dataset: Dataset, name: str | None) -> bool:

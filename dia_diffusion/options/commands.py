@@ -1,14 +1,15 @@
 """Options of the commands beside training: sample, evaluate, analyze, app, study, demo and cache."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from .fields import COUNT, Count, File, Label, Location, Names, Natural, Options, Range, option
 from .parser import rename_aliases
 from .rules import ANALYSIS_RULES, EVALUATION_RULES, STUDY_RULES, Rule, check_effect
 
+METRICS = ("fid", "kid", "is", "precision", "recall")
 _MODEL = "Folder or Hub id of a pipeline."
 _DATA_ALIASES = ("dataset_name", "train_data_dir")
 
@@ -82,6 +83,8 @@ class SamplingOptions(DeviceOptions):
         super().__post_init__()
         if self.compile and self.compile_mode is None:
             self.compile_mode = "default"
+        if self.guide is not None and self.guidance_scale == 1:
+            raise UsageError("a guide does nothing at guidance_scale 1: give a larger one, such as 1.5.")
 
 
 @dataclass
@@ -133,6 +136,22 @@ class EvaluateOptions(SamplingOptions):
     save_images: File | None = option(
         None, "Folder to write the images to; interrupted scoring goes on with them.", metavar="DIR"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.metrics is not None:
+            check_metric_names(self.metrics)
+
+
+def check_metric_names(metrics: Sequence[str]) -> None:
+    """Refuse metrics that are unknown, and none at all."""
+    if not metrics:
+        raise UsageError(f"name at least one metric of: {', '.join(METRICS)}.")
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UsageError(
+            f"there is no metric named '{unknown[0]}'; choose from: {', '.join(METRICS)}.{nearest(unknown[0], METRICS)}"
+        )
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError, first_line, nearest
+from ..files import find_folder
 from .fields import Location, Options, option
 from .model import DIA_DEFAULTS, DataOptions, ModelOptions
 from .objective import OBJECTIVE_DEFAULTS, ObjectiveOptions, OptimisationOptions, options_of_other_objectives
@@ -145,7 +146,7 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
         given (`dict`): Options by name, as given on the command line or in Python.
 
     Raises:
-        UsageError: for an unknown option, a value that cannot be, or an option without effect.
+        UsageError: for an unknown option, a value that cannot be, an option without effect, or a missing folder.
     """
     given = check_names(given, "train")
     filed = load_options(given["config"]) if given.get("config") is not None else {}
@@ -160,6 +161,8 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
                 f"max_train_steps {given['max_train_steps']} counts, and not num_epochs {given['num_epochs']}."
             )
     config = TrainingConfig.from_flat(**options)
+    if config.data.dataset_name is None and config.data.train_data_dir is not None:
+        find_folder("--train_data_dir", config.data.train_data_dir)
     if recipe is not None:
         left = [f"{name} {chosen[name]}" for name in settings if name in chosen.keys() - filed.keys() - given.keys()]
         remarks.insert(0, f"Recipe {recipe}: {', '.join(left) or 'the defaults'}.")

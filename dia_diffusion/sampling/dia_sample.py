@@ -15,7 +15,7 @@ from ..files import check_output_folder, replace_file
 from ..options.commands import SampleOptions
 from ..process.distributed import find_device, make_state
 from .generation import check_sampling, describe_guidance, find_advice, find_class, sample_images
-from .loading import check_guide, load_pipeline
+from .loading import load_pipeline
 
 # Files that this command writes, and `grid.png` of an earlier version.
 _SAMPLES = re.compile(r"\d{5,}\.png|grid\.png")
@@ -35,7 +35,6 @@ def sample(options: SampleOptions) -> list[Image.Image]:
     folder = None if options.output_dir is None else options.output_dir.resolve()
     grid = None if folder is None else folder.with_name(f"{folder.name}.png")
     earlier = [] if folder is None or grid is None else _find_earlier(folder, grid, options.overwrite)
-    check_guide(options.guide, options.guidance_scale)
     device = find_device(options.device, make_state())
     pipeline = load_pipeline(
         options.model, options.scheduler, device, options.compile_mode, options.guide, options.variant

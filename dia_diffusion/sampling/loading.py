@@ -154,13 +154,3 @@ def _compare(pipeline: DIAUNetPipeline, other: DiffusionPipeline) -> list[tuple[
     vaes = [getattr(part, "vae", None) for part in (pipeline, other)]
     digests = [None if vae is None else weights_digest(vae.state_dict())[:12] for vae in vaes]
     return [*compared, ("VAE", *digests)]
-
-
-def check_guide(guide: str | None, guidance_scale: float) -> None:
-    """Refuse a guide that would do nothing.
-
-    Raises:
-        UsageError: with what to do.
-    """
-    if guide is not None and guidance_scale == 1.0:
-        raise UsageError("a guide does nothing at guidance_scale 1: give a larger one, such as --guidance_scale 1.5.")

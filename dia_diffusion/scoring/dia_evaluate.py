@@ -21,9 +21,9 @@ from ..options.rules import is_archive, is_images
 from ..process.distributed import find_device, make_state
 from ..process.output import print_main
 from ..sampling.generation import check_sampling, describe_guidance, sample_batch
-from ..sampling.loading import check_guide, load_pipeline
+from ..sampling.loading import load_pipeline
 from .archives import SAMPLES, STATISTICS, ArchiveImages, array_names
-from .evaluation import DEFAULT_METRICS, check_metric_names, check_metrics, evaluate
+from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
 from .features.extractor import FeatureExtractor
 from .features.named import FEATURES, get_extractor
 from .images import FolderImages, PipelineImages, check_one_size, shares_in_dataset, shares_of_labels
@@ -54,8 +54,6 @@ def score(options: EvaluateOptions, command: str | None = None) -> dict[str, Any
     Raises:
         UsageError: for options that do not fit each other or the data.
     """
-    check_metric_names(DEFAULT_METRICS if options.metrics is None else options.metrics)
-    check_guide(options.guide, options.guidance_scale)
     _check_outputs(options)
     state = make_state()
     device = find_device(options.device, state)

@@ -15,15 +15,15 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ..data.pixels import PixelDataset
-from ..errors import UsageError, nearest
+from ..errors import UsageError
 from ..files import json_digest
+from ..options.commands import check_metric_names
 from .features.extractor import FeatureExtractor
 from .frechet import GROUPS, FrechetDistanceTo, Moments, frechet_uncertainty, is_uncertainty_too_long
 from .images import FolderImages, PipelineImages
 from .metrics import FEWEST_FOR_INCEPTION_SCORE, inception_score, kernel_distance, precision_recall
 from .reference import Reference, extract, make_reference
 
-METRICS = ("fid", "kid", "is", "precision", "recall")
 DEFAULT_METRICS = ("fid", "kid", "precision", "recall")
 _NEED_FEATURES = frozenset({"kid", "precision", "recall"})
 # Part of the settings hash: raise it whenever the same features would give other scores.
@@ -122,17 +122,6 @@ def evaluate(
         "bytes_kept": sum(tensor.nbytes for tensor in kept if tensor is not None),
         "warnings": _warnings(moments, reference.gaussian.count, extractor, metrics),
     }
-
-
-def check_metric_names(metrics: Sequence[str]) -> None:
-    """Refuse metrics that are unknown, and none at all."""
-    if not metrics:
-        raise UsageError(f"name at least one metric of: {', '.join(METRICS)}.")
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise UsageError(
-            f"there is no metric named '{unknown[0]}'; choose from: {', '.join(METRICS)}.{nearest(unknown[0], METRICS)}"
-        )
 
 
 def check_metrics(

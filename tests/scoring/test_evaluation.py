@@ -11,8 +11,9 @@ from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_digits_dataset
 from dia_diffusion.errors import UsageError
+from dia_diffusion.options.commands import METRICS
 from dia_diffusion.sampling.generation import sample_images
-from dia_diffusion.scoring.evaluation import DEFAULT_METRICS, METRICS, evaluate
+from dia_diffusion.scoring.evaluation import DEFAULT_METRICS, evaluate
 from dia_diffusion.scoring.features.named import get_extractor
 from dia_diffusion.scoring.frechet import FrechetDistanceTo, Moments
 from dia_diffusion.scoring.images import PipelineImages

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main
+from dia_diffusion.data.loading import load_pixels
 from dia_diffusion.data.recorded import find_recorded_data
 from dia_diffusion.options.training import CONFIG
 from dia_diffusion.scoring.images import PipelineImages, draw_classes
@@ -61,6 +62,17 @@ def test_a_run_is_compared_with_the_images_that_it_was_trained_on(pictures, tmp_
     assert (named["fid"], named["settings_hash"]) == (recorded["fid"], recorded["settings_hash"])
     other = score(tmp_path, run, *FEW, "--dataset", "digits")
     assert other["settings"]["reference"]["num_images"] == 1437
+
+
+def test_images_that_a_run_held_out_itself_are_held_out_of_its_scores(pictures, tmp_path):
+    run = save_run(tmp_path / "run", pictures / "train", validation_split=0.25)
+    floor = score(tmp_path, run, *FEW)["floor"]
+    for name, pixels in zip(("train", "held_out"), load_pixels(find_recorded_data(str(run))), strict=True):
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(pixels.numbered(range(len(pixels)))):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{number}.png")
+    between = score(tmp_path, tmp_path / "held_out", *FEW[4:], "--dataset", tmp_path / "train")
+    assert (floor["num_images"], floor["fid"]) == (5, pytest.approx(between["fid"]))
 
 
 def test_an_analysis_looks_at_the_held_out_images_of_the_run(pictures, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Checkpoints against truncated, changed and missing files, and against a disk that refuses."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -35,6 +36,17 @@ def test_round_trip(tmp_path):
     for group, tensors in saved.tensors.items():
         assert loaded.tensors[group].keys() == tensors.keys()
         assert all(torch.equal(loaded.tensors[group][name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_asks_for(tmp_path, mask):
+    """safetensors writes for the owner alone."""
+    before = os.umask(mask)
+    try:
+        path = save_checkpoint(tmp_path, 7, example())
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~mask}
 
 
 def test_only_the_newest_stay(tmp_path):
