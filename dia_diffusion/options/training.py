@@ -161,13 +161,13 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
                 f"max_train_steps {given['max_train_steps']} counts, and not num_epochs {given['num_epochs']}."
             )
     config = TrainingConfig.from_flat(**options)
-    if config.data.dataset_name is None and config.data.train_data_dir is not None:
-        find_folder("--train_data_dir", config.data.train_data_dir)
     if recipe is not None:
         left = [f"{name} {chosen[name]}" for name in settings if name in chosen.keys() - filed.keys() - given.keys()]
         remarks.insert(0, f"Recipe {recipe}: {', '.join(left) or 'the defaults'}.")
     changed = [name for name, value in chosen.items() if name not in given and value not in (None, DEFAULTS[name])]
     remarks += check_effect(TRAINING_RULES, config.flat(), [name for name in given if given[name] is not None], changed)
+    if config.data.dataset_name is None and config.data.train_data_dir is not None:
+        find_folder("--train_data_dir", config.data.train_data_dir)
     config.recipe, config.remarks = recipe, remarks
     return config
 

@@ -73,7 +73,9 @@ def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerato
             project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / options.logging_dir)),
         )
     except ValueError as error:
-        raise UsageError(f"mixed_precision '{mixed_precision}' cannot be used here: {error}") from error
+        raise UsageError(
+            f"accelerate refuses mixed_precision '{mixed_precision}' or its own settings (ACCELERATE_...): {error}"
+        ) from error
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("mixed_precision 'fp16' needs a GPU; on a CPU use bf16 or no.")
     check_processes(accelerator)
