@@ -1,8 +1,6 @@
 """DIAUNetPipeline: images from a diffusion UNet, of pixels or of latents, unconditional or by class."""
 
 import inspect
-import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from ..errors import NotFiniteImagesError, UsageError
 from ..latents.scaling import unscale_latents
-from .labels import make_labels
+from .inputs import check_finite, check_generator, check_whole, make_labels
 from .noise import NoiseKind, find_misfit, noise_kind
 from .self_contained import SelfContained
 from .timesteps import set_timesteps
@@ -163,7 +161,11 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                 that are not finite, unless they are asked for as they are (`latent`).
         """
         # 0. check inputs
-        self._check_inputs(output_type, callback_on_step_end_tensor_inputs, generator, batch_size, num_inference_steps)
+        check_whole("batch_size", batch_size)
+        check_whole("num_inference_steps", num_inference_steps)
+        check_finite("eta", eta)
+        check_generator(generator, batch_size)
+        self._check_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_scheduler()
         if self.vae is not None:
             self._check_latents()
@@ -193,7 +195,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
 
             if callback_on_step_end is not None:
                 returned = callback_on_step_end(self, index, timestep, {"latents": latents})
-                latents = (returned or {}).get("latents", latents).to(latents.dtype)
+                latents = self._returned_latents(returned, latents)
             if self._interrupt:
                 break
 
@@ -216,19 +218,21 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             prediction, worse = self.unet(torch.cat([model_input] * 2), timestep, both).sample.chunk(2)
         return worse + self._guidance_scale * (prediction - worse)
 
-    def _check_inputs(
-        self,
-        output_type: str,
-        tensor_inputs: Sequence[str],
-        generator: torch.Generator | list[torch.Generator] | None,
-        batch_size: int,
-        num_inference_steps: int,
-    ) -> None:
-        for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise UsageError(f"{name} must be a whole number, but is {value!r}.")
-        if batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, but is {batch_size}.")
+    @staticmethod
+    def _returned_latents(returned: Any, latents: Tensor) -> Tensor:
+        """Return what a callback made of these latents."""
+        if not isinstance(returned, dict | None):
+            raise UsageError(f"callback_on_step_end must return a dict, but returned {type(returned).__name__}.")
+        changed = (returned or {}).get("latents", latents)
+        if changed.shape != latents.shape:
+            raise UsageError(f"callback_on_step_end returned latents of another shape, {tuple(changed.shape)}.")
+        return changed.to(latents.dtype)
+
+    def _check_inputs(self, output_type: str, callback: object, tensor_inputs: Sequence[str]) -> None:
+        if self.unet is None:
+            raise UsageError("this pipeline was loaded without its UNet: give one, DIAUNetPipeline(unet, scheduler).")
+        if callback is not None and not callable(callback):
+            raise UsageError(f"callback_on_step_end must be a function, but is {callback!r}.")
         if output_type not in OUTPUT_TYPES:
             raise UsageError(f"unknown output_type '{output_type}'. Choose one of: {', '.join(OUTPUT_TYPES)}.")
         if output_type == "pil" and self.image_channels not in (1, 3, None):
@@ -238,14 +242,9 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             )
         if set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise UsageError(f"callback_on_step_end can be given only 'latents', not {list(tensor_inputs)}.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise UsageError(f"{len(generator)} generators were given for a batch of {batch_size} images.")
 
     def _check_guidance(self, guidance_scale: float, class_labels: Any) -> None:
-        if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, numbers.Real):
-            raise UsageError(f"guidance_scale must be a number, but is {guidance_scale!r}.")
-        if not math.isfinite(guidance_scale):
-            raise UsageError(f"guidance_scale must be a finite number, but is {guidance_scale}.")
+        check_finite("guidance_scale", guidance_scale)
         if guidance_scale == 1.0:
             return
         if self.guide is None and (class_labels is None or self.null_class is None):
@@ -313,6 +312,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        elif not isinstance(latents, Tensor):
+            raise UsageError(f"latents must be a tensor, but are of {type(latents).__name__}: use torch.from_numpy.")
         elif latents.shape != shape:
             raise UsageError(f"latents must have the shape {shape}, but have {tuple(latents.shape)}.")
         # A flow begins with the noise as it is.

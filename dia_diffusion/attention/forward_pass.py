@@ -8,6 +8,7 @@ The file reads from top to bottom: the pass, recording of gates, hooks, checkpoi
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -171,6 +172,13 @@ class Gate:
                 f"the model calls torch.utils.checkpoint itself, which recomputes '{self.blocks.names[self.position]}' "
                 "without the attention's state: gradients would be wrong. Turn that off (timm: "
                 "set_grad_checkpointing(False)); gradient checkpointing of diffusers and transformers works."
+            )
+        if not torch.compiler.is_compiling():
+            # The same words for all blocks of a model: Python shows them once.
+            warnings.warn(
+                f"branches such as '{self.blocks.names[0]}' ran without their attention, for they were called outside "
+                "of their model: call the model itself, not its forward, another of its methods or a part of it.",
+                stacklevel=2,
             )
         return None
 

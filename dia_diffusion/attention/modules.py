@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
+
 LSTMState = tuple[Tensor, Tensor]
 
 
@@ -193,6 +195,8 @@ class CBAMSpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a branch `(B, C, H, W)` to logits `(B, 1, H, W)`."""
+        if x.ndim != 4:
+            raise UsageError(f"attention 'cbam' convolves over pixels, and a branch is {tuple(x.shape)}: use another.")
         return self.last(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1))
 
 

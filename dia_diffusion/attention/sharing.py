@@ -142,7 +142,7 @@ class SharedAttention(nn.Module):
         )
         # Per channel, the logit of the share that the state of the matching earlier level has in the joined state. A
         # parameter that nothing uses has no gradient, which DistributedDataParallel refuses.
-        joined = chosen.bridge == "skip" and _joins_somewhere(self.levels, self.joins)
+        joined = chosen.bridge == "skip" and joins_somewhere(self.levels, self.joins)
         self.skip_logits = nn.Parameter(torch.zeros(2, hidden_size)) if joined else None
         if init == "identity":
             self._close_gates()
@@ -316,7 +316,7 @@ def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _joins_somewhere(levels: Sequence[str], joins: Mapping[str, str]) -> bool:
+def joins_somewhere(levels: Sequence[str], joins: Mapping[str, str]) -> bool:
     """Return whether a block enters a level whose partner in `joins` ran before it."""
     return any(
         level != before and joins.get(level) in levels[:position]

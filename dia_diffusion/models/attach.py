@@ -12,12 +12,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..attention.forward_pass import GatedBlocks, record_maps
-from ..attention.sharing import AttentionState, SharedAttention
+from ..attention.sharing import AttentionState, SharedAttention, joins_somewhere
 from ..errors import UsageError
 from ..options.attention import with_attention_options
 from .branches import Branch
 from .families import FOUND, NAMED, Backbone, ContextPlace, find_backbone, find_joins, named_backbone
-from .find import find_branches, find_named
+from .find import FoundBranches, find_branches, find_named
 from .hooks import NAME, ModelHooks, has_gates, hooks_of
 
 
@@ -123,6 +123,7 @@ def attach(
             another kind of model, and for arguments without a meaning.
     """
     model = _uncompiled(model)
+    _check_kind(model)
     _check_free(model)
     dia = None
     if pretrained is not None:
@@ -177,10 +178,14 @@ def _choose_branches(
     model: nn.Module, branches: Sequence | None, inputs: Any, context: str | None, dia: AttachedAttention | None
 ) -> Backbone:
     """Return what is to be gated, from the first of these that tells it."""
+    if isinstance(branches, str):
+        raise UsageError(f"branches must be a list of names, but is the text '{branches}': write [\"{branches}\"].")
+    if inputs is not None and not isinstance(inputs, Mapping | Tensor | tuple | list):
+        raise UsageError(f"inputs must be a dict, a tuple or a tensor, but is of {type(inputs).__name__}.")
     found = None
     args = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
     kwargs = inputs if isinstance(inputs, Mapping) else {}
-    if branches is not None and all(isinstance(branch, str) for branch in branches):
+    if branches is not None and not isinstance(branches, FoundBranches) and all(isinstance(b, str) for b in branches):
         backbone = named_backbone(model, branches, with_widths=inputs is None)
         if inputs is not None:
             found = find_named(model, branches, args, kwargs)
@@ -226,6 +231,12 @@ def _make_attention(
             f"{type(model).__name__} has no embedding of the timestep that all of its blocks share: leave "
             "time_conditioned out."
         )
+    if options.get("bridge") == "skip" and not joins_somewhere([b.level for b in backbone.branches], backbone.joins):
+        warnings.warn(
+            f"bridge 'skip' joins levels on the way up with those on the way down, and {type(model).__name__} has "
+            "none: it does what 'carry' does.",
+            stacklevel=4,
+        )
     size = backbone.context.size if time_conditioned else None
     if any(getattr(module, "is_causal", False) is True for module in model.modules()):
         warnings.warn(
@@ -237,13 +248,24 @@ def _make_attention(
         return AttachedAttention(**_made_for(backbone), context_size=size, **options)
 
 
-def _check_free(model: nn.Module) -> None:
-    """Refuses a model that has attention, itself or in a part of it."""
+def _check_kind(model: nn.Module) -> None:
+    """Refuse what is no model, or a wrapper or container that would not treat the attention as a part of it."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"attention is attached to a torch.nn.Module, and this is of {type(model).__name__}.")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            "DistributedDataParallel has listed the parameters whose gradients it averages, and the attention's would "
+            "be missing: attach to the model before it is wrapped."
+        )
     if isinstance(model, nn.Sequential | nn.ModuleDict | nn.ModuleList):
         raise UsageError(
             f"{type(model).__name__} is a container whose forward calls all of its submodules, and would call '{NAME}' "
             "too: attach to a module that holds it."
         )
+
+
+def _check_free(model: nn.Module) -> None:
+    """Refuse a model that has attention, itself or in a part of it, and one without a forward pass of the whole."""
     if callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None)):
         raise UsageError(
             f"{type(model).__name__} is used by its encode and decode, which are no forward pass of the whole: attach "

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from .watch import Step
 
@@ -16,7 +16,7 @@ _SECOND = {f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in
 _SECOND |= {"batch_norm", "group_norm", "instance_norm"}
 # What a gate of channels may stand before as well as behind: each channel comes out of it scaled as it went in.
 _RESHAPES = set("reshape view view_as reshape_as flatten unflatten unsqueeze squeeze expand expand_as".split())
-_MOVES = set("permute transpose swapaxes swapdims movedim moveaxis".split())
+_MOVES = set("permute transpose swapaxes swapdims movedim moveaxis t T mT".split())
 _CUTS = set("getitem narrow chunk split tensor_split split_with_sizes unbind select".split())
 _SCALES = set("mul rmul imul multiply div truediv neg dropout dropout1d dropout2d dropout3d feature_dropout".split())
 _SCALES |= set("to type type_as float half bfloat16 contiguous clone detach roll flip masked_fill alias".split())
@@ -41,13 +41,10 @@ def _dim_after(step: Step, before: tuple[int, ...], dim: int) -> int | None:
     """Return the dimension of the result of a step that dimension `dim` of its input, of shape `before`, has become."""
     after = step.shape
     if step.name in _MOVES:
-        numbers = [value % len(before) for value in tree_leaves(step.arguments[1:]) if isinstance(value, int)]
-        if step.name == "permute":
-            return numbers.index(dim)
-        if step.name.startswith("move"):
-            return None
-        swap = dict(zip(numbers, reversed(numbers), strict=True))
-        return swap.get(dim, dim)
+        # Done again with sizes that number the dimensions.
+        numbered = torch.empty([*range(len(before))], device="meta")
+        moved = getattr(numbered, step.name)
+        return [*(moved if isinstance(moved, Tensor) else moved(*step.arguments[1:])).shape].index(dim)
     if step.name in _RESHAPES:
         for place, size in enumerate(after):
             if size == before[dim] and math.prod(after[:place]) == math.prod(before[:dim]):

@@ -113,7 +113,9 @@ class ForwardWatch(TorchFunctionMode):
         inputs = tuple(self.number(tensor) for tensor in tensors if not self._is_constant(tensor))
         weighted = any(self._constants.get(id(tensor), tensor.ndim > 1) for tensor in constants)
         result = function(*args, **kwargs)
-        name = getattr(function, "__name__", "").strip("_")
+        name = getattr(function, "__name__", "")
+        # An attribute such as `x.mT`.
+        name = function.__self__.__name__ if name == "__get__" else name.strip("_")
         made = [args[0]] if name == "setitem" else [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         # A cast to the type that it has returns the tensor itself.
         made = [tensor for tensor in made if self._versions.get(id(tensor), -1) != _version(tensor)]
@@ -127,7 +129,7 @@ class ForwardWatch(TorchFunctionMode):
         sides = self._sides(name, args, kwargs)
         for tensor in made:
             self._constants.pop(id(tensor), None)
-            self._add(tensor, name, inputs, weight, args)
+            self._add(tensor, name, inputs, weight, (*args, *kwargs.values()))
         if sides is not None and len(made) == 1 and made[0].is_floating_point():
             shapes = {self.steps[side].shape for side in sides}
             if shapes == {tuple(made[0].shape)}:
@@ -189,7 +191,8 @@ class ForwardWatch(TorchFunctionMode):
 def watch_forward(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[ForwardWatch, int]:
     """Run a model once in evaluation mode, leave it as it was, and return the notes and the number of samples."""
     watch, batch = ForwardWatch(model), batch_size(args, kwargs)
-    with _restored(model), torch.no_grad(), watch.watching():
+    # Compiled code would hide what it calls.
+    with torch.compiler.set_stance("force_eager"), _restored(model), torch.no_grad(), watch.watching():
         model(*args, **kwargs)
     return watch, batch
 

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from ..errors import NotFiniteImagesError, UsageError
-from ..pipelines.labels import class_number
+from ..pipelines.inputs import class_number
 from ..pipelines.noise import find_misfit
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
 from ..pipelines.timesteps import check_steps

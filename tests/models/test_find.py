@@ -69,6 +69,34 @@ class Unknown(nn.Module):
         return torch.zeros_like(x).index_add(1, torch.arange(6), torch.tensordot(x, self.weight, 1))
 
 
+class Transposed(nn.Module):
+    """A convolution over tokens: its channels are in dimension 1 before they are turned to the last."""
+
+    def __init__(self, turn):
+        super().__init__()
+        self.turn = turn
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.turn(self.conv(x.mT))
+
+
+TURNS = {
+    "mT": lambda y: y.mT,
+    "transpose": lambda y: y.transpose(1, 2),
+    "permute by keyword": lambda y: y.permute(dims=(0, 2, 1)),
+    "movedim": lambda y: torch.movedim(y, 1, -1),
+    "swapdims": lambda y: y.swapdims(-1, -2),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_channels_are_followed_through_turns(turn):
+    model = Small(lambda m, x: x + m.turned(x), turned=Transposed(TURNS[turn]))
+    found = find_branches(model, noise(3, 6, 8))
+    assert [(branch.name, branch.width, branch.channel_dim) for branch in found] == [("turned", 8, -1)]
+
+
 def cut(m, x):
     both = m.first(torch.cat([x[:, :2], x[:, 2:]], 1))
     return torch.cat([x[:, :2] + both[:, :2], x[:, 2:] + both[:, 2:]], 1)
@@ -145,7 +173,16 @@ def test_what_cannot_be_gated_is_told(name):
     assert not hasattr(model, "dia")
 
 
+def test_compiled_code_is_watched_as_it_was_written():
+    model = Small(lambda m, x: x + m.first(x))
+    model.compile(backend="aot_eager")
+    model(noise(3, 6, 8))
+    assert [branch.name for branch in find_branches(model, noise(3, 6, 8))] == ["first"]
+
+
 def test_a_network_without_additions_is_told():
+    with pytest.raises(UsageError, match="no residual branches of Small can be gated"):
+        attach(Small(lambda m, x: m.first(x)), branches=find_branches(Small(lambda m, x: m.first(x)), noise(3, 6, 8)))
     with pytest.raises(UsageError, match="shows no sum of two tensors of one shape"):
         attach(Small(lambda m, x: m.first(x)), inputs=noise(3, 6, 8))
 

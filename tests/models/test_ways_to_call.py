@@ -7,6 +7,8 @@ import pytest
 import torch
 from backbones import BACKBONES, noise
 from diffusers import AutoModel, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline, attach
@@ -135,9 +137,52 @@ def test_layerwise_casting_to_float8_under_autocast(attention):
 
 
 def test_every_parameter_has_a_gradient_where_no_level_joins_another():
-    model = attached(Blocks(), bridge="skip")
+    with pytest.warns(UserWarning, match="bridge 'skip' joins levels on the way up .* it does what 'carry' does"):
+        model = attached(Blocks(), bridge="skip")
     model(noise(2, 4, 8, 8)).sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_gate_outside_of_a_forward_pass_says_that_it_does_nothing():
+    model = attached(Blocks())
+    with pytest.warns(UserWarning, match="branches such as 'blocks.0.conv' ran without their attention"):
+        output = model.forward(noise(1, 4, 8, 8))
+    assert not torch.equal(output, model(noise(1, 4, 8, 8)))
+
+
+def test_what_is_no_model_or_no_input_is_refused_before_anything_changes(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(Blocks())
+        with pytest.raises(UsageError, match="attach to the model before it is wrapped"):
+            attach(wrapped, inputs=noise(1, 4, 8, 8))
+    finally:
+        distributed.destroy_process_group()
+    for model in (5, lambda x: x):
+        with pytest.raises(UsageError, match=r"attention is attached to a torch.nn.Module, and this is of"):
+            attach(model, inputs=noise(1, 4, 8, 8))
+    for arguments, words in (
+        ({"inputs": 5}, "inputs must be a dict, a tuple or a tensor, but is of int"),
+        ({"branches": "blocks.0.conv"}, "branches must be a list of names"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            attach(Blocks(), **arguments)
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_a_convolution_over_pixels_is_refused_on_other_branches(dimensions):
+    class Residual(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = getattr(torch.nn, f"Conv{dimensions}d")(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.conv(x)
+
+    model, x = Residual(), noise(2, 4, *[5] * dimensions)
+    attach(model, inputs=x, attention="cbam", sharing="block")
+    with pytest.raises(UsageError, match="'cbam' convolves over pixels"):
+        model(x)
 
 
 @pytest.mark.parametrize("attention", ["lstm", "time"])

@@ -73,14 +73,28 @@ def test_labels_that_are_none_are_refused_in_words(pipe, labels, words):
         ({"batch_size": 2.0}, "batch_size must be a whole number, but is 2.0"),
         ({"batch_size": True}, "batch_size must be a whole number, but is True"),
         ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number, but is 2.5"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, but is 0"),
+        ({"eta": float("inf")}, "eta must be a finite number, but is inf"),
+        ({"generator": 5}, "generator must be a torch.Generator or a list of them, but is 5"),
+        ({"generator": (torch.Generator(),)}, "generator must be a torch.Generator or a list"),
+        ({"latents": np.zeros((1, 3, 8, 8))}, "latents must be a tensor"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end must be a function, but is 3"),
+        ({"callback_on_step_end": lambda *given: given[-1]["latents"]}, "must return a dict, but returned Tensor"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1, 3, 4, 4)}}, r"another shape, \(1, 3, 4, 4\)"),
         ({"guidance_scale": "2"}, "guidance_scale must be a number, but is '2'"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, but is nan"),
     ],
     ids=str,
 )
-def test_numbers_that_are_none_are_refused_in_words(pipe, arguments, words):
+def test_arguments_of_another_kind_are_refused_in_words(pipe, arguments, words):
     with pytest.raises(UsageError, match=words):
         pipe(**arguments)
+
+
+def test_a_pipeline_without_its_unet_says_so(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="loaded without its UNet"):
+        DIAUNetPipeline.from_pretrained(tmp_path, unet=None)()
 
 
 def test_callbacks_see_and_set_what_diffusers_documents(pipe):

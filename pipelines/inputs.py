@@ -1,5 +1,7 @@
-"""Class labels of images: names or numbers, one for all images or one for each."""
+"""What a pipeline is called with: numbers, generators, and class labels, one for all images or one for each."""
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,46 @@ from ..errors import UsageError, nearest
 # How a class is named that stands for none: the images of a class-conditional model without a class.
 NO_CLASS = "none"
 _SHOWN = 20
+
+
+def check_whole(name: str, value: object) -> None:
+    """Refuse an argument of this name that is no whole number of at least 1.
+
+    Raises:
+        UsageError: with the value.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UsageError(f"{name} must be a whole number, but is {value!r}.")
+    if value.__index__() < 1:
+        raise UsageError(f"{name} must be at least 1, but is {value}.")
+
+
+def check_finite(name: str, value: object) -> None:
+    """Refuse an argument of this name that is no finite number.
+
+    Raises:
+        UsageError: with the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise UsageError(f"{name} must be a number, but is {value!r}.")
+    if not math.isfinite(value):
+        raise UsageError(f"{name} must be a finite number, but is {value}.")
+
+
+def check_generator(generator: object, batch_size: int) -> None:
+    """Refuse what is neither a generator nor a list with one for each image.
+
+    Raises:
+        UsageError: with what to give.
+    """
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise UsageError(f"{len(generator)} generators were given for a batch of {batch_size} images.")
+    each = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(item, torch.Generator) for item in each):
+        raise UsageError(
+            f"generator must be a torch.Generator or a list of them, but is {generator!r}: give for example "
+            "torch.Generator().manual_seed(0)."
+        )
 
 
 def class_number(label: Any, null_class: int, names: Sequence[str] | None = None) -> int:
