@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from .options.commands import AnalyzeOptions, EvaluateOptions, SampleOptions
-from .options.training import TrainOptions, configure
+from .options.training import TrainOptions, configure_here
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,7 +83,7 @@ def train(**given: Any) -> TrainedModel:
         print(run.figures["held_out_loss"])
         ```
     """
-    config = configure(given)
+    config = configure_here(given)
     from .training.loop import train as run
 
     return TrainedModel(config.output.folder, run(config))

@@ -25,7 +25,7 @@ from .options.commands import (
     StudyOptions,
 )
 from .options.parser import OptionParser
-from .options.training import TrainingConfig, configure, training_parser
+from .options.training import TrainingConfig, configure_here, training_parser
 from .process.output import guard_streams
 from .process.signals import Interrupted
 from .process.startup import end_with_launcher, ensure_home, quiet_dependencies, start_missing_processes, tune_process
@@ -36,7 +36,7 @@ Given = Mapping[str, Any]
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Train; return the exit status: 0, 2 after a mistake, 128 plus the signal after an interruption."""
     guard_streams()
-    return _run(configure, _train, vars(training_parser().parse_args(arguments)))
+    return _run(configure_here, _train, vars(training_parser().parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def make_parser() -> OptionParser:
         command.set_defaults(command=(lambda given: part.of(name, given), work))
 
     train = training_parser(lambda **settings: commands.add_parser("train", help="train a model", **settings))
-    train.set_defaults(command=(configure, _train))
+    train.set_defaults(command=(configure_here, _train))
     add("sample", SampleOptions, _sample, "generate images", "Generate images as PNG files.", "generate")
     add(
         "evaluate",
@@ -171,7 +171,7 @@ def _demo(options: DemoOptions) -> None:
     run, images = options.output_dir, options.output_dir / "images"
     given = {"recipe": "digits", "output_dir": str(run), "resume_from_checkpoint": "latest"}
     if not (run / "metrics.json").exists():
-        _train(configure(given))
+        _train(configure_here(given))
     # The picture of all images is written last.
     if not images.with_suffix(".png").exists():
         _sample(SampleOptions(model=str(run), num_images=100, output_dir=images, overwrite=True))

@@ -146,7 +146,7 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
         given (`dict`): Options by name, as given on the command line or in Python.
 
     Raises:
-        UsageError: for an unknown option, a value that cannot be, an option without effect, or a missing folder.
+        UsageError: for an unknown option, a value that cannot be, or an option without effect.
     """
     given = check_names(given, "train")
     filed = load_options(given["config"]) if given.get("config") is not None else {}
@@ -166,9 +166,15 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
         remarks.insert(0, f"Recipe {recipe}: {', '.join(left) or 'the defaults'}.")
     changed = [name for name, value in chosen.items() if name not in given and value not in (None, DEFAULTS[name])]
     remarks += check_effect(TRAINING_RULES, config.flat(), [name for name in given if given[name] is not None], changed)
+    config.recipe, config.remarks = recipe, remarks
+    return config
+
+
+def configure_here(given: Mapping[str, Any]) -> TrainingConfig:
+    """Return what `configure` returns, for a run on this machine: its folder of images must be here."""
+    config = configure(given)
     if config.data.dataset_name is None and config.data.train_data_dir is not None:
         find_folder("--train_data_dir", config.data.train_data_dir)
-    config.recipe, config.remarks = recipe, remarks
     return config
 
 
