@@ -14,8 +14,12 @@ def test_the_notebook_runs_and_does_what_it_says(undisturbed, monkeypatch):
     pytest.importorskip("ipykernel", reason="ipykernel is not installed (pip)")
     monkeypatch.setenv("FIRST_STEPS_MODEL", str(undisturbed[0]))
     monkeypatch.setenv("FIRST_STEPS_TRAIN_STEPS", "20")
-    notebook = nbformat.read(ROOT / "examples" / "first_steps.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
+    path = ROOT / "examples" / "first_steps.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    # It is stored with its pictures, and none of an error.
+    assert sum("image/png" in str(cell.get("outputs")) for cell in notebook.cells) == 4
+    assert "Traceback" not in path.read_text()
+    assert path.stat().st_size < 200_000
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": ROOT / "examples"}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4

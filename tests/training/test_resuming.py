@@ -65,11 +65,18 @@ def test_resuming_is_exact_with_the_dropout_of_a_model_configuration(tmp_path):
     assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
+def test_another_batch_is_refused_by_the_flags_that_make_it():
+    with pytest.raises(UsageError, match=r"a step takes 16 images, took 8 \(processes x --train_batch_size x"):
+        check_same_experiment({"global_batch_size": 8}, {"global_batch_size": 16})
+
+
 def test_latest_never_removes_what_took_time_to_make(undisturbed, tmp_path):
     options = {"class_conditional": True, "dropout": 0.1, "random_flip": True, "resume_from_checkpoint": "latest"}
     folder = shutil.copytree(undisturbed[0], tmp_path / "finished")
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(UsageError, match=r"already holds a run \(model_index.json\)"):
+    with pytest.raises(
+        UsageError, match=r"a run \(model_index.json\), and it left no checkpoint to resume"
+    ):
         run(folder, **options)
     assert (folder / "metrics.jsonl").exists()
     folder = shutil.copytree(undisturbed[0], tmp_path / "damaged")
