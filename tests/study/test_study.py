@@ -25,6 +25,7 @@ from dia_diffusion.study.description import load_study
 from dia_diffusion.study.dia_study import run_study
 from dia_diffusion.study.single_run import complete, count_spikes, make_step, read_result, read_timing, time_step
 from dia_diffusion.study.study_report import format_table, save_figure, summarise
+from dia_diffusion.training.loop import train
 from small_studies import VARIANTS, runs_of, write_study
 from training_runs import fresh_state
 
@@ -114,7 +115,7 @@ def test_variants_start_from_the_same_weights_and_see_the_same(tmp_path, monkeyp
     starts, views = {}, {}
     for run in runs_of(path, tmp_path)[1]:
         seen.clear()
-        complete(run)
+        train(run.config)
         weights = DIAUNetPipeline.from_pretrained(run.folder).unet.state_dict()
         starts[run.name] = {name: tensor for name, tensor in weights.items() if not name.startswith("dia.")}
         views[run.name] = [tensor for step in seen for tensor in step]
