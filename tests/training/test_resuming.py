@@ -74,9 +74,7 @@ def test_latest_never_removes_what_took_time_to_make(undisturbed, tmp_path):
     options = {"class_conditional": True, "dropout": 0.1, "random_flip": True, "resume_from_checkpoint": "latest"}
     folder = shutil.copytree(undisturbed[0], tmp_path / "finished")
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(
-        UsageError, match=r"a run \(model_index.json\), and it left no checkpoint to resume"
-    ):
+    with pytest.raises(UsageError, match=r"a run \(model_index.json\), and it left no checkpoint to resume"):
         run(folder, **options)
     assert (folder / "metrics.jsonl").exists()
     folder = shutil.copytree(undisturbed[0], tmp_path / "damaged")
