@@ -1,9 +1,13 @@
 import os
+import signal
 
 # Nothing on the Hub is needed for the tests, and waiting for it would take long where it cannot be reached.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small gain nothing from threads, and threads of several processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A job in the background of a script ignores Ctrl-C, and so would the processes that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import io
 from contextlib import redirect_stdout
