@@ -72,24 +72,28 @@ class _Forks:
 
     Attributes:
         parent (`int` or `None`): The process that they end with, while `forks_end_with_parent` is active in it.
+        thread (`int` or `None`): The thread in which it is active.
     """
 
     parent: int | None = None
+    thread: int | None = None
 
 
 @contextmanager
 def forks_end_with_parent() -> Iterator[None]:
     """End processes that are forked inside together with this one: pools, and the helpers that libraries start."""
-    before, _Forks.parent = _Forks.parent, os.getpid()
+    before, _Forks.parent, _Forks.thread = (_Forks.parent, _Forks.thread), os.getpid(), threading.get_ident()
     try:
         yield
     finally:
-        _Forks.parent = before
+        _Forks.parent, _Forks.thread = before
 
 
 def _follow_parent() -> None:
     parent, _Forks.parent = _Forks.parent, None
-    if parent is not None:
+    # The kernel sends the signal when the thread that forked ends. A pool replaces killed workers from a thread. At its
+    # end the new worker would be killed with a lock in its hands, and the pool would wait for ever.
+    if parent is not None and threading.get_ident() == _Forks.thread:
         end_with_parent()
         if os.getppid() != parent:
             # It ended before the kernel knew.
