@@ -41,5 +41,5 @@ def test_a_folder_that_cannot_be_made(example, capsys, tmp_path, script):
 def test_a_pipeline_that_cannot_be_loaded(example, capsys, tmp_path):
     arguments = ["--model", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "runs")]
     assert example("text_to_image").main(arguments) == 2
-    assert f"--model '{tmp_path / 'nowhere'}' is no Stable Diffusion pipeline" in capsys.readouterr().err
+    assert f"--model '{tmp_path / 'nowhere'}' cannot be loaded as a pipeline" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
