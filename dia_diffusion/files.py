@@ -8,6 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and move it there when it is whole. A kill or a full disk leaves the old file.
 
     Args:
-        path (`Path`): The file.
+        path (`Path`): The file. Its folder is made where there is none.
         write (`Callable`): Called with the temporary path, which it must write.
 
     Raises:
@@ -34,6 +35,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary = _beside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         follow_umask(temporary)
         temporary.replace(path)
@@ -94,7 +96,7 @@ def find_folder(option: str, name: str) -> Path:
 
 
 def check_output_file(path: Path) -> None:
-    """Make the folder of a file that will be written, before the work whose result it holds.
+    """Check that a file can be written, before the work whose result it holds.
 
     Raises:
         UsageError: if the file cannot be written there.
@@ -107,16 +109,20 @@ def check_output_file(path: Path) -> None:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Make a folder for files that will be written, before the work whose results they hold.
+    """Check that files can be written in a folder, before the work whose results they hold. Folders are left as before.
 
     Raises:
         UsageError: if files cannot be written there.
     """
     probe = _beside(folder / "probe")
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+        for place in missing:
+            with suppress(OSError):  # Another process uses it by now.
+                place.rmdir()
     except FileExistsError as error:
         raise UsageError(f"'{folder}' is a file, and a folder is needed: name another place.") from error
     except OSError as error:

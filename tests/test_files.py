@@ -69,9 +69,9 @@ def test_places_that_cannot_be_written_are_noticed_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     check_output_file(tmp_path / "new" / "folder" / "x.json")
     check_output_folder(tmp_path / "another")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["another", "file", "folder", "new"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
     with pytest.raises(UsageError, match="is a folder: name the file to write"):
-        check_output_file(tmp_path / "new")
+        check_output_file(tmp_path)
     with pytest.raises(UsageError, match=r"'.*file' is a file, and a folder is needed"):
         check_output_file(tmp_path / "file" / "x.json")
     with pytest.raises(UsageError, match="nothing can be written in '/proc/1': "):

@@ -110,7 +110,7 @@ def test_a_scheduler_of_another_kind_is_refused_in_a_pipeline(kind, other):
         ):
             pipe.scheduler = scheduler
             if other is kind:
-                assert pipe(num_inference_steps=2, output_type="latent").images.isfinite().all()
+                assert pipe(num_inference_steps=5, output_type="latent").images.isfinite().all()
                 continue
             with pytest.raises(UsageError, match=rf"{class_name} does not fit .*{kind.value}\.from_config"):
                 pipe(num_inference_steps=2)

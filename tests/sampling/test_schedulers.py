@@ -177,7 +177,8 @@ def test_a_model_whose_noise_no_sampler_knows_is_refused(config):
 @pytest.mark.parametrize("steps", [0, -1, 21])
 def test_steps_that_there_are_not(steps):
     scheduler = make_scheduler("dpm_sde", DDPMScheduler(num_train_timesteps=20).config)
-    with pytest.raises(UsageError, match=rf"num_inference_steps {steps} does not fit .* \(20\)"):
+    words = rf"num_inference_steps {steps} does not fit .* \(20\)" if steps > 0 else rf"at least 1, but is {steps}\."
+    with pytest.raises(UsageError, match=words):
         draw(ShrinkingUNet(), scheduler, steps=steps)
 
 

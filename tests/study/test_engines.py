@@ -66,7 +66,7 @@ def log_of(run):
 
 
 def test_a_study_that_loses_a_machine_and_is_stopped_has_the_same_figures(cluster, tmp_path, monkeypatch, capfd):
-    path = write_study(tmp_path / "study.yaml", common={"max_train_steps": 60}, seeds=[0])
+    path = write_study(tmp_path / "study.yaml", common={"max_train_steps": 150}, seeds=[0])
     command = ["study", str(path), "--output_dir", str(tmp_path / "out"), "--ray", cluster.address]
     runs = runs_of(path, tmp_path / "out")
     (lost_node,) = cluster.worker_nodes
@@ -111,4 +111,4 @@ def test_an_address_without_a_cluster_is_refused(address, tmp_path):
 def test_what_a_run_takes_is_said_for_a_cluster_only(tmp_path, capsys):
     path = write_study(tmp_path / "study.yaml", seeds=[0])
     assert main(["study", str(path), "--output_dir", str(tmp_path / "out"), "--cpus_per_run", "2"]) == 2
-    assert "need --ray ADDRESS" in capsys.readouterr().err
+    assert "cpus_per_run has no effect without --ray ADDRESS" in capsys.readouterr().err
