@@ -1,5 +1,6 @@
 """Run `dia evaluate`: find the images and the reference, score, and write the results."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from ..options.model import DataOptions
 from ..options.rules import is_archive, is_images
 from ..process.distributed import find_device, make_state
 from ..process.output import print_main
-from ..sampling.generation import check_sampling, describe_guidance, sample_batch
+from ..sampling.generation import check_sampling, describe_guidance, find_advice, sample_batch
 from ..sampling.loading import load_pipeline
 from .archives import SAMPLES, STATISTICS, ArchiveImages, array_names
 from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
@@ -64,6 +65,8 @@ def score(options: EvaluateOptions, command: str | None = None) -> dict[str, Any
             options.what, options.scheduler, device, options.compile_mode, options.guide, options.variant
         )
         check_sampling(pipeline, options.steps)
+        if state.is_main_process and (advice := find_advice(pipeline, options.steps)):
+            print(advice, file=sys.stderr)
     dataset, recorded = choose_data(options.what, options.dataset, options.dataset_config_name, options.image_column)
     archive = Path(dataset) if is_archive(dataset) else None
     published = archive if archive is not None and not _holds_images(archive) else None
