@@ -63,10 +63,10 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     assert "2 processes were launched, but accelerate sees 1" in process.stderr
 
 
-@pytest.mark.parametrize("objective", ["edm", "flow"])
-def test_two_processes_give_the_losses_of_one_with_other_objectives(tmp_path, objective):
-    _, one = run(tmp_path / "one", train_batch_size=8, objective=objective)
-    config = configure(tmp_path / "two", train_batch_size=4, objective=objective)
+def test_two_processes_give_the_losses_of_one_with_flow(tmp_path):
+    """EDM is below, under accelerate launch."""
+    _, one = run(tmp_path / "one", train_batch_size=8, objective="flow")
+    config = configure(tmp_path / "two", train_batch_size=4, objective="flow")
     processes = start_together(2, train_main, ["--config", str(config)])
     for process in processes:
         process.join()
