@@ -12,7 +12,7 @@ from scipy import stats
 
 DOCS = Path(__file__).parents[2] / "docs"
 # The command above a table: of the study, or of the table.
-STUDY = re.compile(r"^    .*?(?:dia study|(places)\.py) studies/(\S+)\.yaml")
+STUDY = re.compile(r"^    .*?dia study studies/(\S+)\.yaml")
 TABLE = re.compile(r"^    python tools/published_table\.py docs/study/(\S+)\.json")
 SCORES = {"held-out loss": "held_out_loss", "Fréchet distance": "fid", "test accuracy": "accuracy", "test loss": "loss"}
 
@@ -22,7 +22,7 @@ def published():
     waiting, lines = [], iter((DOCS / "study_details.md").read_text().splitlines())
     for line in lines:
         study, table = STUDY.match(line), TABLE.match(line)
-        name = table[1] if table else study and (study[1] or study[2].replace("/", "_"))
+        name = table[1] if table else study and study[1].replace("/", "_")
         if name and name not in waiting[-1:]:
             waiting.append(name)
         if line.startswith("| variant |"):
