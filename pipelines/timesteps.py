@@ -103,6 +103,9 @@ def _rehearse(scheduler: SchedulerMixin, steps: int, shape: tuple[int, int, int]
     generator = torch.Generator().manual_seed(0)
     accepted = inspect.signature(scheduler.step).parameters
     arguments = {"generator": generator} if "generator" in accepted else {}
+    betas, wanted = getattr(scheduler, "betas", None), scheduler.config.get("num_train_timesteps")
+    if isinstance(betas, Tensor) and len(betas) != wanted:
+        return f"it has {len(betas)} betas for {wanted} timesteps"
     try:
         with torch.random.fork_rng(devices=[]):
             scheduler.set_timesteps(steps, device="cpu", **_timestep_arguments(scheduler, shape))

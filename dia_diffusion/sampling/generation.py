@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from ..errors import NotFiniteImagesError, UsageError
@@ -87,10 +87,11 @@ def sample_batch(
     """
     check_inputs(pipeline)
     _check_steps(pipeline, steps)
-    classes = getattr(pipeline, "null_class", None)
+    classes = _count_classes(pipeline)
     if classes is None and class_label is not None:
         raise UsageError("class_label needs a class-conditional pipeline, which this is not.")
-    if guidance_scale != 1.0 and classes is None and getattr(pipeline, "guide", None) is None:
+    guided = classes if isinstance(pipeline, DIAUNetPipeline) else None
+    if guidance_scale != 1.0 and guided is None and getattr(pipeline, "guide", None) is None:
         raise UsageError("guidance_scale needs a class-conditional pipeline, or one with a guide, which this is not.")
     count = len(numbers)
     numbers = [*numbers, *[numbers[-1]] * (pad_to - count)]
@@ -98,7 +99,7 @@ def sample_batch(
     if isinstance(class_label, Sequence):
         arguments["class_labels"] = [*class_label, *[class_label[-1]] * (pad_to - count)]
     elif class_label is not None:
-        arguments["class_labels"] = class_label
+        arguments["class_labels"] = [class_label] * len(numbers)
     elif classes:
         arguments["class_labels"] = [number % classes for number in numbers]
     pipeline.set_progress_bar_config(disable=True)
@@ -134,6 +135,13 @@ def check_sampling(pipeline: DiffusionPipeline, steps: int) -> None:
     """
     check_inputs(pipeline)
     _check_steps(pipeline, steps)
+    if isinstance(pipeline, DIAUNetPipeline | DDPMPipeline | DDIMPipeline):
+        kind, reason = type(pipeline.scheduler).__name__, find_misfit(pipeline.scheduler)
+        if reason := "it leads from images to noise" if "Inverse" in kind else reason:
+            raise UsageError(
+                f"its scheduler, {kind}, does not fit '{_name(pipeline)}': {reason}. Correct its "
+                "scheduler/scheduler_config.json."
+            )
     config = getattr(getattr(pipeline, "unet", None), "config", {})
     channels, made = config.get("in_channels", 3), getattr(pipeline, "image_channels", None)
     has_decoder = any(hasattr(part, "decode") for part in pipeline.components.values())
@@ -178,10 +186,21 @@ def find_class(pipeline: DiffusionPipeline, name: str) -> int:
     Raises:
         UsageError: if the pipeline has no such class, or no classes.
     """
-    null_class = getattr(pipeline, "null_class", None)
-    if null_class is None:
+    classes = _count_classes(pipeline)
+    if classes is None:
         raise UsageError("class_label needs a class-conditional pipeline, which this is not.")
-    return class_number(name, null_class, getattr(pipeline, "class_names", None))
+    number = class_number(name, classes, getattr(pipeline, "class_names", None))
+    if number == classes and not isinstance(pipeline, DIAUNetPipeline):
+        raise UsageError(f"the model has {classes} classes, 0 to {classes - 1}, and none that stands for no class.")
+    return number
+
+
+def _count_classes(pipeline: DiffusionPipeline) -> int | None:
+    """Return how many classes images are drawn of, or `None` for a pipeline without; others than DIAUNetPipeline draw
+    classes from the global random state where they are given none."""
+    if isinstance(pipeline, DIAUNetPipeline) or "class_labels" not in inspect.signature(pipeline.__call__).parameters:
+        return getattr(pipeline, "null_class", None)
+    return getattr(getattr(pipeline, "unet", None), "config", {}).get("num_class_embeds")
 
 
 def check_inputs(pipeline: DiffusionPipeline) -> None:

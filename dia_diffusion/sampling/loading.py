@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from safetensors import safe_open
 from torch import nn
 
 from ..errors import UsageError, first_line, why_not_loaded
 from ..files import weights_digest
 from ..pipelines.noise import noise_kind
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
+from ..process.signals import Interrupted
+from .generation import check_inputs
 from .schedulers import find_family, make_scheduler
 
 
@@ -43,7 +46,9 @@ def load_pipeline(
     pipeline = _from_pretrained(name_or_path, variant)
     if guide is not None:
         set_guide(pipeline, load_pipeline(guide), guide)
-    if scheduler is not None or compile_mode is not None:
+    # DDPMPipeline neither scales the inputs of other schedulers than its own, nor calls their steps as they need it.
+    foreign = type(pipeline) is DDPMPipeline and not isinstance(pipeline.scheduler, DDPMScheduler)
+    if scheduler is not None or compile_mode is not None or foreign:
         pipeline = _with_any_sampler(pipeline)
     if scheduler is not None:
         pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
@@ -63,31 +68,54 @@ def load_pipeline(
 
 
 def _from_pretrained(name_or_path: str, variant: str | None) -> DiffusionPipeline:
-    variants = _find_variants(Path(name_or_path))
+    folder = Path(name_or_path)
+    variants = _find_variants(folder)
     if variant is None and None not in variants and len(variants) == 1:
         variant = next(iter(variants))
+    # By itself diffusers finds no weights in several .bin files.
+    pickled = any(folder.glob("*/*.bin")) and not any(folder.glob("*/*.safetensors"))
     try:
         index = DiffusionPipeline.load_config(name_or_path)
+        if not isinstance(index, dict) or "_class_name" not in index:
+            raise ValueError(f"its {DiffusionPipeline.config_name} names no class of a pipeline")
         # The name of the class, or the file of its code and the name.
         name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][-1]
         known = DIAUNetPipeline if name == DIAUNetPipeline.__name__ else DiffusionPipeline
-        return known.from_pretrained(name_or_path, variant=variant)
-    except (OSError, ValueError, KeyError) as error:
-        folder, others = Path(name_or_path), sorted(filter(None, variants))
+        pipeline = known.from_pretrained(name_or_path, variant=variant, use_safetensors=False if pickled else None)
+        for part, network in pipeline.components.items():
+            named = network.named_parameters() if isinstance(network, nn.Module) else ()
+            if missing := [key for key, weights in named if weights.is_meta]:
+                raise ValueError(f"the weights of its {part} lack {missing[0]} ({len(missing)} missing in all)")
+        return pipeline
+    except (MemoryError, Interrupted):
+        raise
+    except Exception as error:  # Whatever a configuration that was edited makes diffusers and its schedulers do.
+        others = sorted(filter(None, variants))
         reason = why_not_loaded(name_or_path, error)
-        if folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
-            reason = f"the folder has no {DiffusionPipeline.config_name}; a finished training run leaves one there."
+        if folder.is_file():
+            reason = f"it is a file: name the folder with the {DiffusionPipeline.config_name}."
+        elif folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
+            reason = f"the folder has no {DiffusionPipeline.config_name}; {_find_pipeline_near(folder)}."
         elif variants and variant not in variants:
             held = f"Those here: {', '.join(others)}." if others else "Leave the variant out."
             reason = f"the folder has no weights of the variant {variant or 'without a name'}. {held}"
-        elif variant is None and "no file named" in reason:
+        elif variant is None and not folder.is_dir() and "no file named" in reason:
             reason += " If there is a variant of the weights alone, name it: --variant fp16."
         raise UsageError(f"cannot load a pipeline from '{name_or_path}': {reason}") from error
 
 
+def _find_pipeline_near(folder: Path) -> str:
+    """Return where beside a folder a pipeline is: above it, or in a cache of the Hub below."""
+    for place in (folder.parent, *sorted(folder.glob("snapshots/*")), *sorted(folder.iterdir())):
+        if (place / DiffusionPipeline.config_name).is_file():
+            return f"'{place}' has one"
+    return "a finished training run leaves one there"
+
+
 def _find_variants(folder: Path) -> set[str | None]:
     """Return the variants of the UNet's weights in a folder; `None` among them are the weights without a variant."""
-    names = [path.stem.split("-0")[0] for path in (folder / "unet").glob("diffusion_pytorch_model*.safetensors")]
+    found = (folder / "unet").glob("diffusion_pytorch_model*")
+    names = [path.stem.split("-0")[0] for path in found if path.suffix in (".safetensors", ".bin")]
     return {name.partition(".")[2] or None for name in names}
 
 
@@ -97,6 +125,7 @@ def _with_any_sampler(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         return pipeline
     if not isinstance(pipeline.unet, UNet2DModel):
         return pipeline
+    check_inputs(pipeline)
     converted = DIAUNetPipeline(pipeline.unet, pipeline.scheduler)
     converted.register_to_config(_name_or_path=pipeline.name_or_path)
     return converted
@@ -109,6 +138,14 @@ def _check_unet(name_or_path: str, pipeline: DiffusionPipeline) -> None:
         raise UsageError(
             f"'{name_or_path}' does not say of which size its images are: set sample_size in its unet/config.json."
         )
+    weights = Path(name_or_path) / "unet" / "diffusion_pytorch_model.safetensors"
+    if weights.is_file() and isinstance(pipeline.unet, UNet2DModel) and getattr(pipeline.unet, "dia", None) is None:
+        with safe_open(weights, "pt") as file:
+            if any(key.startswith("dia.") for key in file.keys()):  # noqa: SIM118
+                raise UsageError(
+                    f"the weights in '{name_or_path}' are of a DIAUNet2DModel, and its {DiffusionPipeline.config_name} "
+                    f"names {type(pipeline.unet).__name__}, which has no shared attention: correct it."
+                )
     scheduler: Any = type(getattr(pipeline, "scheduler", None))
     learned = config.get("out_channels") == 2 * config.get("in_channels", 0)
     if learned and "variance_type" not in inspect.signature(scheduler.__init__).parameters:

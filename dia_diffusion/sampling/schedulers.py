@@ -111,7 +111,9 @@ def scheduler_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def make_scheduler(name: str | None, config: Mapping[str, Any]) -> SchedulerMixin:
-    """Return the sampler of this short name for a model, from the configuration of any scheduler saved with it.
+    """Return the sampler of this short name, or of this class of diffusers, for a model.
+
+    It is made from the configuration of any scheduler that was saved with the model.
 
     It starts at the highest noise level (`timestep_spacing="trailing"`, Lin et al. 2023, arXiv 2305.08891, section
     3.3), whatever the configuration says. Without a name it is the sampler that pipelines of this kind are saved with.
@@ -121,7 +123,7 @@ def make_scheduler(name: str | None, config: Mapping[str, Any]) -> SchedulerMixi
             package is not installed, and for a model of an unknown kind of noise.
     """
     family = find_family(config)
-    class_name, options = _find_sampler(family, name or family.default)
+    class_name, options = _find_sampler(family, family.default if name is None else name)
     scheduler_class = getattr(diffusers, class_name)
     own = inspect.signature(scheduler_class.__init__).parameters
     settings = {key: config[key] for key in family.of_the_model if key in config} | options
@@ -157,6 +159,9 @@ def _find_family(config: Mapping[str, Any]) -> Family | None:
 def _find_sampler(family: Family, name: str) -> tuple[str, dict[str, Any]]:
     if name in family.samplers:
         return family.samplers[name]
+    for sampler in family.samplers.values():
+        if name == sampler[0]:
+            return sampler
     fitting = ", ".join(family.samplers)
     if any(name in other.samplers for other in FAMILIES.values()):
         raise UsageError(f"scheduler '{name}' does not fit this model, which has another kind of noise: use {fitting}.")

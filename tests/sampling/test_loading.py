@@ -1,14 +1,28 @@
 """Pipelines as commands load them: variants of the weights, pipelines of diffusers, compiled ones."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+)
+from safetensors.torch import load_file, save_file
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sampling.generation import check_sampling, find_advice, is_compiled, sample_images
+from dia_diffusion.sampling.generation import check_sampling, find_advice, find_class, is_compiled, sample_images
 from dia_diffusion.sampling.loading import load_pipeline
 from dia_diffusion.sampling.schedulers import make_scheduler
 from tiny_unets import GREY
@@ -37,8 +51,72 @@ def test_a_folder_with_one_variant_of_the_weights_loads_without_its_name(tmp_pat
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in make_pipeline().unet.state_dict().items())
 
 
+@pytest.mark.parametrize("sizes", [{}, {"max_shard_size": "20KB"}], ids=["one", "shards"])
+def test_pickled_weights_of_a_variant_are_found(tmp_path, sizes):
+    pipeline = make_pipeline().to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16", safe_serialization=False, **sizes)
+    loaded = load_pipeline(str(tmp_path / "half")).unet.state_dict()
+    assert all(torch.equal(tensor.float(), loaded[name]) for name, tensor in pipeline.unet.state_dict().items())
+
+
+def _edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _drop_weights(path, prefix):
+    weights = load_file(path)
+    save_file({name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}, path)
+
+
+BROKEN = {
+    "a list for an index": (lambda folder: (folder / "model_index.json").write_text("[]"), "names no class of a"),
+    "an unknown class": (lambda folder: _edit(folder / "model_index.json", _class_name="Foo"), "no attribute Foo"),
+    "another UNet": (lambda folder: _edit(folder / "model_index.json", unet=["diffusers", "UNet2DModel"]), "no shared"),
+    "missing weights": (lambda folder: _drop_weights(folder / UNET, "conv_out."), r"lack conv_out\.\w+ \(2 missing"),
+    "text for a number": (lambda folder: _edit(folder / SCHEDULER, num_train_timesteps="9"), "cannot load a pipeline"),
+    "an unknown schedule": (lambda folder: _edit(folder / SCHEDULER, beta_schedule="cosine"), "cosine is not impl"),
+    "betas of another number": (lambda folder: _edit(folder / SCHEDULER, trained_betas=[0.1, 0.2]), "2 betas for 1000"),
+    "a flow": (
+        lambda folder: _edit(folder / SCHEDULER, use_flow_sigmas=True),
+        "does not fit '.*': it does not follow the flow",
+    ),
+    "no index": (lambda folder: (folder / "model_index.json").rename(folder.parent / "model_index.json"), "has one"),
+}
+UNET, SCHEDULER = "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_pipelines_that_were_edited_are_refused_in_words(tmp_path, broken):
+    damage, words = BROKEN[broken]
+    make_pipeline().save_pretrained(tmp_path / "model")
+    load_pipeline(str(tmp_path / "model"))
+    damage(tmp_path / "model")
+    with pytest.raises(UsageError, match=words):
+        check_sampling(load_pipeline(str(tmp_path / "model")), 4)
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, EDMEulerScheduler, PNDMScheduler])
+def test_a_pipeline_of_ddpm_with_another_scheduler_uses_it_as_it_is_meant(tmp_path, scheduler):
+    torch.manual_seed(0)
+    pipeline = DIAUNetPipeline(UNet2DModel(**GREY).eval(), scheduler())
+    DDPMPipeline(pipeline.unet, pipeline.scheduler).save_pretrained(tmp_path)
+    (images,), (expected,) = (list(sample_images(each, 2, 5)) for each in (load_pipeline(str(tmp_path)), pipeline))
+    assert (images.int() - expected.int()).abs().max() <= 1
+
+
+def test_classes_of_other_pipelines_are_drawn_in_turn():
+    torch.manual_seed(0)
+    unet = UNet2DModel(**GREY | {"num_class_embeds": 3}).eval()
+    pipeline = ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler())
+    images = torch.cat(list(sample_images(pipeline, 4, 1, batch_size=3)))
+    of_class = torch.cat(list(sample_images(pipeline, 4, 1, class_label=find_class(pipeline, "1"))))
+    assert [torch.equal(*pair) for pair in zip(images, of_class, strict=True)] == [False, True, False, False]
+    with pytest.raises(UsageError, match="3 classes, 0 to 2, and none that stands"):
+        find_class(pipeline, "none")
+
+
 @pytest.mark.parametrize("pipeline_class", [DDPMPipeline, DDIMPipeline])
-@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "euler", "heun", "dpm_sde"])
+@pytest.mark.parametrize("scheduler", ["ddpm", "DDIMScheduler", "euler", "heun", "dpm_sde"])
 def test_pipelines_of_diffusers_take_every_sampler(tmp_path, pipeline_class, scheduler):
     torch.manual_seed(0)
     unet, saved = UNet2DModel(**GREY).eval(), DDIMScheduler()
