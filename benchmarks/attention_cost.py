@@ -1,4 +1,4 @@
-"""What the attention costs: a training step and a forward pass of UNets with DIA, and how many operations a gate is.
+"""Measure the cost of attention: training step and forward pass of UNets with DIA, and the operations of a gate.
 
 DIA is compared with the same model without attention, with SE in each block, with its gates as hooks instead of in the
 fused residual block, and with diffusers' UNet2DModel, whose residual block adds and divides in two passes more. Ratios
@@ -76,7 +76,7 @@ SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
 
 
 def make_models(config: dict[str, Any], device: str, sides: Sequence[str] = SIDES) -> dict[str, UNet2DModel]:
-    """The plain UNet, and those with attention and the same weights, as the trainer places them."""
+    """Make the plain UNet, and those with attention and the same weights, as the trainer places them."""
     models = {}
     for side in sides:
         torch.manual_seed(0)
@@ -88,7 +88,7 @@ def make_models(config: dict[str, Any], device: str, sides: Sequence[str] = SIDE
 
 
 def gate_by_hooks(model: DIAUNet2DModel) -> None:
-    """Takes the residual blocks of diffusers back, and gates their branches from outside."""
+    """Put diffusers' residual blocks back, and gate their branches by hooks."""
     for module in model.modules():
         if isinstance(module, FusedResnetBlock2D):
             module.__class__, gate = ResnetBlock2D, module.gate
@@ -183,7 +183,7 @@ def make_passes(
 
 
 def measure(size: str, rounds: int, device: str) -> list[dict]:
-    """The rows of a size: the step and the forward pass of each model."""
+    """Return the rows of a size: the step and the forward pass of each model."""
     config, batch, passes = SIZES[size]
     models = make_models(config, device)
     runs = {name: make_passes(model, model, batch, passes) for name, model in models.items()}
@@ -202,7 +202,7 @@ def measure(size: str, rounds: int, device: str) -> list[dict]:
 
 
 def measure_families(rounds: int, device: str, names: Sequence[str] = tuple(families.MODELS)) -> list[dict]:
-    """A row for each of these models: forward and backward pass with attention attached, and without."""
+    """Return a row for each of these models: forward and backward pass with attention attached, and without."""
     rows = []
     for name in tqdm(names, desc="Families"):
         make_model, make_inputs = families.MODELS[name]

@@ -1,4 +1,4 @@
-"""What grows with the number of images: preparation, memory, disk, the start of a later run, loading, a training step.
+"""Measure what grows with the number of images: preparation, memory, disk, later starts, loading, training steps.
 
 Synthetic photograph-like images of 32x32 pixels, PNG files in parquet, of which 10,000 differ. Memory is what all
 processes together need more than at their start, without what is mapped from files (Linux).
@@ -40,7 +40,7 @@ _MIB = 2**20
 
 
 def write_images(folder: Path, count: int) -> None:
-    """A data set of so many images, of which at most 10,000 differ."""
+    """Write a data set of `count` images, of which at most 10,000 differ."""
     random = np.random.default_rng(0)
     cells = []
     for small in random.integers(0, 256, (min(count, _DISTINCT), 8, 8, 3), dtype=np.uint8):
@@ -59,13 +59,13 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def load(dataset: str, cache: Path, workers: int) -> PixelDataset:
-    """The training images, as a run loads them."""
+    """Load the training images as a run does."""
     images, _ = load_dataset_splits(dataset, cache_dir=str(cache))
     return prepare_pixels(images, RESOLUTION, cache_dir=str(cache), num_workers=workers)
 
 
 def start_run(dataset: str, cache: Path, workers: int) -> dict[str, float]:
-    """What a run does with its images before the first step, with the seconds and the memory that it takes."""
+    """Prepare images as a run does before its first step; return the seconds and the memory that it takes."""
     process, peak, done = psutil.Process(), 0, threading.Event()
 
     def watch() -> None:
@@ -87,7 +87,7 @@ def start_run(dataset: str, cache: Path, workers: int) -> dict[str, float]:
 
 
 def _own_memory(process: psutil.Process) -> int:
-    """Of what processes share, such as a fork and its parent, each has its part. No file is in it."""
+    """Return the proportional set size of a process, in bytes, without mapped files."""
     try:
         lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -96,7 +96,7 @@ def _own_memory(process: psutil.Process) -> int:
 
 
 def in_a_process(dataset: str, cache: Path, workers: int) -> dict[str, float]:
-    """`start_run` in a process of its own, with the seconds that the process took in all."""
+    """Call `start_run` in a process of its own, and add the seconds that the process took in all."""
     start = time.perf_counter()
     command = [sys.executable, __file__, "--side", dataset, str(cache), str(workers)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -104,7 +104,7 @@ def in_a_process(dataset: str, cache: Path, workers: int) -> dict[str, float]:
 
 
 def measure_start(dataset: str, cache: Path, workers: int) -> list[dict]:
-    """The rows of preparing a data set with so many processes, and of a later run."""
+    """Return the rows of preparing a data set with this number of processes, and of a later run."""
     first, later = in_a_process(dataset, cache, workers), in_a_process(dataset, cache, workers)
     case = f"{first['images']:,} images"
     disk = sum(path.stat().st_size for path in (cache / "dia_pixels").rglob("*.arrow"))
@@ -118,7 +118,7 @@ def measure_start(dataset: str, cache: Path, workers: int) -> list[dict]:
 
 
 def measure_steps(many: PixelDataset, few: PixelDataset, rounds: int) -> list[dict]:
-    """The rows of loading a batch, and of a training step, against the same with few images."""
+    """Return the rows of loading a batch, and of a training step, against the same with few images."""
     from training_throughput import SIZES, this_trainer
 
     sides = {"many": many, "few": few}

@@ -37,14 +37,14 @@ PEAK_RATES = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e1
 
 
 def peak_rate(device_name: str) -> float | None:
-    """The matrix rate of a device, `None` if it is not known."""
+    """Return the peak rate of matrix products of a device, or `None` if it is not known."""
     return next((rate for name, rate in PEAK_RATES.items() if name in device_name), None)
 
 
 def measure_passes(
     call: str, rounds: int, device: str, peak: float | None, size: str = SIZE, batch: int = BATCH
 ) -> list[dict]:
-    """The rows of step and forward pass for a way to call the models, one of `CALLS`."""
+    """Return the rows of step and forward pass for a way to call the models, one of `CALLS`."""
     # The compiler gives up on code that it has compiled many times, for other models too.
     torch.compiler.reset()
     sides, arguments = CALLS[call]
@@ -67,7 +67,7 @@ def measure_passes(
 
 
 def profile_step(side: str, device: str, size: str = SIZE, batch: int = BATCH) -> tuple[float, str]:
-    """Milliseconds that the device is at work in a step, and a table of where they go, by operation.
+    """Return the milliseconds for which the device is busy in a step, and a table of them by operation.
 
     Where the step takes longer than that, the device waits for the host to give it work.
     """
@@ -89,7 +89,7 @@ def profile_step(side: str, device: str, size: str = SIZE, batch: int = BATCH) -
 
 
 def measure_kernels(device: str, size: str = SIZE, batch: int = BATCH) -> tuple[list[dict], str]:
-    """The rows of what the device is at work in a step without attention and with DIA, and the table of the latter."""
+    """Return the rows of the busy time of a step without attention and with DIA, and the table of the latter."""
     (without, _), (busy, table) = (profile_step(side, device, size, batch) for side in (NONE, DIA))
     case = f"step, {size}, batch {batch}, eager, kernels alone"
     ratio = spread([busy], [without])

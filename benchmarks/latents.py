@@ -1,4 +1,4 @@
-"""What latents cost: encoding a data set once, and then a training step, in operations and in bytes.
+"""Measure the cost of latents: encoding a data set once, and a training step, in operations and bytes.
 
     python benchmarks/latents.py [--dataset NAME] [--resolution 32] [--output RESULT.json]
 
@@ -40,7 +40,7 @@ def make_vae(widths: tuple[int, ...], layers: int) -> AutoencoderKL:
 
 
 def measure_encoding(dataset: str, resolution: int) -> list[dict]:
-    """Time, memory and disk of encoding all images of a data set."""
+    """Measure time, memory and disk of encoding all images of a data set."""
     torch.manual_seed(0)
     vae = make_vae(SMALL, layers=1).requires_grad_(False)
     seconds, images, size = 0.0, 0, 0
@@ -69,7 +69,7 @@ def _peak() -> int:
 
 
 def count_operations() -> list[dict]:
-    """Billions of floating-point operations, each product and each sum for itself, for an image."""
+    """Count billions of floating-point operations (a multiply-add is two) for an image."""
     pixels, latents = _step(256, 3), _step(32, 4)
     with torch.device("meta"):
         vae = make_vae(LARGE, layers=2)

@@ -21,7 +21,7 @@ MIB = 2**20
 def peak_of_step(
     size: str, side: str, checkpointing: bool, device: str, batch: int | None = None, dtype: torch.dtype | None = None
 ) -> int:
-    """Bytes at the peak of a model's second step."""
+    """Return the peak memory of a model's second step, in bytes."""
     config, usual_batch, _ = SIZES[size]
     with MemTracker() as tracker:
         model = make_models(config, device, (side,))[side]
@@ -39,7 +39,7 @@ def peak_of_step(
 
 
 def measure(size: str, device: str, batch: int | None = None, dtype: torch.dtype | None = None) -> list[dict]:
-    """The rows of a size."""
+    """Return the rows of a size."""
     rows = []
     for checkpointing in (False, True):
         peaks = {side: peak_of_step(size, side, checkpointing, device, batch, dtype) for side in (PLAIN, DIA)}

@@ -71,7 +71,7 @@ OPTIONS = {
 
 
 class BestNetwork(ModelMixin, ConfigMixin):
-    """What a network would answer if it were perfect, for the images of a data set and no others.
+    """The optimal denoiser of a data set, in closed form: the posterior mean over its images.
 
     At `x = a y + b n` the mean of the image y is that of all images, weighted by `exp(-|x - a y|² / 2 b²)`. The mean of
     what is predicted, which is linear in y and n, follows.
@@ -84,7 +84,7 @@ class BestNetwork(ModelMixin, ConfigMixin):
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def of(self, name: str, images: Tensor) -> "BestNetwork":
-        """Sets the objective, and the images `(N, C, H, W)` in [-1, 1]."""
+        """Set the objective, and the images `(N, C, H, W)` in [-1, 1]."""
         self.level, self.images = LEVELS[name], images.flatten(1).double()
         self.objective = OBJECTIVES[name](**OPTIONS[name]).fitted(lambda: images.std().item())
         return self
@@ -155,7 +155,7 @@ def measure(
 
 
 def compare_best(curves: Curves, evaluations: Sequence[int]) -> Iterator[str]:
-    """A line for each variant and number of evaluations: its best sampler, against the best of the first variant."""
+    """Yield a line for each variant and number of evaluations: its best sampler, against the best of the first."""
     for place, number in enumerate(evaluations):
         best = {
             name: min(samplers, key=lambda s: statistics.mean(samplers[s][place])) for name, samplers in curves.items()

@@ -29,7 +29,7 @@ STEPS = 5
 
 
 def make_pipeline(side: str, size: str, peer: str) -> DiffusionPipeline:
-    """The pipeline of a side, loaded from a folder as its users do."""
+    """Make the pipeline of a side, loaded from a folder as its users do."""
     torch.manual_seed(0)
     unet = UNet2DModel(**SIZES[size][0])
     peer_class, scheduler_class = PEERS[peer]
@@ -42,7 +42,7 @@ def make_pipeline(side: str, size: str, peer: str) -> DiffusionPipeline:
 
 
 def work(side: str, size: str, peer: str, batch: int, precision: str) -> None:
-    """One side, in a process of its own."""
+    """Measure one side, in a process of its own."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if side == COMMAND:
         tune_process()
@@ -58,7 +58,7 @@ def work(side: str, size: str, peer: str, batch: int, precision: str) -> None:
 
 
 def measure(size: str, peer: str, rounds: int, batch: int | None = None, precision: str = "no") -> list[dict]:
-    """The rows of a size and a peer.
+    """Return the rows of a size and a peer.
 
     Args:
         size, peer (`str`): One of `attention_cost.SIZES`, and one of `PEERS`.

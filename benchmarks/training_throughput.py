@@ -56,7 +56,7 @@ SIDES = {"none": "this trainer, no DIA", "lstm": "this trainer, DIA"}
 
 
 def make_images() -> datasets.Dataset:
-    """Photograph-like noise of 32x32 pixels, as PNG files in a data set."""
+    """Make a data set of photograph-like noise of 32x32 pixels, as PNG files."""
     random = np.random.default_rng(0)
     small = random.integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
     images = [Image.fromarray(image).resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC) for image in small]
@@ -64,7 +64,7 @@ def make_images() -> datasets.Dataset:
 
 
 def plain_loop(dataset: datasets.Dataset, unet: dict[str, Any], batch_size: int, precision: str) -> Iterator[None]:
-    """The loop of the tutorial, a step each time it is asked for one."""
+    """Run the loop of the tutorial: a training step each time the generator is advanced."""
 
     def transform(examples: dict) -> dict:
         images = []
@@ -108,8 +108,7 @@ def this_trainer(
     waiting: list[float],
     **options: Any,
 ) -> Iterator[None]:
-    """The step of this trainer, with further `options` of its optimisation; notes the seconds that each step waits for
-    data."""
+    """Train with this trainer and further `options` of its optimisation; note the seconds each step waits for data."""
     accelerator = Accelerator(mixed_precision=precision)
     model = DIAUNet2DModel(**unet, dia_attention=attention)
     training = TrainingState(OptimisationOptions(**options), accelerator, model, 10_000)
@@ -133,7 +132,7 @@ def this_trainer(
 
 
 def work(side: str, size: str, batch_size: int, precision: str) -> None:
-    """One side, in a process of its own."""
+    """Measure one side, in a process of its own."""
     unet = SIZES[size][0]
     waiting: list[float] = []
     if side == PLAIN:
@@ -152,7 +151,7 @@ def work(side: str, size: str, batch_size: int, precision: str) -> None:
 
 
 def measure(size: str, rounds: int, batch_size: int | None = None, precision: str = "no") -> list[dict]:
-    """The rows of a size of 32x32 pixels.
+    """Return the rows of a size of 32x32 pixels.
 
     Args:
         size (`str`): One of `attention_cost.SIZES`.

@@ -85,7 +85,7 @@ class Objective(ABC):
 
     @abstractmethod
     def noised_batch(self, images: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
-        """Noise images to their levels, and return them with the target of the network.
+        """Add noise to images, each to its level, and return them with the target of the network.
 
         Args:
             images (`Tensor` of shape `(B, C, H, W)`): Of about [-1, 1].

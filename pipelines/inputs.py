@@ -1,4 +1,4 @@
-"""What a pipeline is called with: numbers, generators, and class labels, one for all images or one for each."""
+"""Checks of the arguments of a pipeline: numbers, generators, and class labels, one for all images or one for each."""
 
 import math
 import numbers

@@ -124,7 +124,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         r"""
-        The call function to the pipeline for generation.
+        Generate images.
 
         Args:
             batch_size (`int`, *optional*, defaults to 1): The number of images to generate.

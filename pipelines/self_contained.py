@@ -76,7 +76,7 @@ class SelfContained:
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As [`~diffusers.ConfigMixin.extract_init_dict`], which would warn of the entry for AutoModel."""
+        """Call [`~diffusers.ConfigMixin.extract_init_dict`] without the entry for AutoModel, of which it would warn."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod

@@ -1,5 +1,4 @@
-"""Writes an AutoencoderKL that loses nothing: its scaled latents are the colours of each pixel, turned by an orthogonal
-matrix.
+"""Write an AutoencoderKL that loses nothing: its scaled latents are each pixel's colours times an orthogonal matrix.
 
     python tools/lossless_vae.py FOLDER [--channels 3]
 
@@ -24,7 +23,7 @@ _SHIFT, _SCALE = 0.3, 4.0
 
 
 def lossless_vae(channels: int) -> AutoencoderKL:
-    """An AutoencoderKL of latents as large as the images `(B, C, H, W)`, with `C` channels."""
+    """Make an AutoencoderKL whose latents have the shape of the images `(B, C, H, W)`."""
     # Each signal, its negative, and the constant with both signs: their mean is zero.
     width = 2 * channels + 2
     vae = AutoencoderKL(

@@ -1,4 +1,4 @@
-"""Saves a tiny pipeline with random weights, and images from it, for the test that old files load.
+"""Save a tiny pipeline with random weights, and images from it, for the test that old files load.
 
 python tools/save_reference_pipeline.py tests/data/pipeline-0.1.0
 """

@@ -1,4 +1,4 @@
-"""Trains the classifier behind `dia_diffusion.scoring.features.DigitsFeatures` and writes its weights into the package.
+"""Train the classifier behind `dia_diffusion.scoring.features.DigitsFeatures` and write its weights into the package.
 
     python tools/train_digits_features.py
 
@@ -25,14 +25,14 @@ NOISE = 0.05
 
 
 def load_split(split: str) -> tuple[Tensor, Tensor]:
-    """Images as floats in [0, 1], `(N, 1, 8, 8)`, and their classes, `(N,)`."""
+    """Load images as floats in [0, 1], `(N, 1, 8, 8)`, and their classes, `(N,)`."""
     data = prepare_pixels(load_digits_dataset()[split], resolution=8, channels=1, with_labels=True)
     batch = data.fetch(range(len(data)))
     return batch["images"].float() / 255, batch["labels"]
 
 
 def augment(images: Tensor) -> Tensor:
-    """Moves each image by at most one pixel, zeros coming in at the edge, and adds a little noise."""
+    """Shift each image by at most one pixel, with zeros at the edge, and add a little noise."""
     shifted = F.pad(images, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)
     down, across = torch.randint(3, (2, len(images)))
     images = shifted[torch.arange(len(images)), :, down, across]

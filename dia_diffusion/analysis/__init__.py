@@ -1,1 +1,1 @@
-"""What the attention maps of a model have in common."""
+"""Similarity between the attention maps of a model's blocks."""

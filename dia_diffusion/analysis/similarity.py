@@ -1,8 +1,8 @@
-"""What the attention maps of a model have in common: correlation and CKA between blocks, and change with the timestep.
+"""Similarity between the attention maps of a model: correlation and CKA of pairs of blocks, and the timestep's share.
 
 Maps are arrays of shape `(T, N, C)`: T timesteps, N images, C channels. Each similarity is computed in two views of
-them: `all` samples together, and `within_timestep`, where the mean map of each timestep is taken out first, so that
-what the blocks have in common through the timestep alone does not count.
+them: `all` samples together, and `within_timestep`, where the mean map of each timestep is subtracted first, so that
+similarity that comes from the timestep alone does not count.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,13 +18,13 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def all_samples(maps: np.ndarray) -> np.ndarray:
-    """Maps `(T, N, C)` as samples `(T * N, C)`, centred."""
+    """Return maps `(T, N, C)` as centred samples `(T * N, C)`."""
     samples = maps.reshape(-1, maps.shape[-1]).astype(np.float64)
     return samples - samples.mean(0)
 
 
 def within_timestep(maps: np.ndarray) -> np.ndarray:
-    """Maps `(T, N, C)` as samples `(T * N, C)`, centred for each timestep."""
+    """Return maps `(T, N, C)` as samples `(T * N, C)`, centred for each timestep."""
     maps = maps.astype(np.float64)
     return (maps - maps.mean(1, keepdims=True)).reshape(-1, maps.shape[-1])
 
@@ -33,7 +33,7 @@ VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"all": all_samples, "wit
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Correlation of each channel of `x` with the same channel of `y`, both centred samples `(S, C)`.
+    """Correlate each channel of `x` with the same channel of `y`, both centred samples `(S, C)`.
 
     NaN for channels that are constant in either of them.
     """
@@ -43,8 +43,10 @@ def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414, section 3) of centred samples `(S, C)`
-    and `(S, D)`: 1 if they are equal up to rotation and scale. NaN if either is constant."""
+    """Return the linear centred kernel alignment of centred samples `(S, C)` and `(S, D)`; NaN if either is constant.
+
+    It is 1 if they are equal up to rotation and scale (Kornblith et al. 2019, arXiv 1905.00414, section 3).
+    """
     if is_constant(x).all() or is_constant(y).all():
         return float("nan")
     return float(np.square(y.T @ x).sum() / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
@@ -56,8 +58,10 @@ def is_constant(samples: np.ndarray) -> np.ndarray:
 
 
 def timestep_share(maps: np.ndarray) -> float:
-    """The share of the variance of maps `(T, N, C)` that is between timesteps, not between images; NaN if there is
-    none. The variance is summed over the channels."""
+    """Return the share of the variance of maps `(T, N, C)` that is between timesteps; NaN if they are constant.
+
+    The variance is summed over the channels.
+    """
     maps = maps.astype(np.float64)
     if is_constant(all_samples(maps)).all():
         return float("nan")
@@ -65,13 +69,13 @@ def timestep_share(maps: np.ndarray) -> float:
 
 
 def channel_correlations(maps: dict[str, np.ndarray], view: str) -> dict[tuple[str, str], np.ndarray]:
-    """For each pair of blocks of equal width, in order of execution: the correlation of each channel `(C,)`."""
+    """Correlate each channel, `(C,)`, for each pair of blocks of equal width, in order of execution."""
     samples = {name: VIEWS[view](values) for name, values in maps.items()}
     return {(a, b): pearson(samples[a], samples[b]) for a, b in _pairs(maps) if maps[a].shape == maps[b].shape}
 
 
 def cka_of_pairs(maps: dict[str, np.ndarray], view: str) -> dict[tuple[str, str], np.ndarray]:
-    """For each pair of blocks of any width: their linear CKA, as an array `(1,)`."""
+    """Return the linear CKA of each pair of blocks of any width, as an array `(1,)`."""
     samples = {name: VIEWS[view](values) for name, values in maps.items()}
     return {(a, b): np.array([linear_cka(samples[a], samples[b])]) for a, b in _pairs(maps)}
 
@@ -100,7 +104,7 @@ def group_pairs(blocks: Sequence[Block], pairs: Iterable[tuple[str, str]]) -> di
 
 
 def describe(values: np.ndarray) -> dict[str, Any]:
-    """Statistics of similarities, those that are NaN left out; `None` where none is left."""
+    """Return statistics of similarities without those that are NaN; each is `None` if none is left."""
     known = values[~np.isnan(values)]
     if not len(known):
         return {"mean": None, "mean_absolute": None, "maximum": None, "quantiles": None, "count": 0}
@@ -114,7 +118,7 @@ def describe(values: np.ndarray) -> dict[str, Any]:
 
 
 def describe_pairs(blocks: Sequence[Block], similarity: dict[tuple[str, str], np.ndarray]) -> dict[str, Any]:
-    """Statistics of a similarity over the channels of each pair of blocks, and of each group of pairs."""
+    """Return statistics of a similarity over the channels of each pair of blocks, and of each group of pairs."""
     return {
         "groups": {
             group: describe(np.concatenate([similarity[pair] for pair in pairs]))
@@ -125,7 +129,7 @@ def describe_pairs(blocks: Sequence[Block], similarity: dict[tuple[str, str], np
 
 
 def describe_blocks(blocks: Sequence[Block], maps: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """For each block the statistics of its gates, over all and for each timestep."""
+    """Return for each block the statistics of its gates, overall and for each timestep."""
     described = []
     for block in blocks:
         values = maps[block.name].astype(np.float64)

@@ -1,4 +1,4 @@
-"""What the model of a run sees of its images: their pixels, or latents that a VAE made of them beforehand.
+"""The space in which a run trains: pixels, or latents that a VAE computed from them beforehand.
 
 A space is one of both kinds: it encodes all images once, describes itself, has a digest, and decodes.
 """

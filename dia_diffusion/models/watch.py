@@ -91,7 +91,7 @@ class ForwardWatch(TorchFunctionMode):
         self._constants |= {id(parameter): parameter.ndim > 1 for parameter in model.parameters()}
 
     def number(self, tensor: Tensor) -> int:
-        """The number of a tensor as it is now."""
+        """Return the number of a tensor's current version."""
         if id(tensor) not in self._numbers:
             self._add(tensor, "", (), False, ())
         return self._numbers[id(tensor)]
@@ -137,7 +137,7 @@ class ForwardWatch(TorchFunctionMode):
         return result
 
     def _sides(self, name: str, args: tuple, kwargs: dict) -> tuple[int, int] | None:
-        """The two sides of an addition that both depend on the inputs."""
+        """Return the two sides of an addition that both depend on the inputs."""
         if name not in _ADDITIONS or len(args) + len(kwargs.keys() & {"other"}) < 2:
             return None
         first, second = args[0], args[1] if len(args) > 1 else kwargs["other"]

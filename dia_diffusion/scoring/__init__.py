@@ -1,1 +1,1 @@
-"""How good images are: the Fréchet distance and other scores, the features that they are taken in, and reports."""
+"""Scores of generated images: the Fréchet distance and others, their features, and reports."""

@@ -107,7 +107,7 @@ def score(options: EvaluateOptions, command: str | None = None) -> dict[str, Any
 
 
 def _check_outputs(options: EvaluateOptions) -> None:
-    """Notice before a long run what cannot be written after it."""
+    """Refuse, before a long run, outputs that could not be written after it."""
     places = [path.resolve() for path in (options.output, options.report, options.save_images) if path is not None]
     if len(set(places)) < len(places):
         raise UsageError("output, report and save_images must be different places.")
@@ -230,7 +230,7 @@ def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
 
 
 def _holds_images(path: Path) -> bool:
-    """Whether an `.npz` file is there for its images. Where it has statistics too, these count."""
+    """Return whether an `.npz` file holds images and no statistics, which would take precedence."""
     names = array_names(path)
     return SAMPLES in names and not set(STATISTICS) <= set(names)
 

@@ -51,7 +51,7 @@ class Moments:
         return int(self.counts.sum())
 
     def update(self, features: Tensor) -> None:
-        """Adds the features `(B, F)` of the next B images."""
+        """Add the features `(B, F)` of the next B images."""
         features = features.double()
         if self.origin is None:
             # Sums of squares lose the digits that the mean takes up, so they are taken around the first image.
@@ -71,8 +71,10 @@ class Moments:
             self.products[group].addmm_(rows.T, rows)
 
     def _groups(self, start: int, count: int) -> Tensor:
-        """Group of each image: anew at random for each run of as many images as there are groups, so that neither
-        classes that come in turn nor files in order of their class gather in one group."""
+        """Return the group of each image: a random permutation of the groups for each block of as many images.
+
+        So neither classes that alternate nor files sorted by class gather in one group.
+        """
         size = len(self.counts)
         if size == 1:
             return torch.zeros(count, dtype=torch.long)
@@ -81,7 +83,7 @@ class Moments:
         return torch.from_numpy(order[start % size :][:count])
 
     def gaussian(self, groups: Sequence[int] | None = None) -> Gaussian:
-        """The Gaussian of all images, or of those of some groups."""
+        """Return the Gaussian of all images, or of those of some groups."""
         weights = torch.ones_like(self.counts)
         if groups is not None:
             weights.zero_()[list(groups)] = 1
@@ -133,7 +135,7 @@ class _FewImages:
         self.squares = images.rows.square().sum(1)
 
     def without(self, group: int) -> float:
-        """The distance of the images that are not of this group."""
+        """Return the distance of all images but those of this group."""
         kept = self.images.row_groups != group
         mean, reference = self.images.rows[kept].mean(0), self.distance.reference
         inner, count = self.inner[kept][:, kept], int(kept.sum())
@@ -152,7 +154,7 @@ class Uncertainty(NamedTuple):
 
 
 def is_uncertainty_too_long(generated: Moments) -> bool:
-    """Whether `frechet_uncertainty` is left out because it would take minutes."""
+    """Return whether `frechet_uncertainty` is left out because it would take minutes."""
     return min(generated.sums.shape[1], len(generated)) > _LARGEST_INTERVAL
 
 

@@ -19,10 +19,12 @@ _DISTANCES_IN_MEMORY = 2**24
 
 
 def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float | None]:
-    """KID of two sets of features `(N, F)`: mean and standard deviation, over 100 random subsets of at most 1,000, of
-    the unbiased squared MMD with the kernel `(xy / F + 1)^3` (Bińkowski et al. 2018, arXiv 1801.01401).
+    """Return the Kernel Inception Distance of two sets of features `(N, F)`: mean and standard deviation.
 
-    Sets of the same size, at most 1,000, have one subset only, and with that no standard deviation."""
+    It is the unbiased squared MMD with the kernel `(xy / F + 1)^3` over 100 random subsets of at most 1,000 features
+    (Bińkowski et al. 2018, arXiv 1801.01401). Two sets of the same size, at most 1,000, have one subset only, and so no
+    standard deviation.
+    """
     subset_size = min(_LARGEST_KID_SUBSET, len(real), len(generated))
     with _without_warning():
         # A score is computed by one process, so torchmetrics must not wait for the others.
@@ -35,8 +37,10 @@ def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float | Non
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
-    """Inception Score (Salimans et al. 2016, arXiv 1606.03498) of the logits `(N, K)` of generated images:
-    `exp(mean KL(p(y|x) || p(y)))`, mean and standard deviation over 10 random parts; from 1 to K classes."""
+    """Return the Inception Score of the logits `(N, K)` of generated images, from 1 to K: mean and standard deviation.
+
+    It is `exp(mean KL(p(y|x) || p(y)))` over 10 random parts (Salimans et al. 2016, arXiv 1606.03498).
+    """
     with _without_warning():
         score = InceptionScore(nn.Identity(), splits=min(_SPLITS, len(logits)), sync_on_compute=False)
     score.update(logits.double())
@@ -46,14 +50,14 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 
 @contextmanager
 def _without_warning() -> Iterator[None]:
-    """Of torchmetrics, that features are kept; `evaluate` says so with the number of bytes."""
+    """Silence torchmetrics' warning that it keeps features: `evaluate` prints their size instead."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def _with_fixed_seed(metric: KernelInceptionDistance | InceptionScore) -> tuple[Tensor, Tensor]:
-    """What the metric computes from random parts, always the same ones; the global random state stays as it is."""
+    """Compute a metric of random parts with a fixed seed; leave the global random state as it is."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would seed the accelerators as well: fork_rng restores the CPU alone here.
         torch.default_generator.manual_seed(_SEED)
@@ -61,7 +65,7 @@ def _with_fixed_seed(metric: KernelInceptionDistance | InceptionScore) -> tuple[
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2).
+    """Return improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2).
 
     Precision is the share of generated features within the manifold of the real ones, recall the reverse. A manifold
     is the union of balls around its features, each of which reaches to the k-th nearest other feature of its set.
@@ -82,14 +86,14 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """Distance of each of N features to its k-th nearest other one, `(N,)`."""
+    """Return the distance of each of N features to its k-th nearest other one, `(N,)`."""
     neighbours = min(k, len(features) - 1) + 1  # each feature is its own nearest
     blocks = features.split(_rows_in_memory(features))
     return torch.cat([torch.cdist(rows, features).topk(neighbours, largest=False).values[:, -1] for rows in blocks])
 
 
 def _share_inside(features: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """Share of the features that lie in at least one ball."""
+    """Return the share of the features that lie in at least one ball."""
     blocks = features.split(_rows_in_memory(centres))
     return sum((torch.cdist(rows, centres) <= radii).any(1).sum().item() for rows in blocks) / len(features)
 

@@ -150,7 +150,7 @@ def last_words(run: StudyRun, status: int) -> str:
 
 @contextmanager
 def _printing_to(path: Path) -> Iterator[None]:
-    """Append all that this process and its libraries print to a file."""
+    """Redirect the output of this process, that of its libraries included, to the end of a file."""
     kept = [os.dup(stream) for stream in (1, 2)]
     with path.open("a") as log:
         for stream in (1, 2):

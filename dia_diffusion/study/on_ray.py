@@ -101,10 +101,10 @@ class RayEngine:
 def connect(
     address: str, folder: Path, slots: int, cpus: int | None = None, gpus: float | None = None
 ) -> Iterator[RayEngine]:
-    """An engine on the Ray cluster at an address, `auto` for the one that this machine belongs to.
+    """Connect to the Ray cluster at an address, and yield an engine on it.
 
     Args:
-        address (`str`): `HOST:PORT`, or `auto`.
+        address (`str`): `HOST:PORT`, or `auto` for the cluster that this machine belongs to.
         folder (`Path`): Of the study. Machines that see the same folder work in it. Others work in a folder of their
             own, and the files of a run come back when it ends.
         slots (`int`): Tasks at a time.
@@ -138,7 +138,7 @@ def connect(
 
 
 def _knock(address: str) -> None:
-    """Ray itself tries for minutes where nobody answers."""
+    """Raise OSError if nothing listens at the address: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if address != "auto":
         if not (host and port.isdecimal()) or "/" in host:
@@ -147,7 +147,7 @@ def _knock(address: str) -> None:
 
 
 def _take_resources(address: str, cpus: int, gpus: float | None) -> tuple[int, float]:
-    """What a run takes. Says what there is, and whether runs would wait for a machine that is large enough."""
+    """Return the CPUs and GPUs of a run. Print those of the cluster, and whether no machine is large enough now."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     total = {name: sum(machine.get(name, 0) for machine in machines) for name in ("CPU", "GPU")}
     if gpus is None:
@@ -163,7 +163,7 @@ def _take_resources(address: str, cpus: int, gpus: float | None) -> tuple[int, f
 
 
 def _is_seen(mark: Path) -> bool:
-    """Whether all machines see a file."""
+    """Return whether all machines see a file."""
     # A function that goes along as it is: the machines need not import this package to answer.
     probe = ray.remote(num_cpus=0)(lambda path: path.exists())
     places = (NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"])
@@ -175,7 +175,7 @@ def _is_seen(mark: Path) -> bool:
 
 
 def _do(task: Task, place: _Place, files: Files, threads: int, versions: tuple[str, str]) -> tuple[int, Files | None]:
-    """The task on a machine of the cluster. Returns its exit status, and its files where they must be brought back."""
+    """Do a task on a machine of the cluster; return its exit status, and its files if the folder is not shared."""
     host = socket.gethostname()
     if versions != (__version__, torch.__version__):
         raise UsageError(
@@ -205,7 +205,7 @@ def _read_files(folder: Path) -> Files:
 
 
 def _write_files(folder: Path, files: Files, before: Files | None = None) -> None:
-    """Puts files into a folder, the result last, and takes those away that were there before and are no more."""
+    """Write files to a folder, the result last, and remove those of `before` that are gone."""
 
     def write(place: Path) -> None:
         for name, content in files.items():

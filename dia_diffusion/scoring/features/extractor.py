@@ -36,7 +36,7 @@ class FeatureExtractor(nn.Module):
         super().__init__()
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
-        """Stay in evaluation mode, whatever is asked: training statistics must not leak into a score."""
+        """Ignore `mode` and stay in evaluation mode: training statistics must not leak into a score."""
         return super().train(False)
 
     @property
