@@ -27,12 +27,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and move it there when it is whole. A kill or a full disk leaves the old file.
 
     Args:
-        path (`Path`): The file. Its folder is made where there is none.
+        path (`Path`): The file. Its folder is made where there is none. A link stays one, and what is no file, such as
+            `/dev/null` or a pipe, is written to and not replaced.
         write (`Callable`): Called with the temporary path, which it must write.
 
     Raises:
         OSError: names the file.
     """
+    if path.exists() and (not path.is_file() or path.parent == Path("/dev")):
+        write(path)
+        return
+    path = path.resolve()
     temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +108,10 @@ def check_output_file(path: Path) -> None:
     """
     if path.is_dir():
         raise UsageError(f"'{path}' is a folder: name the file to write.")
-    check_output_folder(path.parent)
+    if str(path) == "-":
+        raise UsageError("'-' names no file: for the standard output name /dev/stdout.")
+    if not path.exists() or (path.is_file() and path.parent != Path("/dev")):
+        check_output_folder(path.resolve().parent)
     if path.exists() and not os.access(path, os.W_OK):
         raise UsageError(f"the file '{path}' cannot be written: change its permissions, or name another one.")
 

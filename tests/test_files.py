@@ -20,6 +20,7 @@ from dia_diffusion.files import (
     file_digest,
     replace_file,
     replace_files,
+    replace_text,
     weights_digest,
     write_json,
 )
@@ -45,6 +46,20 @@ def test_a_kill_leaves_what_was_there(tmp_path):
     assert path.read_text() == "before"
     assert run(path, "replace_text(path, 'after')") == (0, [])
     assert path.read_text() == "after"
+
+
+def test_links_and_pipes_are_written_to_and_not_replaced(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "target")
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link", "pipe"):
+        check_output_file(tmp_path / name)
+        replace_text(tmp_path / name, "new")
+    assert os.read(pipe, 10) == (tmp_path / "folder" / "target").read_bytes() == b"new"
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "pipe"]
+    with pytest.raises(UsageError, match="/dev/stdout"):
+        check_output_file(Path("-"))
 
 
 def test_a_file_that_does_not_fit_is_named_and_leaves_what_was_there(tmp_path):

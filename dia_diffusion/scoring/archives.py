@@ -1,4 +1,7 @@
-"""Samples in an `.npz` file, as the tools of ADM and EDM write them: `arr_0`, uint8 of shape `(N, H, W, C)`."""
+"""Samples in an `.npz` file, as the tools of ADM and EDM write them: `arr_0`, uint8 of shape `(N, H, W, C)`.
+
+Another name is read where the array is the only one, and channels may come first, as torch has them.
+"""
 
 import hashlib
 import struct
@@ -44,6 +47,13 @@ def array_names(path: Path) -> Sequence[str]:
         raise unreadable(path, error) from error
 
 
+def samples_name(names: Sequence[str]) -> str | None:
+    """Return the name of the array of images: `arr_0`, or the only array there is."""
+    if SAMPLES in names or set(names) & set(STATISTICS):
+        return SAMPLES if SAMPLES in names else None
+    return names[0] if len(names) == 1 else None
+
+
 def unreadable(path: Path, error: Exception) -> UsageError:
     """Return the error for an `.npz` file that cannot be read."""
     reason = "there is no such file" if isinstance(error, FileNotFoundError) else first_line(error)
@@ -54,7 +64,7 @@ def unreadable(path: Path, error: Exception) -> UsageError:
 
 
 class ArchiveImages:
-    """Images that lie in `arr_0` of an `.npz` file; they are mapped into memory where the file is not compressed.
+    """Images that lie in an `.npz` file; they are mapped into memory where the file is not compressed.
 
     Args:
         path (`Path`): The file.
@@ -67,17 +77,22 @@ class ArchiveImages:
 
     def __init__(self, path: Path, resolution: int | None = None):
         names = array_names(path)
-        if SAMPLES not in names:
+        name = samples_name(names)
+        if name is None:
             raise UsageError(f"'{path}' holds no images ('{SAMPLES}'), only: {', '.join(names) or 'nothing'}.")
         try:
-            self.array, self.fingerprint = _map(path)
+            self.array, self.fingerprint = _map(path, name)
         except UNREADABLE_ARCHIVE as error:
             raise unreadable(path, error) from error
         shape = self.array.shape
+        if len(shape) == 4 and shape[3] not in (1, 3) and shape[1] in (1, 3):
+            # As torch has them: channels first.
+            self.array = self.array.transpose(0, 2, 3, 1)
+            shape = self.array.shape
         if self.array.dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)) or 0 in shape:
             raise UsageError(
-                f"'{SAMPLES}' of '{path}' must hold images, uint8 of shape (N, H, W, 1 or 3), but is "
-                f"{self.array.dtype} of shape {shape}."
+                f"'{name}' of '{path}' must hold images, uint8 of shape (N, H, W, 1 or 3), but is "
+                f"{self.array.dtype} of shape {shape}. Store pixels as whole numbers from 0 to 255."
             )
         self.channels = shape[3] if len(shape) == 4 else 1
         self.resolution = min(shape[1:3]) if resolution is None else resolution
@@ -95,7 +110,7 @@ class ArchiveImages:
             pixels = np.stack(resized)
         top, left = (round(0.5 * (side - self.resolution)) for side in pixels.shape[2:])
         cut = pixels[:, :, top : top + self.resolution, left : left + self.resolution]
-        return torch.from_numpy(np.ascontiguousarray(cut))
+        return torch.from_numpy(np.array(cut, order="C"))
 
     def digest(self, with_classes: bool = True) -> str:
         """Return the digest that a `PixelDataset` of these images has."""
@@ -105,17 +120,17 @@ class ArchiveImages:
         return digest.hexdigest()
 
 
-def _map(path: Path) -> tuple[np.ndarray, str]:
+def _map(path: Path, name: str) -> tuple[np.ndarray, str]:
     """Return the array and the digest of its bytes, which are all read once: a file that lacks some is noticed here."""
     digest = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(f"{SAMPLES}.npy")
+        info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as member:
             while block := member.read(_BLOCK):
                 digest.update(block)
     if info.compress_type != zipfile.ZIP_STORED:
         with np.load(path, allow_pickle=False) as file:
-            return file[SAMPLES], digest.hexdigest()
+            return file[name], digest.hexdigest()
     with path.open("rb") as file:
         # The local header of the member, whose name and extra field may be of other lengths than in the directory.
         file.seek(info.header_offset + 26)

@@ -23,7 +23,7 @@ from ..process.distributed import find_device, make_state
 from ..process.output import print_main
 from ..sampling.generation import check_sampling, describe_guidance, find_advice, sample_batch
 from ..sampling.loading import load_pipeline
-from .archives import SAMPLES, STATISTICS, ArchiveImages, array_names
+from .archives import STATISTICS, ArchiveImages, array_names, samples_name
 from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
 from .features.extractor import FeatureExtractor
 from .features.named import FEATURES, get_extractor
@@ -71,7 +71,7 @@ def score(options: EvaluateOptions, command: str | None = None) -> dict[str, Any
     archive = Path(dataset) if is_archive(dataset) else None
     published = archive if archive is not None and not _holds_images(archive) else None
     metrics = options.metrics or list(DEFAULT_METRICS if published is None else ("fid",))
-    name = options.features or (DIGITS if dataset == DIGITS else None)
+    name = DIGITS if options.features is None and dataset == DIGITS else options.features
     if name is None:
         raise UsageError(f"name the features to compare in: --features {', '.join(FEATURES)}.")
     resolution, channels = _shape(pipeline) if pixels is None else (pixels.resolution, pixels.channels)
@@ -232,7 +232,7 @@ def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
 def _holds_images(path: Path) -> bool:
     """Return whether an `.npz` file holds images and no statistics, which would take precedence."""
     names = array_names(path)
-    return SAMPLES in names and not set(STATISTICS) <= set(names)
+    return samples_name(names) is not None and not set(STATISTICS) <= set(names)
 
 
 def _write(

@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..files import cache_dir, json_digest, replace_file
 from ..process.output import progress_bar
-from .archives import STATISTICS, UNREADABLE_ARCHIVE, ArchiveImages, unreadable
+from .archives import STATISTICS, UNREADABLE_ARCHIVE, ArchiveImages, array_names, unreadable
 from .features.extractor import FeatureExtractor
 from .frechet import Gaussian, Moments
 
@@ -206,22 +205,33 @@ def read_published(path: Path, extractor: FeatureExtractor) -> Reference:
     Raises:
         UsageError: if the file holds no such statistics, or those of other features.
     """
+    names = array_names(path)
+    if not set(STATISTICS) <= set(names):
+        raise unreadable(path, ValueError(f"it holds {', '.join(names) or 'nothing'}"))
     try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:
             arrays = [file[key] for key in STATISTICS]
     except UNREADABLE_ARCHIVE as error:
         raise unreadable(path, error) from error
     if not all(array.dtype.kind in "fiu" for array in arrays):
         kinds = " and ".join(str(array.dtype) for array in arrays)
         raise UsageError(f"'mu' and 'sigma' of '{path}' must hold real numbers, but are {kinds}.")
-    mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays)
+    # Some tools keep a dimension for the batch.
+    mean, covariance = (torch.from_numpy(array.astype(np.float64).squeeze()) for array in arrays)
     count = extractor.num_features
-    if mean.shape != (count,) or covariance.shape != (count, count):
+    if mean.shape != (count,):
         raise UsageError(
             f"'{path}' holds statistics of {mean.numel()} features, but '{extractor.name}' has {count}. "
             "Name the features that it was made with: --features."
         )
+    if covariance.shape != (count, count):
+        raise UsageError(f"'sigma' of '{path}' must be of shape {(count, count)}, but is {tuple(covariance.shape)}.")
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UsageError(f"'{path}' holds values that are not finite.")
+    variances = torch.linalg.eigvalsh(covariance)
+    if not torch.allclose(covariance, covariance.T, 1e-3, 1e-3 * covariance.abs().max()) or (
+        variances[0] < -1e-3 * variances[-1].abs()
+    ):
+        raise UsageError(f"'sigma' of '{path}' is no covariance: it is not symmetric, or has negative variances.")
     digest = hashlib.sha256(mean.numpy().tobytes() + covariance.numpy().tobytes()).hexdigest()
     return Reference(Gaussian(mean, covariance, None), {"digest": digest, "num_images": None})

@@ -31,10 +31,14 @@ def score(tmp_path, *arguments):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize(("size", "channels"), [((8, 8), (3,)), ((6, 9), (1,)), ((8, 8), ())])
-def test_the_images_are_those_of_the_array(tmp_path, save, size, channels):
+def test_the_images_are_those_of_the_array(tmp_path, save, named, size, channels):
     images = pictures(size=size, channels=channels)
-    save(tmp_path / "x.npz", images, np.arange(24))
+    if named:
+        save(tmp_path / "x.npz", samples=images.transpose(0, 3, 1, 2) if channels else images)
+    else:
+        save(tmp_path / "x.npz", images, np.arange(24))
     read = ArchiveImages(tmp_path / "x.npz")
     left = round((size[1] - min(size)) / 2)
     expected = images.reshape(24, *size, -1)[3:9, :, left : left + min(size)].transpose(0, 3, 1, 2)
@@ -86,7 +90,7 @@ def damaged(tmp_path):
         yield tmp_path / f"{name}.npz", "not a readable .npz file"
     yield tmp_path / "nowhere.npz", "there is no such file"
     yield objects, "not a readable .npz file"
-    wrong = {"float": pictures() / 255, "wide": pictures().astype(int), "first": pictures().transpose(0, 3, 1, 2)}
+    wrong = {"float": pictures() / 255, "wide": pictures().astype(int)}
     for name, array in {**wrong, "flat": pictures().reshape(24, -1), "none": pictures(0)}.items():
         np.savez(tmp_path / f"{name}.npz", array)
         yield tmp_path / f"{name}.npz", "must hold images, uint8 of shape"
@@ -100,6 +104,26 @@ def test_files_that_hold_no_images_are_named(tmp_path, capsys):
         error = capsys.readouterr().err
         assert words in error
         assert str(path) in error
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"mu": np.zeros(32), "sigma": -np.eye(32)}, "is no covariance"),
+        ({"mu": np.zeros(32), "sigma": np.triu(np.ones((32, 32)))}, "is no covariance"),
+        ({"mu": np.zeros(32), "sigma": np.ones(32)}, r"shape \(32, 32\), but is \(32,\)"),
+        ({"mu": np.zeros(32)}, "it holds mu"),
+        ({"mu": np.zeros((1, 32)), "sigma": np.eye(32)[None]}, None),
+        ({"mu": np.zeros(32), "sigma": np.zeros((32, 32))}, None),
+    ],
+)
+def test_statistics_that_are_none(tmp_path, arrays, words):
+    np.savez(tmp_path / "x.npz", **arrays)
+    if words is None:
+        assert read_published(tmp_path / "x.npz", get_extractor("digits")).gaussian.covariance.shape == (32, 32)
+        return
+    with pytest.raises(UsageError, match=words):
+        read_published(tmp_path / "x.npz", get_extractor("digits"))
 
 
 @pytest.mark.parametrize("kind", [complex, str, object, np.float16, int])

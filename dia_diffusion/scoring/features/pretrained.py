@@ -131,7 +131,13 @@ class VisionModelFeatures(FeatureExtractor):
                 f"transformers that can be loaded: {first_line(error).split('. ')[0]}."
             ) from error
         self.requires_grad_(False).eval()
-        self.num_features = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[1]
+        try:
+            self.num_features = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[1]
+        except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
+            raise UsageError(
+                f"'{name_or_path}' cannot be used for features: it fails at an image that its own processor prepared "
+                f"({first_line(error)})."
+            ) from error
 
     @property
     def settings(self) -> dict[str, Any]:
