@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attention.forward_pass import GatedBlocks, record_maps
 from ..attention.sharing import AttentionState, SharedAttention, joins_somewhere
-from ..errors import UsageError
+from ..errors import UsageError, why_not_loaded
 from ..options.attention import with_attention_options
 from .branches import Branch
 from .families import FOUND, NAMED, Backbone, ContextPlace, find_backbone, find_joins, named_backbone
@@ -128,8 +128,7 @@ def attach(
     dia = None
     if pretrained is not None:
         own = {"time_conditioned": time_conditioned, "context": context}
-        _check_alone([*options, *(name for name, value in own.items() if value is not None)], str(pretrained))
-        dia = AttachedAttention.from_pretrained(pretrained)
+        dia = _load(str(pretrained), [*options, *(name for name, value in own.items() if value is not None)])
     backbone = _choose_branches(model, branches, inputs, context, dia)
     if dia is not None:
         backbone = _fit(dia, model, backbone, str(pretrained))
@@ -211,12 +210,9 @@ def _choose_branches(
 
 
 def _nothing_found(model: nn.Module, found: Sequence[Branch]) -> str:
-    lines = getattr(found, "not_gated", [])
-    seen = (
-        f"Residual additions that cannot be gated: {len(lines)}. The first: {lines[0]}."
-        if lines
-        else ("Its forward pass shows no sum of two tensors of one shape of which one came through more layers.")
-    )
+    seen = "Its forward pass shows no sum of two tensors of one shape of which one came through more layers."
+    if lines := getattr(found, "not_gated", []):
+        seen = f"Residual additions that cannot be gated: {len(lines)}. The first: {lines[0]}."
     return f"no residual branches of {type(model).__name__} can be gated. {seen}"
 
 
@@ -288,10 +284,17 @@ def _check_free(model: nn.Module) -> None:
         )
 
 
-def _check_alone(given: Sequence[str], source: str) -> None:
-    """Refuse options beside a saved attention, which has its own."""
+def _load(source: str, given: Sequence[str]) -> AttachedAttention:
+    """Load a saved attention; refuse options beside it, for it has its own."""
     if given:
         raise UsageError(f"the attention in '{source}' brings its own {', '.join(given)}: leave that out.")
+    try:
+        return AttachedAttention.from_pretrained(source, use_safetensors=True)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = why_not_loaded(source, error)
+        if isinstance(error, TypeError):
+            reason = "it holds another model. Give the folder that dia.save_pretrained wrote."
+        raise UsageError(f"cannot load an attention from '{source}': {reason}") from error
 
 
 def _made_for(backbone: Backbone) -> dict[str, Any]:

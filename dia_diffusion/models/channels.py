@@ -20,6 +20,9 @@ _MOVES = set("permute transpose swapaxes swapdims movedim moveaxis t T mT".split
 _CUTS = set("getitem narrow chunk split tensor_split split_with_sizes unbind select".split())
 _SCALES = set("mul rmul imul multiply div truediv neg dropout dropout1d dropout2d dropout3d feature_dropout".split())
 _SCALES |= set("to type type_as float half bfloat16 contiguous clone detach roll flip masked_fill alias".split())
+# A factor that is not negative, one for each channel, may stand before these as well.
+_SCALES |= set("relu leaky_relu pad pixel_shuffle pixel_unshuffle".split())
+_SCALES |= {f"{adaptive}avg_pool{n}d" for adaptive in ("", "adaptive_") for n in (1, 2, 3)}
 TRANSPARENT = _SCALES | _RESHAPES | _MOVES | _CUTS
 
 

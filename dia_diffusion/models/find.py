@@ -8,6 +8,7 @@ with one, a projection. From the addition the search walks back to the module th
 import heapq
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
@@ -120,6 +121,9 @@ class _Search:
         self.model, self.watch, self.batch = model, watch, batch
         self.steps = watch.steps
         self.dimensions = 3
+        # How often a tensor goes into a call, and how often into an addition.
+        self.uses = Counter(source for step in self.steps for source in set(step.inputs))
+        self.added = Counter(side for addition in watch.additions for side in addition.sides)
         # Sums of two sides with layers, by number: neither is a shortcut, but both may be branches of a later addition.
         self.sums: dict[int, tuple[Addition, str]] = {}
         # Layers of torch that hold the samples in dimension 1.
@@ -167,6 +171,8 @@ class _Search:
         for addition in self.watch.additions:
             try:
                 branch = self._branch_side(addition)
+                if branch is not None and self._is_embedded(branch, addition):
+                    continue
                 for item in self._walk_back(branch, addition) if branch is not None else ():
                     found.setdefault((item.branch.end, item.branch.element), item)
             except _Reason as reason:
@@ -198,7 +204,8 @@ class _Search:
             apart -= colour != 3
             common |= {number} if colour == 3 else set()
             layers[colour] += step.weight
-            for source in step.inputs:
+            # A mask or an index carries no features.
+            for source in step.inputs if step.floating else ():
                 before = colours.get(source, 0)
                 colours[source] = before | colour
                 apart += (colours[source] != 3) - (before in (1, 2))
@@ -242,6 +249,12 @@ class _Search:
         folded = len(shape) == 2 and shape[0] > self.batch and shape[0] % self.batch == 0
         return folded or len(shape) >= self.dimensions
 
+    def _is_embedded(self, branch: int, addition: Addition) -> bool:
+        """Tell whether features are given positions, as DETR does in each layer: the other side is added to more than
+        these, and these go on without it."""
+        other = sum(addition.sides) - branch
+        return self.uses[branch] > 1 and self.added[other] > 1
+
     def _in_adapter(self, addition: Addition) -> bool:
         """Tell whether a layer of peft adds its update to the layer that it wraps."""
         return hasattr(self.model.get_submodule(addition.modules[-1]), "base_layer")
@@ -271,6 +284,8 @@ class _Search:
         """Return the tensor that a gate may stand at as well as at this one."""
         size = math.prod(step.shape)
         full = [source for source in step.inputs if math.prod(self.steps[source].shape) >= size]
+        if len(step.inputs) == 1 or step.name.endswith("_as"):
+            full = [*step.inputs[:1]]
         if step.weight or not step.inputs:
             raise _Reason(seen or "no module puts out its branch")
         if step.name not in TRANSPARENT:

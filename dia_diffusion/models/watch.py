@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError
 
-_ADDITIONS = {"add", "radd", "iadd", "addcmul"}
+_ADDITIONS = {"add", "radd", "iadd", "addcmul", "lerp"}
 # What a parameter does in these is to scale or to shift: a layer scale or a position embedding is no layer.
 _POINTWISE = {"add", "radd", "iadd", "mul", "rmul", "imul", "sub", "rsub", "isub", "div", "truediv", "addcmul", "cat"}
 
@@ -34,6 +34,7 @@ class Step(NamedTuple):
     weight: bool  # whether a parameter of two or more dimensions took part, as in a layer
     arguments: tuple  # of the function
     shape: tuple[int, ...]
+    floating: bool  # whether it holds floating-point numbers
 
 
 class Output(NamedTuple):
@@ -63,7 +64,7 @@ class ForwardWatch(TorchFunctionMode):
     """Notes of one forward pass.
 
     Args:
-        model (`nn.Module`): The model that is watched.
+        model (`nn.Module`), batch (`int`): The model that is watched, and the number of samples that it is given.
 
     Attributes:
         steps (list of `Step`): By number; a tensor that is changed in place gets another number.
@@ -73,8 +74,9 @@ class ForwardWatch(TorchFunctionMode):
         additions (list of `Addition`): In order of execution.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, batch: int):
         super().__init__()
+        self.batch = batch
         self.steps: list[Step] = []
         self.outputs: dict[int, list[Output]] = {}
         self.given: dict[str, dict[int, Given]] = {}
@@ -104,7 +106,7 @@ class ForwardWatch(TorchFunctionMode):
         self._numbers[id(tensor)] = len(self.steps)
         self._versions[id(tensor)] = _version(tensor)
         self._alive.append(tensor)
-        self.steps.append(Step(name, inputs, weight, arguments, tuple(tensor.shape)))
+        self.steps.append(Step(name, inputs, weight, arguments, tuple(tensor.shape), tensor.is_floating_point()))
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -122,9 +124,13 @@ class ForwardWatch(TorchFunctionMode):
         if not tensors or not made:
             return result
         if not inputs:
-            self._constants |= {id(tensor): weighted for tensor in made}
-            self._alive += made
-            return result
+            # Learned queries, repeated for each sample, are features as an input is.
+            constant = [
+                value for value in made if value.ndim < 3 or len(value) != self.batch or not value.is_floating_point()
+            ]
+            self._constants |= {id(tensor): weighted for tensor in constant}
+            self._alive += constant
+            made = [tensor for tensor in made if id(tensor) not in self._constants]
         weight = weighted and name not in _POINTWISE
         sides = self._sides(name, args, kwargs)
         for tensor in made:
@@ -138,16 +144,17 @@ class ForwardWatch(TorchFunctionMode):
 
     def _sides(self, name: str, args: tuple, kwargs: dict) -> tuple[int, int] | None:
         """Return the two sides of an addition that both depend on the inputs."""
-        if name not in _ADDITIONS or len(args) + len(kwargs.keys() & {"other"}) < 2:
+        args = (*args, *(kwargs[key] for key in ("input", "other", "end") if key in kwargs))
+        if name not in _ADDITIONS or len(args) < 2:
             return None
-        first, second = args[0], args[1] if len(args) > 1 else kwargs["other"]
+        first, second = args[:2]
         if name == "addcmul":
             # input + tensor1 * tensor2: the product is a side that no call made.
             if len(args) < 3 or self._is_constant(first):
                 return None
             factors = tuple(self.number(factor) for factor in args[1:3] if not self._is_constant(factor))
             shape = tuple(torch.broadcast_shapes(*(factor.shape for factor in args[1:3])))
-            self.steps.append(Step("mul", factors, False, args[1:3], shape))
+            self.steps.append(Step("mul", factors, False, args[1:3], shape, True))
             return self.number(first), len(self.steps) - 1
         if not all(isinstance(side, Tensor) and not self._is_constant(side) for side in (first, second)):
             return None
@@ -190,7 +197,13 @@ class ForwardWatch(TorchFunctionMode):
 
 def watch_forward(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[ForwardWatch, int]:
     """Run a model once in evaluation mode, leave it as it was, and return the notes and the number of samples."""
-    watch, batch = ForwardWatch(model), batch_size(args, kwargs)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UsageError(
+            f"{type(model).__name__} is compiled by torch.jit, which shows neither its functions nor its modules: take "
+            "the model before torch.jit.script or torch.jit.trace."
+        )
+    batch = batch_size(args, kwargs)
+    watch = ForwardWatch(model, batch)
     # Compiled code would hide what it calls.
     with torch.compiler.set_stance("force_eager"), _restored(model), torch.no_grad(), watch.watching():
         model(*args, **kwargs)

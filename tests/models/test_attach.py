@@ -237,8 +237,11 @@ def test_a_saved_attention_brings_its_own_arguments(saved):
 
 
 def test_a_folder_without_an_attention_is_told(tmp_path):
-    with pytest.raises(OSError, match=str(tmp_path)):
-        attach(unet(), pretrained=tmp_path)
+    unet().save_pretrained(tmp_path / "unet")
+    reasons = {"none": "there is no such folder", ".": "no file named config.json", "unet": "it holds another model"}
+    for folder, reason in reasons.items():
+        with pytest.raises(UsageError, match=f"cannot load an attention from '{tmp_path / folder}': .*{reason}"):
+            attach(unet(), pretrained=tmp_path / folder)
 
 
 def test_an_autoencoder_is_gated_in_its_parts():

@@ -97,6 +97,17 @@ def test_channels_are_followed_through_turns(turn):
     assert [(branch.name, branch.width, branch.channel_dim) for branch in found] == [("turned", 8, -1)]
 
 
+def positions(m, x):
+    place = m.third.bias.expand(x.shape)
+    x = x + m.first(x + place)
+    return x + m.second(x + place)
+
+
+def learned_queries(m, x):
+    queries = m.first.bias.expand(x.shape)
+    return queries + m.second(queries * x)
+
+
 def cut(m, x):
     both = m.first(torch.cat([x[:, :2], x[:, 2:]], 1))
     return torch.cat([x[:, :2] + both[:, :2], x[:, 2:] + both[:, 2:]], 1)
@@ -115,6 +126,11 @@ FOUND = {
     "permuted": (lambda m, x: x + m.first(x.flip(1)).transpose(1, 2).contiguous().transpose(1, 2), ["first"]),
     "an element of a dictionary": (lambda m, x: x + m.several(x)["right"][0], ["several[1]"]),
     "a module that torch knows no layer of": (lambda m, x: m.norm(x) + m.unknown(m.norm(x)), ["unknown"]),
+    "an activation that keeps scales": (lambda m, x: x + F.relu(m.first(x)), ["first"]),
+    "reshaped like another": (lambda m, x: x + m.first(x.flatten(1).view_as(x)).view_as(x), ["first"]),
+    "lerp": (lambda m, x: torch.lerp(x, m.first(x), 0.5), ["first"]),
+    "positions that are added again": (positions, ["first", "second"]),
+    "learned queries": (learned_queries, ["second"]),
     "a module without attributes": (lambda m, x: x + m.act(m.first(x)), ["act"]),
 }
 
@@ -138,6 +154,7 @@ def test_branches_of_small_networks(name):
         nn.init.zeros_(decoder.weight)
         nn.init.constant_(decoder.bias, -200)
     shortcuts = {"a shortcut with a layer": model.first, "a module that torch knows no layer of": model.norm}
+    shortcuts |= {"lerp": lambda x: x / 2, "learned queries": model.first.bias.expand_as}
     shortcut = shortcuts[name](x) if name in shortcuts else x
     torch.testing.assert_close(model(x), shortcut)
 
@@ -185,6 +202,11 @@ def test_a_network_without_additions_is_told():
         attach(Small(lambda m, x: m.first(x)), branches=find_branches(Small(lambda m, x: m.first(x)), noise(3, 6, 8)))
     with pytest.raises(UsageError, match="shows no sum of two tensors of one shape"):
         attach(Small(lambda m, x: m.first(x)), inputs=noise(3, 6, 8))
+
+
+def test_a_scripted_model_is_refused():
+    with pytest.raises(UsageError, match=r"is compiled by torch\.jit, .* take the model before torch\.jit\.script"):
+        find_branches(torch.jit.script(nn.Linear(8, 8)), noise(3, 6, 8))
 
 
 def test_a_network_of_vectors():
