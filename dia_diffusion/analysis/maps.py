@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.decoding import to_unit_range
 from ..data.pixels import PixelDataset
@@ -98,7 +98,7 @@ def collect_maps(
     return maps, [round(timestep, 3) for timestep in timesteps.tolist()]
 
 
-def load_classifier(name_or_path: str, attention: str, device: str | torch.device) -> nn.Module:
+def load_classifier(name_or_path: str, attention: str, device: str | torch.device) -> Any:
     """Load an image model of transformers, with a head for classification or without, and attach a saved attention.
 
     Args:
@@ -143,7 +143,7 @@ def read_processor(name_or_path: str, config: Any) -> tuple[int, Tensor, Tensor]
 
 @torch.no_grad()
 def collect_classifier_maps(
-    model: nn.Module, dataset: PixelDataset, mean: Tensor, std: Tensor, num_images: int = 512, batch_size: int = 64
+    model: Any, dataset: PixelDataset, mean: Tensor, std: Tensor, num_images: int = 512, batch_size: int = 64
 ) -> dict[str, np.ndarray]:
     """Collect for each branch its maps, float32 `(1, N, C)`, for images spread evenly over a data set."""
     rows = spread_rows(len(dataset), num_images)
@@ -157,7 +157,7 @@ def collect_classifier_maps(
     return {name: np.concatenate(parts)[None] for name, parts in collected.items()}
 
 
-def place_branches(model: nn.Module) -> list[Block]:
+def place_branches(model: Any) -> list[Block]:
     """Return the places of the branches: their level, and as their path the part of a block that they belong to."""
     config = model.dia.config
     levels = list(dict.fromkeys(config.levels))

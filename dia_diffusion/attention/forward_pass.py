@@ -89,7 +89,7 @@ class ForwardPass:
 
     def __exit__(self, *exception: object) -> None:
         _thread.current = self._outer
-        if self.recording is not None:
+        if self.recording is not None and self.maps is not None:
             self.recording.clear()
             self.recording.update((self.blocks.names[position], gate) for position, gate in sorted(self.maps.items()))
 

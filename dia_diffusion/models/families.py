@@ -6,7 +6,7 @@ the one with a head for classification, and the detector that has it as its back
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -20,13 +20,13 @@ class ContextPlace(NamedTuple):
     Attributes:
         module (`str`): Name of a submodule.
         argument (`str`, *optional*): Name of that of its arguments which is the context; `None` for its output.
-        index (`int`, *optional*): Number of the argument, or of the element of the output; `None` for all of it.
+        element (`int`, *optional*): Number of the argument, or of the element of the output; `None` for all of it.
         size (`int`): Width of the context.
     """
 
     module: str
     argument: str | None
-    index: int | None
+    element: int | None
     size: int
 
     def describe(self) -> str:
@@ -156,7 +156,7 @@ def _of_block(family: Family, name: str, module: nn.Module) -> list[Branch]:
     return branches
 
 
-def _output_of(name: str, module: nn.Module) -> tuple[int, int]:
+def _output_of(name: str, module: Any) -> tuple[int, int]:
     """Return the number of channels in the output of a module, and the dimension that holds them."""
     for attribute, channel_dim in (("out_channels", 1), ("num_features", 1), ("num_channels", 1), ("out_features", -1)):
         if isinstance(getattr(module, attribute, None), int):
@@ -180,7 +180,7 @@ def find_joins(branches: Sequence[Branch]) -> dict[str, str]:
     return dict(zip(up, reversed(down), strict=False))
 
 
-def _find_context(model: nn.Module) -> ContextPlace | None:
+def _find_context(model: Any) -> ContextPlace | None:
     if hasattr(model, "down_blocks") and hasattr(model, "time_embedding"):
         # Class and added embeddings are in it, too: added, or joined to it (class_embeddings_concat).
         parts = 2 if getattr(model.config, "class_embeddings_concat", False) else 1

@@ -109,7 +109,7 @@ class ModelHooks:
         checked = backbone.family in (FOUND, NAMED)
         self.blocks, self.handles = gate_branches(model, backbone.branches, make_gate if checked else Gate, EndHook)
         if with_context and (place := backbone.context) is not None:
-            module, hook = model.get_submodule(place.module), OutputHook(self.blocks, place.argument, place.index)
+            module, hook = model.get_submodule(place.module), OutputHook(self.blocks, place.argument, place.element)
             if place.argument is None:
                 self.handles.append(module.register_forward_hook(hook.of_output))
             else:

@@ -30,7 +30,7 @@ UP_BLOCK_TYPES = tuple(
 )
 
 
-def with_all_arguments(init: Callable) -> Callable:
+def with_all_arguments(init: Any) -> Any:
     """Decorate the `__init__` of a UNet2DModel with attention, so that its signature names the arguments of the
     UNet2DModel and of the attention beside its own: diffusers' configurations go by the signature."""
     inherited = inspect.signature(UNet2DModel.__init__).parameters.values()

@@ -107,7 +107,7 @@ def _describe(options: SampleOptions, pipeline: DiffusionPipeline, class_label: 
         kind = f" of its {classes} classes in turn" + (f" ({shown})" if names else "")
     elif classes and class_label == classes:
         kind = " of no class"
-    elif classes:
+    elif classes and class_label is not None:
         kind = f" of class {class_label}" + (f" ({names[class_label]})" if 0 <= class_label < len(names) else "")
     # Schedulers of second order evaluate the model twice in each step but the last.
     evaluations = getattr(pipeline.scheduler, "order", 1) * (options.steps - 1) + 1

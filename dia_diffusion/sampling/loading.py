@@ -190,4 +190,4 @@ def _compare(pipeline: DIAUNetPipeline, other: DiffusionPipeline) -> list[tuple[
     compared += [("class names", pipeline.class_names, getattr(other, "class_names", None))]
     vaes = [getattr(part, "vae", None) for part in (pipeline, other)]
     digests = [None if vae is None else weights_digest(vae.state_dict())[:12] for vae in vaes]
-    return [*compared, ("VAE", *digests)]
+    return [*compared, ("VAE", digests[0], digests[1])]

@@ -120,7 +120,7 @@ def evaluate(
         "versions": _versions(),
         "seconds": {name: round(duration, 3) for name, duration in seconds.items()},
         "bytes_kept": sum(tensor.nbytes for tensor in kept if tensor is not None),
-        "warnings": _warnings(moments, reference.gaussian.count, extractor, metrics),
+        "warnings": _warnings(moments, reference.gaussian.num_images, extractor, metrics),
     }
 
 

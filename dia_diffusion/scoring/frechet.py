@@ -21,11 +21,11 @@ _SEED = 0
 
 
 class Gaussian(NamedTuple):
-    """Mean `(F,)` and covariance `(F, F)` of features, float64, and of how many images (`None` if unknown)."""
+    """Mean `(F,)` and covariance `(F, F)` of features, float64, and the number of images (`None` if unknown)."""
 
     mean: Tensor
     covariance: Tensor
-    count: int | None
+    num_images: int | None
 
 
 class Moments:
@@ -45,7 +45,7 @@ class Moments:
         # Around the first image, and the group of each.
         self.rows = torch.zeros(0, num_features, dtype=torch.double)
         self.row_groups = torch.zeros(0, dtype=torch.long)
-        self.origin: Tensor | None = None
+        self.origin = torch.zeros(num_features, dtype=torch.double)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -53,7 +53,7 @@ class Moments:
     def update(self, features: Tensor) -> None:
         """Add the features `(B, F)` of the next B images."""
         features = features.double()
-        if self.origin is None:
+        if not len(self):
             # Sums of squares lose the digits that the mean takes up, so they are taken around the first image.
             self.origin = features[0].clone()
         features, groups = features - self.origin, self._groups(len(self), len(features))

@@ -140,7 +140,7 @@ def make_reference(
     tensors = _read(path)
     # All of them or none: one that found the file a moment later than another would leave that one waiting.
     missing = tensors is None if state is None else any(gather_object([tensors is None]))
-    if missing:
+    if tensors is None or missing:
         tensors = _compute(data, extractor, with_features, with_logits, state)
         if state is None or state.is_main_process:
             _write(tensors, path)
@@ -174,10 +174,10 @@ def _compute(
         chosen = rows[(rows >= first) & (rows < len(moments))] - first
         if with_features:
             features.append(batch.features[chosen])
-        if with_logits:
+        if batch.logits is not None:
             logits.append(batch.logits[chosen])
     tensors = moments.gaussian()._asdict()
-    del tensors["count"]
+    del tensors["num_images"]
     kept = {"features": features, "logits": logits}
     return tensors | {name: torch.cat(batches) for name, batches in kept.items() if batches}
 

@@ -82,7 +82,7 @@ class StudyRun:
     @property
     def steps(self) -> int:
         """How much there is to do, for progress: training steps, or 1 for a trainer of one's own."""
-        return self.config.optimisation.max_train_steps if self.trainer is None else 1
+        return self.options["max_train_steps"] if self.trainer is None else 1
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ class Progress:
             return self._total[run.name]
         log = run.folder / METRICS_LOG
         lines = read_metrics(log) if log.exists() and run.trainer is None else []
-        return lines[-1]["step"] if lines else 0
+        return int(lines[-1]["step"]) if lines else 0
 
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -212,10 +212,10 @@ class LocalEngine:
     def __init__(self, jobs: int, gpus: Sequence[str] = ()):
         self.slots = jobs
         self._gpus = gpus
-        self._running: dict[int, tuple[multiprocessing.Process, Task, str | None]] = {}
+        self._running: dict[Any, tuple[multiprocessing.Process, Task, str | None]] = {}
         # Processes forked from one that has imported everything start quickly; one that has seen a GPU must not fork.
         forks = sys.platform == "linux" and not gpus
-        self._context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             self._context.set_forkserver_preload([__name__])
 
@@ -272,5 +272,6 @@ def _live(task: Task, gpu: str | None) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
     os._exit(1)

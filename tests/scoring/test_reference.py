@@ -60,7 +60,7 @@ def test_statistics_are_computed_once(folder, tmp_path):
         torch.testing.assert_close(reference.features, x)
         torch.testing.assert_close(reference.gaussian.mean, x.double().mean(0))
         torch.testing.assert_close(reference.gaussian.covariance, x.double().T.cov())
-        assert reference.gaussian.count == 30
+        assert reference.gaussian.num_images == 30
     assert second.settings == first.settings
     # Without features there is a file of its own, a small one.
     assert make_reference(data, extractor, with_features=False).features is None
@@ -77,7 +77,7 @@ def test_of_many_images_a_part_of_the_features_is_kept(folder, tmp_path, monkeyp
     part = make_reference(data, extractor, with_features=True)
     assert torch.equal(part.features, whole.features[[0, 4, 8, 12, 17, 21, 25]])
     torch.testing.assert_close(part.gaussian.covariance, whole.gaussian.covariance)
-    assert part.gaussian.count == 30
+    assert part.gaussian.num_images == 30
     assert part.settings == whole.settings | {"num_images_kept": 7}
     # Where no features are wanted there is no part of them.
     assert make_reference(data, extractor, with_features=False).settings == whole.settings

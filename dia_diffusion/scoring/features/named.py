@@ -54,11 +54,11 @@ class DigitsFeatures(FeatureExtractor):
         self.requires_grad_(False).eval()
 
     def features(self, images: Tensor) -> Tensor:
-        return self.classifier.body(images)
+        return self.classifier[0](images)
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(images)
-        return features, self.classifier.head(features)
+        return features, self.classifier[1](features)
 
 
 # Extractors that are made from the resolution and channels of the images.

@@ -42,10 +42,8 @@ class InceptionFeatures(FeatureExtractor):
     def __init__(self, path: str | Path | None = None):
         super().__init__()
         cached = cache_dir() / INCEPTION_FILE
-        if path is not None or cached.is_file():
-            self.network = _TorchScriptInception(Path(path or cached))
-        else:
-            self.network = _FidelityInception(cached)
+        has_file = path is not None or cached.is_file()
+        self.network = _TorchScriptInception(Path(path or cached)) if has_file else _FidelityInception(cached)
         self.requires_grad_(False).eval()
         # A file may hold another network of the same interface.
         self.num_features = self.network(torch.zeros(1, 3, 299, 299, dtype=torch.uint8)).shape[1]
