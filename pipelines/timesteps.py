@@ -59,12 +59,12 @@ def check_steps(
     reason = _rehearse(scheduler, num_inference_steps, shape, learned_variance)
     if reason is not None:
         near = _near_numbers(scheduler, num_inference_steps, most)
-        fitting = [steps for steps in near if _rehearse(scheduler, steps, shape, learned_variance) is None]
-        if not fitting:
+        fitting = next((steps for steps in near if _rehearse(scheduler, steps, shape, learned_variance) is None), None)
+        if fitting is None:
             raise UsageError(f"{name} cannot be used here: {reason}. Choose another scheduler.")
         raise UsageError(
             f"num_inference_steps {num_inference_steps} does not fit {name}: {reason}. Take a number such as "
-            f"{fitting[0]}, or another scheduler."
+            f"{fitting}, or another scheduler."
         )
 
 

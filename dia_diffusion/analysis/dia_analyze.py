@@ -22,6 +22,7 @@ from ..latents.scaling import scale_latents
 from ..options.commands import AnalyzeOptions
 from ..process.distributed import find_device, make_state
 from ..process.output import print_main
+from ..sampling.generation import check_scheduler
 from ..sampling.loading import load_pipeline
 from ..sampling.schedulers import make_noising_scheduler
 from .analysis_report import format_analysis, report
@@ -35,12 +36,15 @@ def analyze(options: AnalyzeOptions) -> dict[str, Any]:
         UsageError: for a model without attention maps, or options that cannot work.
     """
     check_output_folder(options.output_dir)
+    if (options.output_dir / "report.html").is_file() and not (options.output_dir / "analysis.json").is_file():
+        raise UsageError(f"'{options.output_dir}' holds the report of something else: choose another --output_dir.")
     if options.attention is not None:
         return analyze_classifier(options)
     pipeline = load_pipeline(options.model, device=find_device(options.device, make_state()), variant=options.variant)
-    unet = pipeline.unet
+    unet = getattr(pipeline, "unet", None)
     if getattr(unet, "dia", None) is None:
         raise UsageError(f"'{options.model}' has no attention maps: it was trained without DIA (dia_attention).")
+    check_scheduler(pipeline)
     if not isinstance(unet.config.sample_size, int):
         raise UsageError(f"only models of square images can be analyzed, not of {unet.config.sample_size}.")
     dataset, recorded = choose_data(options.model, options.dataset)

@@ -135,13 +135,7 @@ def check_sampling(pipeline: DiffusionPipeline, steps: int) -> None:
     """
     check_inputs(pipeline)
     _check_steps(pipeline, steps)
-    if isinstance(pipeline, DIAUNetPipeline | DDPMPipeline | DDIMPipeline):
-        kind, reason = type(pipeline.scheduler).__name__, find_misfit(pipeline.scheduler)
-        if reason := "it leads from images to noise" if "Inverse" in kind else reason:
-            raise UsageError(
-                f"its scheduler, {kind}, does not fit '{_name(pipeline)}': {reason}. Correct its "
-                "scheduler/scheduler_config.json."
-            )
+    check_scheduler(pipeline)
     config = getattr(getattr(pipeline, "unet", None), "config", {})
     channels, made = config.get("in_channels", 3), getattr(pipeline, "image_channels", None)
     has_decoder = any(hasattr(part, "decode") for part in pipeline.components.values())
@@ -150,6 +144,17 @@ def check_sampling(pipeline: DiffusionPipeline, steps: int) -> None:
     if (size := config.get("sample_size")) and find_misfit(pipeline.scheduler) is None:
         shape = (channels, *((size, size) if isinstance(size, int) else size))
         check_steps(pipeline.scheduler, steps, shape, config.get("out_channels") == 2 * channels)
+
+
+def check_scheduler(pipeline: DiffusionPipeline) -> None:
+    """Refuse a pipeline of a UNet whose scheduler would run but not denoise what it predicts."""
+    if isinstance(pipeline, DIAUNetPipeline | DDPMPipeline | DDIMPipeline):
+        kind, reason = type(pipeline.scheduler).__name__, find_misfit(pipeline.scheduler)
+        if reason := "it leads from images to noise" if "Inverse" in kind else reason:
+            raise UsageError(
+                f"its scheduler, {kind}, does not fit '{_name(pipeline)}': {reason}. Correct its "
+                "scheduler/scheduler_config.json."
+            )
 
 
 def find_advice(pipeline: DiffusionPipeline, steps: int) -> str | None:

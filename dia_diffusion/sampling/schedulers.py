@@ -201,8 +201,14 @@ def make_noising_scheduler(config: Mapping[str, Any]) -> SchedulerMixin:
 
 
 def spread_timesteps(scheduler: SchedulerMixin, count: int) -> Tensor:
-    """Return `count` timesteps, evenly spread over all of a fresh scheduler, from little noise to much."""
+    """Return `count` timesteps, evenly spread over all of a fresh scheduler, from little noise to much.
+
+    Raises:
+        UsageError: if there are fewer.
+    """
     table = scheduler.timesteps.flip(0)
+    if count > len(table):
+        raise UsageError(f"{count} timesteps were asked for, and the model has {len(table)}.")
     return table[[int((number + 0.5) * len(table) / count) for number in range(count)]]
 
 

@@ -196,6 +196,15 @@ def test_analyze_leaves_figures_and_pictures(tmp_path, capsys):
     assert figures["num_images"] == 12
     mean = figures["correlation"]["all"]["groups"]["every pair"]["mean"]
     assert f"| every pair | {mean:.2f} |" in capsys.readouterr().out
+    # The page of a training run has the same name, and is not replaced.
+    (tmp_path / "model" / "report.html").write_text("of the run")
+    for wrong, words in (
+        (["--num_timesteps", "1001"], "1001 timesteps were asked for, and the model has 1000"),
+        (["--output_dir", str(tmp_path / "model")], "holds the report of something else"),
+    ):
+        assert main(["analyze", str(tmp_path / "model"), "--dataset", "digits", *options, *wrong]) == 2
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "model" / "report.html").read_text() == "of the run"
     plain = DIAUNet2DModel(**SMALL, dia_attention="none")
     DIAUNetPipeline(plain, DDPMScheduler()).save_pretrained(tmp_path / "plain")
     assert main(["analyze", str(tmp_path / "plain")]) == 2
