@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dia_diffusion.files import write_json
 from dia_diffusion.options.fields import COUNT, number_type
+from dia_diffusion.page import markdown_table
 
 # The type of a flag.
 count = number_type(int, COUNT)
@@ -137,17 +138,22 @@ def write_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
 
 def save_result(path: Path, rows: Sequence[dict], **more: Any) -> None:
     """Print a result and write it."""
-    print("\n".join(format_row(line) for line in rows))
+    print(format_rows(rows))
     write_result(path, rows, **more)
 
 
-def format_row(line: Mapping[str, Any]) -> str:
-    """Format a row as a line of a Markdown table: case, figure, what it is compared with, ratio."""
+def format_row(line: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a row: case, figure, what it is compared with, ratio."""
     ratio = line.get("ratio")
     compared = f"{ratio['median']:.3f}" if ratio else ""
     if ratio and ratio["min"] < ratio["max"]:
         compared += f" ({ratio['min']:.3f} to {ratio['max']:.3f})"
-    return f"| {line['case']} | {line['value']:g} {line['unit']} | {line.get('against', '')} | {compared} |"
+    return [line["case"], f"{line['value']:g} {line['unit']}", line.get("against", ""), compared]
+
+
+def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of a result as a table in Markdown."""
+    return markdown_table(["case", "figure", "against", "ratio, median (extremes)"], list(map(format_row, rows)))
 
 
 def make_table(folder: Path) -> str:
@@ -157,8 +163,7 @@ def make_table(folder: Path) -> str:
         result = json.loads(path.read_text())
         versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
         lines += [f"**{path.stem}** ({result['machine']}, {result['date']}, {versions})", ""]
-        lines += ["| case | figure | against | ratio, median (extremes) |", "|---|---:|---|---:|"]
-        lines += [*map(format_row, result["rows"]), ""]
+        lines += [format_rows(result["rows"]), ""]
     return "\n".join(lines)
 
 

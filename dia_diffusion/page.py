@@ -131,6 +131,12 @@ def plot(path: Path, description: str) -> str:
     return f"<div class='wide plot'>{picture(path, description)}</div>"
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown: the first column to the left, figures to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def markdown(text: str, sortable: bool = True) -> str:
     """Convert the Markdown of reports, tables and paragraphs, to HTML.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files import write_json
-from ..page import definitions, heading, markdown, plot, prose, write_page
+from ..page import definitions, heading, markdown, markdown_table, plot, prose, write_page
 from .maps import Block, place_blocks
 from .similarity import VIEWS, channel_correlations, cka_of_pairs, describe_blocks, describe_pairs
 
@@ -109,13 +109,13 @@ def format_analysis(figures: dict[str, Any]) -> str:
     for title in views.values():
         head += [f"r{f', {title}' if several else ''}: mean", "max"]
     head += [f"CKA{f', {title}' if several else ''}" for title in views.values()]
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    rows = []
     for group in figures["cka"]["all"]["groups"]:
         of_group = [figures["correlation"][view]["groups"].get(group, {}) for view in views]
         cells = [_figure(one.get(name)) for one in of_group for name in ("mean", "maximum")]
         cells += [_figure(figures["cka"][view]["groups"][group]["mean"]) for view in views]
-        lines.append(f"| {group} | " + " | ".join(cells) + " |")
-    lines += ["", "Correlations (r) are channel by channel, between blocks of equal width."]
+        rows.append([group, *cells])
+    lines = [markdown_table(head, rows), "", "Correlations (r) are channel by channel, between blocks of equal width."]
     if not several:
         return "\n".join([*lines, f"{figures['num_images']} images; there are no timesteps.", *figures["notes"]])
     shares = [block["timestep_share"] for block in figures["blocks"] if block["timestep_share"] is not None]

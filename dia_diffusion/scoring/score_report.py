@@ -10,7 +10,7 @@ from PIL import Image
 from ..data.grid import image_grid
 from ..data.pixels import PixelDataset
 from ..files import to_json
-from ..page import definitions, folded, heading, markdown, picture, prose, write_page
+from ..page import definitions, folded, heading, markdown, markdown_table, picture, prose, write_page
 from .archives import ArchiveImages
 from .features.extractor import FeatureExtractor
 from .reference import Images
@@ -47,8 +47,7 @@ def format_scores(scores: dict[str, Any]) -> str:
         for name, title in _TITLES.items()
         if scores.get(name) is not None
     ]
-    lines = [head, ["---"] + ["---:"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, rows)
 
 
 def _figure(value: float | int | str | list[float] | None) -> str:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
+from ..page import markdown_table
+
 _CONFIDENCE = 0.95
 # From fewer pairs the t distribution has one degree of freedom, or none.
 FEWEST_PAIRS = 3
@@ -123,12 +125,6 @@ def _with_interval(value: float, bounds: Sequence[float] | None, unit: float, fo
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown: the first column to the left, figures to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def compare_runs(runs: Sequence[Mapping[str, Any]], variants: Sequence[str], scores: Sequence[str]) -> str:
     """Return the table of variants over seeds, each compared with the first.
 
@@ -148,4 +144,4 @@ def compare_runs(runs: Sequence[Mapping[str, Any]], variants: Sequence[str], sco
             row += score_cells(compare(by_seed(runs, variant, name), baseline), score, is_baseline, full=False)
         rows.append([*row, str(sum(run["variant"] == variant for run in runs))])
     columns = [column for score in known.values() for column in (score.title, "difference", "p")]
-    return table(["variant", *(["attention parameters"] if sizes else []), *columns, "runs"], rows)
+    return markdown_table(["variant", *(["attention parameters"] if sizes else []), *columns, "runs"], rows)

@@ -12,8 +12,8 @@ import yaml
 from ..files import replace_text, write_json
 from ..objectives import OBJECTIVES
 from ..options.model import DataOptions, ModelOptions
-from ..page import folded, heading, markdown, plot, prose, write_page
-from .comparison import FEW_PAIRS_MARK, FEWEST_PAIRS, Score, by_seed, compare, relative_unit, score_cells, table
+from ..page import folded, heading, markdown, markdown_table, plot, prose, write_page
+from .comparison import FEW_PAIRS_MARK, FEWEST_PAIRS, Score, by_seed, compare, relative_unit, score_cells
 from .description import Study, StudyRun
 from .single_run import MOST_HELD_OUT, SPIKES, read_result, read_timing
 
@@ -131,7 +131,7 @@ def format_table(summary: dict[str, Any], scores: Mapping[str, Score]) -> str:
             ]
             for variant, figures in variants.items()
         ]
-        parts += [table(head, rows), ""]
+        parts += [markdown_table(head, rows), ""]
     columns = {
         "parameters": ("parameters", ",d"),
         "attention_parameters": ("of attention", ",d"),
@@ -149,7 +149,7 @@ def format_table(summary: dict[str, Any], scores: Mapping[str, Score]) -> str:
     rows = [
         [name, *(_number(figures[key], form) for key, (_, form) in shown.items())] for name, figures in variants.items()
     ]
-    parts += [table(["variant", *(title for title, _ in shown.values())], rows), ""]
+    parts += [markdown_table(["variant", *(title for title, _ in shown.values())], rows), ""]
     return "\n".join([*parts, _LEGEND + _legend(summary, scores)])
 
 
