@@ -16,6 +16,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +28,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-import families
 from dia_diffusion import DIAUNet2DModel, attach
 from dia_diffusion.models.branches import FusedResnetBlock2D
 from dia_diffusion.process.startup import tune_process
 from measuring import alternate, read_arguments, row, save_result, spread
 
 PLAIN = "UNet2DModel"
+FAMILY_BATCH = 4
 NONE, DIA, HOOKS, SE = "no attention", "DIA", "DIA by hooks", "SE in each block"
 # Arguments of DIAUNet2DModel, or none for diffusers' own class.
 SIDES = {
@@ -201,17 +203,25 @@ def measure(size: str, rounds: int, device: str) -> list[dict]:
     return rows
 
 
-def measure_families(rounds: int, device: str, names: Sequence[str] = tuple(families.MODELS)) -> list[dict]:
+def measure_families(rounds: int, device: str, names: Sequence[str] | None = None) -> list[dict]:
     """Return a row for each of these models: forward and backward pass with attention attached, and without."""
+    # The models of the tests, wider.
+    sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / part) for part in ("", "models")]
+    from backbones import make_backbones, outputs
+
+    def step(model: nn.Module, inputs: dict[str, Any]) -> None:
+        sum(output.square().mean() for output in outputs(model, inputs)).backward()
+        model.zero_grad()
+
+    backbones = {name: one for name, one in make_backbones(scale=4).items() if one.ends is None}
     rows = []
-    for name in tqdm(names, desc="Families"):
-        make_model, make_inputs = families.MODELS[name]
+    for name in tqdm(names or backbones, desc="Families"):
         torch.manual_seed(0)
-        inputs = send_to_device(make_inputs(), device)
-        sides = {PLAIN: make_model().to(device), DIA: make_model().to(device)}
+        inputs = send_to_device(backbones[name].inputs(FAMILY_BATCH), device)
+        sides = {side: backbones[name].make().to(device) for side in (PLAIN, DIA)}
         sides[DIA].load_state_dict(sides[PLAIN].state_dict())
         attach(sides[DIA])
-        times = alternate({side: families.make_step(model, inputs) for side, model in sides.items()}, rounds)
+        times = alternate({side: partial(step, model, inputs) for side, model in sides.items()}, rounds)
         ratio = spread(times[DIA], times[PLAIN])
         rows.append(row(f"step, {name}", 1e3 * statistics.median(times[DIA]), "ms", "time without attention", ratio))
     return rows

@@ -136,13 +136,14 @@ def test_the_calls_of_a_gate(benchmark):
 
 
 def test_the_cost_of_attention_has_a_row_for_each_family(benchmark):
-    cost, families = benchmark("attention_cost"), benchmark("families")
+    cost = benchmark("attention_cost")
     quick = ("ResNetForImageClassification (basic)", "DiTTransformer2DModel")
     rows = cost.measure_families(1, "cpu", quick)
     assert [row["case"] for row in rows] == [f"step, {name}" for name in quick]
     assert all(row["ratio"]["median"] > 0 for row in rows)
-    # All of them can have it, and only those are left out that need an environment of their own.
-    known = {attach(make_model()).config.family for make_model, _ in families.MODELS.values()}
+    # Each family has a model, but for those that need an environment of their own.
+    backbones = benchmark("backbones").make_backbones().values()
+    known = {attach(backbone.make()).config.family for backbone in backbones if backbone.ends is None}
     assert known == {family.name for family in FAMILIES} - {"torchvision or timm ResNet"}
 
 

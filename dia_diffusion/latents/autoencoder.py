@@ -45,7 +45,7 @@ def load_vae(name_or_path: str) -> VAE:
             scaling of its configuration has no inverse.
     """
     try:
-        location = _find_vae(name_or_path)
+        location = find_component(AutoencoderKL, name_or_path, "vae")
         config = AutoencoderKL.load_config(name_or_path, **location)
         name = config.get("_class_name") if isinstance(config, dict) else None
         if name not in _CLASSES:
@@ -118,13 +118,13 @@ def _check_scale(name_or_path: str, config: Any) -> None:
         )
 
 
-def _find_vae(name_or_path: str) -> dict[str, str]:
-    """Return where a folder or a repository holds its VAE: in the subfolder of a pipeline, or on top."""
+def find_component(model_class: Any, name_or_path: str, subfolder: str) -> dict[str, str]:
+    """Return the arguments that load a component from a folder or repository: with its subfolder, or none on top."""
     try:
-        AutoencoderKL.load_config(name_or_path, subfolder="vae")
+        model_class.load_config(name_or_path, subfolder=subfolder)
     except OSError:
         return {}
-    return {"subfolder": "vae"}
+    return {"subfolder": subfolder}
 
 
 def _names() -> str:

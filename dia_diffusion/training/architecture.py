@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UsageError, first_line, nearest, why_not_loaded
+from ..latents.autoencoder import find_component
 from ..models.unet import DIAUNet2DModel
 from ..options.fields import convert
 from ..options.model import ModelOptions
@@ -194,7 +195,8 @@ def _load_unet(name_or_path: str, flags: dict[str, Any]) -> DIAUNet2DModel:
     free = {name: value for name, value in flags.items() if name == "dropout"}
     dia = {name: value for name, value in flags.items() if name.startswith("dia_")}
     try:
-        location = _find_unet(name_or_path)
+        # The oldest pipelines on the Hub have their UNet on top.
+        location = find_component(UNet2DModel, name_or_path, "unet")
         config = UNet2DModel.load_config(name_or_path, **location)
         _check_class(name_or_path, config)
         if config["_class_name"] == DIAUNet2DModel.__name__:
@@ -224,7 +226,7 @@ def _load_model_config(name_or_path: str) -> dict[str, Any]:
         if path.is_file():
             config = json.loads(path.read_text())
         else:
-            config = UNet2DModel.load_config(name_or_path, **_find_unet(name_or_path))
+            config = UNet2DModel.load_config(name_or_path, **find_component(UNet2DModel, name_or_path, "unet"))
         if not isinstance(config, dict):
             raise ValueError("it holds no 'name: value' pairs")
     except (OSError, ValueError) as error:
@@ -238,15 +240,6 @@ def _check_class(name_or_path: str, config: dict[str, Any]) -> None:
     name = config.get("_class_name", UNet2DModel.__name__)
     if name not in (UNet2DModel.__name__, DIAUNet2DModel.__name__):
         raise UsageError(f"'{name_or_path}' is a {name}; what can be trained here is a UNet2DModel.")
-
-
-def _find_unet(name_or_path: str) -> dict[str, str]:
-    """Return the arguments that find a UNet: in a subfolder, or on top, as the oldest pipelines on the Hub have it."""
-    try:
-        UNet2DModel.load_config(name_or_path, subfolder="unet")
-    except OSError:
-        return {}
-    return {"subfolder": "unet"}
 
 
 def count_parameters(unet: UNet2DModel) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """A tiny model of each family, with inputs for it: `test_promises.py` tries the promises on them.
 
-`benchmarks/families.py` measures the same models, four times as wide.
+`benchmarks/attention_cost.py --families` measures the same models, four times as wide.
 """
 
 from collections.abc import Callable
