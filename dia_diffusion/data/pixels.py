@@ -138,7 +138,7 @@ class PixelDataset:
         images = to_unit_range(batch["images"])
         return images if flips is None else torch.where(flips[:, None, None, None], images.flip(-1), images)
 
-    def numbered(self, numbers: range) -> Tensor:
+    def images_at(self, numbers: range) -> Tensor:
         """Return images by their numbers: uint8 of shape `(B, C, R, R)`."""
         images = self.fetch(numbers)["images"]
         return images if images.dtype == torch.uint8 else to_pixels(to_unit_range(images))

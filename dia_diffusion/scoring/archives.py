@@ -101,7 +101,7 @@ class ArchiveImages:
     def __len__(self) -> int:
         return len(self.array)
 
-    def numbered(self, numbers: range) -> Tensor:
+    def images_at(self, numbers: range) -> Tensor:
         """Return these images, uint8 of shape `(B, C, R, R)`: the middle of those that are not square."""
         rows = np.asarray(self.array[numbers.start : numbers.stop : numbers.step])
         pixels = rows.reshape(*rows.shape[:3], self.channels).transpose(0, 3, 1, 2)
@@ -116,7 +116,7 @@ class ArchiveImages:
         """Return the digest that a `PixelDataset` of these images has."""
         digest = hashlib.sha256(str((len(self), self.channels, self.resolution, None)).encode())
         for index in range(0, len(self), -(-len(self) // 1000)):
-            digest.update(self.numbered(range(index, index + 1)).numpy().tobytes())
+            digest.update(self.images_at(range(index, index + 1)).numpy().tobytes())
         return digest.hexdigest()
 
 

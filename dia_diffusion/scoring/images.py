@@ -102,7 +102,7 @@ class PipelineImages:
         }
         return {"pipeline": type(self.pipeline).__name__, "weights": weights_digest(weights), "seed": self.seed}
 
-    def numbered(self, numbers: range) -> Tensor:
+    def images_at(self, numbers: range) -> Tensor:
         """Return these images, uint8 of shape `(B, C, R, R)` on the CPU: the middle of those that are not square, as
         `PixelDataset` cuts real ones."""
         images = self._whole(numbers)
@@ -199,7 +199,7 @@ class FolderImages:
     def __init__(self, pixels: PixelDataset | ArchiveImages):
         if len(pixels) < 2:
             raise UsageError(f"scores need at least 2 generated images, but there are {len(pixels)}.")
-        self.numbered = pixels.numbered
+        self.images_at = pixels.images_at
         self.pixels = pixels
         self._count = len(pixels)
         self.origin = {"digest": pixels.digest(with_classes=False)}

@@ -29,7 +29,7 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def numbered(self, numbers: range) -> Tensor:
+    def images_at(self, numbers: range) -> Tensor:
         """Return these images, uint8 of shape `(B, C, H, W)` on the CPU."""
 
 
@@ -67,7 +67,7 @@ def extract(
         for first in range(0, len(starts), processes):
             mine = starts[first : first + processes][rank : rank + 1]
             batch = [
-                _extract(images.numbered, range(at, min(at + batch_size, len(images))), extractor, with_logits)
+                _extract(images.images_at, range(at, min(at + batch_size, len(images))), extractor, with_logits)
                 for at in mine
             ]
             for extracted in gather_object(batch) if processes > 1 else batch:
@@ -76,10 +76,10 @@ def extract(
 
 
 def _extract(
-    numbered: Callable[[range], Tensor], numbers: range, extractor: FeatureExtractor, with_logits: bool
+    images_at: Callable[[range], Tensor], numbers: range, extractor: FeatureExtractor, with_logits: bool
 ) -> Extracted:
     began = time.perf_counter()
-    images = numbered(numbers)
+    images = images_at(numbers)
     drawn = time.perf_counter()
     features, logits = extractor.classify(images) if with_logits else (extractor(images), None)
     features, logits = features.cpu(), None if logits is None else logits.cpu()

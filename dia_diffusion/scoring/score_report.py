@@ -68,20 +68,20 @@ def nearest_images(
     Returns:
         The picture, and the distance of each generated image from its nearest real one.
     """
-    images = generated.numbered(range(min(_COMPARED, len(generated))))
+    images = generated.images_at(range(min(_COMPARED, len(generated))))
     features = extractor(images).double()
     best = torch.full((len(images), 0), 0.0, dtype=torch.double, device=features.device)
     numbers = torch.zeros(len(images), 0, dtype=torch.long, device=features.device)
     for start in range(0, len(reference), _BATCH_SIZE):
         batch = range(start, min(start + _BATCH_SIZE, len(reference)))
-        distances = torch.cdist(features, extractor(reference.numbered(batch)).double())
+        distances = torch.cdist(features, extractor(reference.images_at(batch)).double())
         best = torch.cat([best, distances], dim=1)
         numbers = torch.cat([numbers, torch.tensor(batch, device=features.device).expand(len(images), -1)], dim=1)
         best, order = best.sort(dim=1, stable=True)
         best, numbers = best[:, :_NEIGHBOURS], numbers.gather(1, order)[:, :_NEIGHBOURS]
     rows = []
     for image, neighbours in zip(images, numbers.tolist(), strict=True):
-        rows += [image, *(reference.numbered(range(number, number + 1))[0] for number in neighbours)]
+        rows += [image, *(reference.images_at(range(number, number + 1))[0] for number in neighbours)]
     return image_grid(torch.stack(rows), columns=1 + len(numbers[0])), best[:, 0].tolist()
 
 
@@ -105,7 +105,7 @@ def write_report(
             without reference images no neighbours are shown.
         raw (`Path`, *optional*): The JSON file of the scores, for a link to it.
     """
-    grid = image_grid(generated.numbered(range(min(_SHOWN, len(generated)))))
+    grid = image_grid(generated.images_at(range(min(_SHOWN, len(generated)))))
     parts = [
         definitions(facts),
         heading("Scores"),

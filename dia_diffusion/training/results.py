@@ -61,7 +61,7 @@ def check_results(
                 f"there is only 1 {kind} image, and scores need 2 or more: add images, or omit --score_features."
             )
     # A network that does not take such images says so.
-    get_extractor(options.score_features, data.resolution, data.channels)(data.numbered(range(1)))
+    get_extractor(options.score_features, data.resolution, data.channels)(data.images_at(range(1)))
 
 
 def save_curves(metrics: list[dict[str, float]], path: Path) -> None:

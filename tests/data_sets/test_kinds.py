@@ -34,7 +34,7 @@ def load(folder, **options):
 
 
 def greys(pixels):
-    return sorted(pixels.numbered(range(len(pixels)))[:, 0, 0, 0].tolist())
+    return sorted(pixels.images_at(range(len(pixels)))[:, 0, 0, 0].tolist())
 
 
 @pytest.mark.parametrize("archives", [1, 2])
@@ -84,7 +84,7 @@ def test_folders_in_an_archive_are_splits_and_classes_as_elsewhere(tmp_path, kin
     data, held_out = load_pixels(DataOptions(train_data_dir=str(tmp_path), resolution=8, class_conditional=True))
     assert (greys(data), greys(held_out)) == ([1, 2, 3], [4, 5])
     for pixels in (data, held_out):
-        found = dict(zip(pixels.numbered(range(len(pixels)))[:, 0, 0, 0].tolist(), pixels.labels, strict=True))
+        found = dict(zip(pixels.images_at(range(len(pixels)))[:, 0, 0, 0].tolist(), pixels.labels, strict=True))
         assert pixels.class_names == ["cat", "dog"]
         assert all((found[value] == 1) == (value in (3, 4)) for value in found)
 
@@ -217,13 +217,13 @@ def test_a_split_holds_out_each_class_in_proportion_and_always_the_same(tmp_path
     exact = np.bincount(digits.labels) * 0.1
     assert np.abs(np.bincount(held_out.labels) - exact).max() < 1
     assert hold_out(digits, 0.1)[1].digest() == held_out.digest()
-    images = [{image.tobytes() for image in part.numbered(range(len(part))).numpy()} for part in (data, held_out)]
-    assert len(images[0] | images[1]) == len({i.tobytes() for i in digits.numbered(range(1437)).numpy()})
+    images = [{image.tobytes() for image in part.images_at(range(len(part))).numpy()} for part in (data, held_out)]
+    assert len(images[0] | images[1]) == len({i.tobytes() for i in digits.images_at(range(1437)).numpy()})
     assert (data.class_names, data.labels.tolist()) == (
         digits.class_names,
         [
             label
-            for label, image in zip(digits.labels, digits.numbered(range(1437)).numpy(), strict=True)
+            for label, image in zip(digits.labels, digits.images_at(range(1437)).numpy(), strict=True)
             if image.tobytes() in images[0]
         ],
     )

@@ -94,7 +94,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     all_bits = prepare_pixels(train, 12, bits=16)
     assert np.array_equal(all_bits.fetch([0])["images"][0, 0].numpy(), deep)
     assert to_unit_range(all_bits.fetch([0])["images"]).unique().numel() > 140
-    assert torch.equal(all_bits.numbered(range(1)), pixels.fetch([0])["images"])
+    assert torch.equal(all_bits.images_at(range(1)), pixels.fetch([0])["images"])
     shallow = np.asarray(Image.fromarray(picture((8, 8), 1)))
     assert np.array_equal(image_to_pixels(Image.fromarray(shallow), 8, 1, bits=16)[0], shallow * np.uint16(257))
 
@@ -179,7 +179,7 @@ from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.data.preparation import prepare_pixels
 train, _ = load_dataset_splits(train_data_dir=sys.argv[1], cache_dir=sys.argv[2])
 pixels = prepare_pixels(train, 64, cache_dir=sys.argv[2])
-digest = hashlib.sha256(pixels.numbered(range(len(pixels))).numpy().tobytes())
+digest = hashlib.sha256(pixels.images_at(range(len(pixels))).numpy().tobytes())
 print(len(pixels), digest.hexdigest(), pixels.rows.cache_files[0]["filename"])
 """
 

@@ -42,7 +42,7 @@ def test_the_images_are_those_of_the_array(tmp_path, save, named, size, channels
     read = ArchiveImages(tmp_path / "x.npz")
     left = round((size[1] - min(size)) / 2)
     expected = images.reshape(24, *size, -1)[3:9, :, left : left + min(size)].transpose(0, 3, 1, 2)
-    assert np.array_equal(read.numbered(range(3, 9)).numpy(), expected)
+    assert np.array_equal(read.images_at(range(3, 9)).numpy(), expected)
     assert isinstance(read.array, np.memmap) == (save is np.savez)
 
 

@@ -41,7 +41,7 @@ class TensorImages:
     def __len__(self):
         return len(self.images)
 
-    def numbered(self, numbers):
+    def images_at(self, numbers):
         return self.images[numbers.start : numbers.stop]
 
 
@@ -144,7 +144,7 @@ def test_batch_size_does_not_matter(batch_size, scores_of, floor, test):
 
 
 def test_a_set_against_itself(digits, extractor):
-    images = TensorImages(digits["test"].numbered(range(360)))
+    images = TensorImages(digits["test"].images_at(range(360)))
     result = evaluate(images, digits["test"], extractor, DEFAULT_METRICS)
     assert result["fid"] == pytest.approx(0, abs=1e-6)
     assert result["kid_mean"] < 0.001

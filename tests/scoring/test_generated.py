@@ -43,26 +43,26 @@ def pipeline(request):
 
 
 def test_images_in_the_folder_are_the_generated_ones_and_are_not_made_again(pipeline, tmp_path):
-    plain = PipelineImages(pipeline, 10, 2, seed=3).numbered(range(10))
+    plain = PipelineImages(pipeline, 10, 2, seed=3).images_at(range(10))
     kept = PipelineImages(pipeline, 10, 2, seed=3, folder=tmp_path / "images")
-    torch.testing.assert_close(kept.numbered(range(10)), plain, rtol=0, atol=0)
+    torch.testing.assert_close(kept.images_at(range(10)), plain, rtol=0, atol=0)
     for number, path in enumerate(sorted((tmp_path / "images").glob("*.png"))):
         with Image.open(path) as image:
             assert (image_to_pixels(image, 8, plain.shape[1]) == plain[number].numpy()).all()
     assert pipeline.made == 20
     again = PipelineImages(pipeline, 10, 2, seed=3, folder=tmp_path / "images")
-    torch.testing.assert_close(again.numbered(range(10)), plain, rtol=0, atol=0)
+    torch.testing.assert_close(again.images_at(range(10)), plain, rtol=0, atol=0)
     assert pipeline.made == 20
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_missing_and_broken_images_are_made_again(pipeline, tmp_path, damage):
     images = PipelineImages(pipeline, 6, 2, folder=tmp_path)
-    expected = images.numbered(range(6))
+    expected = images.images_at(range(6))
     path = tmp_path / "000004.png"
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[: 50 if damage == "truncated" else 0])
-    assert torch.equal(images.numbered(range(6)), expected)
-    assert torch.equal(images.numbered(range(3)), expected[:3])
+    assert torch.equal(images.images_at(range(6)), expected)
+    assert torch.equal(images.images_at(range(3)), expected[:3])
     assert pipeline.made == 12
     assert len(list(tmp_path.iterdir())) == 7
 
@@ -78,10 +78,10 @@ def test_of_images_that_are_not_square_the_middle_is_scored(tmp_path):
     )
     pipeline = DDPMPipeline(unet, DDPMScheduler())
     images = PipelineImages(pipeline, 3, 2, folder=tmp_path / "images")
-    assert torch.equal(images.numbered(range(3)), sample_batch(pipeline, range(3), 2)[..., 4:12])
+    assert torch.equal(images.images_at(range(3)), sample_batch(pipeline, range(3), 2)[..., 4:12])
     # As it is where the same images are read from their files.
     files = prepare_at_own_size(load_dataset_splits(train_data_dir=str(tmp_path / "images"))[0])
-    assert torch.equal(files.numbered(range(3)), images.numbered(range(3)))
+    assert torch.equal(files.images_at(range(3)), images.images_at(range(3)))
 
 
 def test_a_full_disk_leaves_nothing_half_written(pipeline, tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_nothing_half_written(pipeline, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", fill)
         with pytest.raises(OSError, match="No space left"):
-            images.numbered(range(2))
+            images.images_at(range(2))
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
     (tmp_path / "settings.json").write_text("")
     with pytest.raises(UsageError, match="choose another"):
@@ -103,9 +103,9 @@ def test_a_full_disk_leaves_nothing_half_written(pipeline, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("change", ["seed", "steps", "scheduler", "weights"])
 def test_images_of_other_settings_are_not_taken_for_these(pipeline, tmp_path, change):
-    PipelineImages(pipeline, 4, 2, folder=tmp_path).numbered(range(4))
+    PipelineImages(pipeline, 4, 2, folder=tmp_path).images_at(range(4))
     more = PipelineImages(pipeline, 5, 2, folder=tmp_path)
-    assert len(more.numbered(range(5))) == 5
+    assert len(more.images_at(range(5))) == 5
     if change == "scheduler":
         pipeline.scheduler = DDPMScheduler()
     if change == "weights":
@@ -124,7 +124,7 @@ def test_a_folder_with_something_else_is_left_alone(pipeline, tmp_path):
 def test_pipelines_of_diffusers_generate_as_well(pipeline):
     other = DDPMPipeline(pipeline.unet.to_unet(), DDPMScheduler())
     images = PipelineImages(other, 4, 2)
-    batch = images.numbered(range(4))
+    batch = images.images_at(range(4))
     assert batch.shape == (4, pipeline.unet.config.in_channels, 8, 8)
-    assert (batch[1:2].int() - images.numbered(range(1, 2))).abs().max() <= 1
+    assert (batch[1:2].int() - images.images_at(range(1, 2))).abs().max() <= 1
     json.dumps([images.settings, images.origin])

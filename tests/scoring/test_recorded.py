@@ -69,7 +69,7 @@ def test_images_that_a_run_held_out_itself_are_held_out_of_its_scores(pictures, 
     floor = score(tmp_path, run, *FEW)["floor"]
     for name, pixels in zip(("train", "held_out"), load_pixels(find_recorded_data(str(run))), strict=True):
         (tmp_path / name).mkdir()
-        for number, image in enumerate(pixels.numbered(range(len(pixels)))):
+        for number, image in enumerate(pixels.images_at(range(len(pixels)))):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{number}.png")
     between = score(tmp_path, tmp_path / "held_out", *FEW[4:], "--dataset", tmp_path / "train")
     assert (floor["num_images"], floor["fid"]) == (5, pytest.approx(between["fid"]))
@@ -127,11 +127,11 @@ def test_a_pipeline_is_asked_for_the_classes_that_were_drawn():
     images = PipelineImages(pipeline, 12, 1, 5, class_shares=[0.25, 0.75])
     labels = draw_classes([0.25, 0.75], range(12), 5)
     assert set(labels) == {0, 1}
-    assert torch.equal(images.numbered(range(4, 12)), images.numbered(range(12))[4:])
+    assert torch.equal(images.images_at(range(4, 12)), images.images_at(range(12))[4:])
     for label in (0, 1):
-        of_label = PipelineImages(pipeline, 12, 1, 5, class_shares=[1 - label, label]).numbered(range(12))
+        of_label = PipelineImages(pipeline, 12, 1, 5, class_shares=[1 - label, label]).images_at(range(12))
         which = [number for number in range(12) if labels[number] == label]
-        assert torch.equal(images.numbered(range(12))[which], of_label[which])
+        assert torch.equal(images.images_at(range(12))[which], of_label[which])
     # Equal shares are classes in turn.
     in_turn = PipelineImages(pipeline, 4, 1, 5, class_shares=[0.5, 0.5])
     assert in_turn.settings == PipelineImages(pipeline, 4, 1, 5).settings

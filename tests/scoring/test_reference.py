@@ -55,7 +55,7 @@ def test_statistics_are_computed_once(folder, tmp_path):
     first = make_reference(data, extractor, with_features=True)
     second = make_reference(pixels_of(folder, tmp_path), extractor, with_features=True)
     assert extractor.seen == 30
-    x = data.numbered(range(30)).flatten(1) / 255
+    x = data.images_at(range(30)).flatten(1) / 255
     for reference in (first, second):
         torch.testing.assert_close(reference.features, x)
         torch.testing.assert_close(reference.gaussian.mean, x.double().mean(0))
@@ -93,7 +93,7 @@ def test_a_changed_data_set_is_not_served_a_stale_cache(folder, tmp_path, change
         save(folder / ("07.png" if change == "edit" else "30.png"), seed=99)
     data = pixels_of(folder, tmp_path)
     after = make_reference(data, extractor, with_features=True)
-    torch.testing.assert_close(after.features, data.numbered(range(len(data))).flatten(1) / 255)
+    torch.testing.assert_close(after.features, data.images_at(range(len(data))).flatten(1) / 255)
     assert len(after.features) == {"edit": 30, "add": 31, "remove": 29}[change]
     assert after.settings["digest"] != before.settings["digest"]
 
@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_be_written_ends_nothing(folder, tmp_path, capsys, m
 def test_published_statistics_score_as_the_images_do(tmp_path, extra):
     extractor = get_extractor("digits")
     train, test = (prepare_pixels(load_digits_dataset()[split], 8) for split in ("train", "test"))
-    features = extractor(train.numbered(range(len(train)))).double().numpy()
+    features = extractor(train.images_at(range(len(train)))).double().numpy()
     np.savez(tmp_path / "digits.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False), **extra)
     published = read_published(tmp_path / "digits.npz", extractor)
     scores = [evaluate(FolderImages(test), reference, extractor, ["fid"]) for reference in (train, published)]

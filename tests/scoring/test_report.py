@@ -48,7 +48,7 @@ def test_table_shows_what_was_asked_for_with_the_floor_and_the_settings(scores):
 def test_nearest_images_are_those_of_brute_force(digits, extractor):
     train, test = digits
     picture, distances = nearest_images(FolderImages(test), train, extractor)
-    generated, real = test.numbered(range(10)), train.numbered(range(len(train)))
+    generated, real = test.images_at(range(10)), train.images_at(range(len(train)))
     all_distances = np.linalg.norm(
         extractor(generated).double().numpy()[:, None] - extractor(real).double().numpy(), axis=2
     )
@@ -75,7 +75,7 @@ def test_report_is_one_file_with_table_settings_and_pictures(digits, extractor, 
         for data in re.findall(r"src='data:image/png;base64,(.*?)'", page)
     ]
     assert len(pictures) == 2
-    assert pictures[0].tobytes() == image_grid(test.numbered(range(64))).tobytes()
+    assert pictures[0].tobytes() == image_grid(test.images_at(range(64))).tobytes()
     for words in (
         f"{scores['fid']:.4f}",
         scores["settings_hash"],
