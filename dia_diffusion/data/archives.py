@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from ..errors import UsageError, first_line
 from ..process.output import print_main
+from .decoding import LFS_POINTER, is_lfs_pointer
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 # Part of the name in the cache: raise it whenever the same archive would give other rows.
@@ -63,7 +64,8 @@ def _read_samples(files: Sequence[Path], is_image: Callable[[str], bool]) -> Ite
         except UsageError:
             raise
         except Exception as error:  # Of tarfile's, zipfile's and the decompressors' kinds.
-            raise UsageError(f"the archive '{file}' cannot be read: {first_line(error).rstrip(':')}.") from error
+            reason = LFS_POINTER if is_lfs_pointer(file) else first_line(error).rstrip(":")
+            raise UsageError(f"the archive '{file}' cannot be read: {reason}.") from error
 
 
 def _samples_of(file: Path, is_image: Callable[[str], bool]) -> Iterator[dict[str, Any]]:

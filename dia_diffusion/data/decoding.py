@@ -33,6 +33,15 @@ _UPRIGHT = {
 }
 
 
+LFS_POINTER = "it is a pointer of Git LFS and not the file itself: fetch that with git lfs pull"
+
+
+def is_lfs_pointer(file: str | Path) -> bool:
+    """Tell whether a file holds the text that Git leaves where Git LFS did not fetch the file."""
+    with Path(file).open("rb") as stream:
+        return stream.read(26) == b"version https://git-lfs.gi"
+
+
 def open_header(encoded: dict[str, Any] | None) -> Image.Image:
     """Open a cell of an image column, as `datasets` stores it (`bytes` or a `path`), without decoding its pixels.
 
@@ -56,7 +65,8 @@ def _open(file: Any) -> Image.Image:
     try:
         image = Image.open(file)
     except UnidentifiedImageError as error:
-        raise ValueError("it is not an image of a kind that Pillow reads") from error
+        pointer = isinstance(file, str) and is_lfs_pointer(file)
+        raise ValueError(LFS_POINTER if pointer else "it is not an image of a kind that Pillow reads") from error
     finally:
         Image.MAX_IMAGE_PIXELS = before
     if image.width * image.height > _MOST_PIXELS:

@@ -21,10 +21,12 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 
 from ..errors import UsageError, first_line
+from ..options.training import CONFIG
 from ..process.output import print_main
 from .archives import ARCHIVES, VERSION, load_archives
 from .cache import cache_place, hash_files
 from .columns import find_image_column, recognise_images, sort_class_names
+from .decoding import LFS_POINTER, is_lfs_pointer
 from .metadata import METADATA, TABLES, read_metadata
 
 TRAIN_SPLIT = "train"
@@ -114,6 +116,10 @@ def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
         entries = list(os.scandir(folder))
     except OSError as error:
         raise UsageError(f"the folder '{folder}' cannot be read: {error.strerror}.") from error
+    if above and (folder / CONFIG).is_file():
+        # Its pictures of samples and curves are no data.
+        print_main(f"not used: '{folder}', which is the output of a run.")
+        return
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -169,7 +175,7 @@ def _list(folder: Path, paths: Sequence[Path]) -> str:
 def _describe_other(files: Sequence[Path], error: Exception) -> str:
     if not files:
         return "no images were found in that folder: it is empty."
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, datasets.exceptions.DataFilesNotFoundError):
         return f"{first_line(error)}."
     kinds = Counter(path.suffix.lower() or "no ending" for path in files).most_common(5)
     found = ", ".join(f"{count} of {kind}" for kind, count in kinds)
@@ -287,7 +293,7 @@ def _load_tables(folder: Path, tables: list[Path], cache_dir: str | None) -> Dat
         loaded = datasets.load_dataset(kind, data_files=files, cache_dir=_cache(cache_dir, content))
         return _follow(DatasetDict({name: recognise_images(rows) for name, rows in loaded.items()}), content)
     except Exception as error:
-        reason = first_line(error.__cause__ or error)
+        reason = LFS_POINTER if any(map(is_lfs_pointer, tables)) else first_line(error.__cause__ or error)
         if isinstance(error.__cause__, datasets.table.CastError):
             reason = "their columns are not the same"
         raise UsageError(f"cannot load images from '{folder}': its {kind} files cannot be read: {reason}.") from error
@@ -319,6 +325,8 @@ def _load_saved(folder: Path) -> DatasetDict:
             loaded = DatasetDict({TRAIN_SPLIT: loaded})
         loaded = DatasetDict({name: recognise_images(rows) for name, rows in loaded.items()})
     except Exception as error:
-        raise UsageError(f"cannot load the data set that was saved to '{folder}': {first_line(error)}.") from error
+        # What `datasets` makes of a data set without a file of rows.
+        reason = "it holds no rows" if isinstance(error, IndexError) else first_line(error)
+        raise UsageError(f"cannot load the data set that was saved to '{folder}': {reason}.") from error
     files = [file["filename"] for rows in loaded.values() for file in rows.cache_files]
     return _follow(loaded, hash_files(files))

@@ -44,6 +44,8 @@ SEED = Range(least=0, most=2**64 - 1)
 PATH = "path"
 NAMES = "names"
 LABEL = "label"
+# Words for truth values, as transformers' HfArgumentParser reads them.
+TRUTH = {word: word in ("yes", "true", "t", "y", "1") for word in "yes true t y 1 no false f n 0".split()}
 
 Count = Annotated[int, COUNT]
 Natural = Annotated[int, NATURAL]
@@ -116,6 +118,11 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         value = os.fspath(value)
     if isinstance(value, Integral) and not isinstance(value, bool) and mark == LABEL:
         value = str(value)
+    if kind is bool:
+        value = TRUTH.get(str(value).lower(), value)
+    if value == "" and mark == PATH:
+        # An unset variable of a shell; as a path it would be the present folder.
+        raise UsageError(f"{name} is empty: give a value, or leave the option out.")
     if not isinstance(value, str if kind is Path else kind):
         words = "true or false" if kind is bool else "text (put it in quotes)"
         raise UsageError(f"{name} must be {words}, but is '{value}'.")

@@ -7,7 +7,7 @@ from inspect import get_annotations
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError, nearest
-from .fields import NAMES, Options, unwrap
+from .fields import NAMES, TRUTH, Options, unwrap
 
 # Other words for an option, and the options that they may stand for: the first that a command has is suggested.
 _SYNONYMS = {
@@ -266,9 +266,6 @@ def _help(item: Any, kind: Any) -> str:
 
 
 def _truth(text: str) -> bool:
-    """Return the truth value of a word, as transformers' HfArgumentParser reads it."""
-    words = {"yes": True, "true": True, "t": True, "y": True, "1": True}
-    words |= {"no": False, "false": False, "f": False, "n": False, "0": False}
-    if text.lower() not in words:
+    if text.lower() not in TRUTH:
         raise argparse.ArgumentTypeError(f"it must be true or false, but is '{text}'")
-    return words[text.lower()]
+    return TRUTH[text.lower()]

@@ -173,9 +173,23 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
 def configure_here(given: Mapping[str, Any]) -> TrainingConfig:
     """Return what `configure` returns, for a run on this machine: its folder of images must be here."""
     config = configure(given)
-    if config.data.dataset_name is None and config.data.train_data_dir is not None:
-        find_folder("--train_data_dir", config.data.train_data_dir)
+    check_folder_of_images(config)
     return config
+
+
+def check_folder_of_images(config: TrainingConfig) -> None:
+    """Check that the images of a run lie in a folder of this machine, which is not that of its output.
+
+    Raises:
+        UsageError: if they do not.
+    """
+    if config.data.dataset_name is None and config.data.train_data_dir is not None:
+        folder = find_folder("--train_data_dir", config.data.train_data_dir)
+        if folder.resolve() == Path(config.output.output_dir).resolve():
+            raise UsageError(
+                f"--output_dir '{folder}' is the folder of the images: pictures of the run would become training "
+                "images. Choose another --output_dir."
+            )
 
 
 def check_names(options: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -246,6 +260,19 @@ def load_options(path: Any) -> dict[str, Any]:
     return rename_aliases(options, PARTS.values(), refuse)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping that names a key twice, of which PyYAML takes the last in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands there twice", problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Any) -> Any:
     """Return what a YAML file holds.
 
@@ -253,9 +280,13 @@ def read_yaml(path: Any) -> Any:
         UsageError: if it cannot be read or is not YAML.
     """
     try:
-        return yaml.safe_load((Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8"))
+        text = (Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8")
+        return yaml.load(text, _UniqueKeys)
     except OSError as error:
         raise UsageError(f"cannot read the configuration '{path}': {error.strerror}.") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UsageError(f"'{path}' is not valid YAML: {line}{error.problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}' is not valid YAML: {first_line(error)}.") from error
 

@@ -119,7 +119,7 @@ class Study:
     directory: Path = Path()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.variants, dict) or self.baseline not in self.variants:
+        if not isinstance(self.variants, dict) or self.baseline not in list(self.variants):
             raise UsageError(f"the baseline '{self.baseline}' must be one of the study's variants.")
         _check_names(self.variants)
         for name, options in {"common": self.common, **self.variants}.items():

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from ..errors import UsageError
+from ..options.training import check_folder_of_images
 from ..process.output import progress_bar
 from ..process.startup import available_cores
+from ..training.architecture import check_unet
 from .description import Study, StudyRun, load_study
 from .engine import Engine, LocalEngine, Progress, Task, run_tasks, visible_gpus
 from .single_run import complete, read_result, read_timing, time_step
@@ -48,12 +50,27 @@ def run_study(
     runs = study.runs(folder)
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs must be at least 1, but is {jobs}.")
+    for run in runs:
+        if run.trainer is None and run.seed == study.seeds[0] and read_result(run) is None:
+            _check_start(run, here=cluster is None)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0), _engine(folder, len(runs), jobs, cluster) as engine:
             return _finish_study(study, runs, folder, engine)
     except Timeout as error:
         raise UsageError(f"another process is at work on the study in '{folder}': wait for it or stop it.") from error
+
+
+def _check_start(run: StudyRun, here: bool) -> None:
+    """Find before all work what a variant lacks: its images on this machine, or a UNet that can be built."""
+    config = run.config
+    try:
+        if here:
+            check_folder_of_images(config)
+        if config.data.vae is None:
+            check_unet(config.model, config.data.resolution, config.data.channels or 3)
+    except UsageError as error:
+        raise UsageError(f"variant '{run.variant}': {error}") from error
 
 
 def _engine(folder: Path, runs: int, jobs: int | None, cluster: Cluster | None) -> AbstractContextManager[Engine]:

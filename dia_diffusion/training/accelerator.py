@@ -17,7 +17,7 @@ from accelerate.utils import (
     is_wandb_available,
 )
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..options.output import OutputOptions
 from ..process.distributed import PATIENCE, check_launcher, check_processes
 
@@ -72,9 +72,12 @@ def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerato
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / options.logging_dir)),
         )
-    except ValueError as error:
+        # ACCELERATE_TORCH_DEVICE may name any.
+        torch.zeros(1, device=accelerator.device).tolist()
+    except (ValueError, RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"accelerate refuses mixed_precision '{mixed_precision}' or its own settings (ACCELERATE_...): {error}"
+            f"accelerate refuses mixed_precision '{mixed_precision}' or its own settings (ACCELERATE_...): "
+            f"{first_line(error)}."
         ) from error
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("mixed_precision 'fp16' needs a GPU; on a CPU use bf16 or no.")

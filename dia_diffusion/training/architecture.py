@@ -77,24 +77,41 @@ def build_unet(
     Raises:
         UsageError: if the options do not go together, or the levels do not divide the resolution.
     """
-    assert not isinstance(options.unet_arguments, str)
-    flags = _read_unet_arguments(options.unet_arguments or {}) | options.unet_flags()
     from_data: dict[str, Any] = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
     from_data["num_class_embeds"] = None if num_classes is None else num_classes + 1
     if options.init_from is not None:
+        assert not isinstance(options.unet_arguments, str)
+        flags = _read_unet_arguments(options.unet_arguments or {}) | options.unet_flags()
         unet = _load_unet(options.init_from, flags)
         _check_fit(unet, from_data, num_timesteps, latent_factor)
         unet.register_to_config(sample_size=resolution)
         return unet
-    if options.model_config_name_or_path is not None:
-        arguments = _load_model_config(options.model_config_name_or_path)
-    else:
-        arguments = default_architecture(resolution)
-        if options.block_out_channels is not None:
-            arguments |= _block_types(len(options.block_out_channels))
-    arguments |= flags | from_data
+    arguments = _describe(options, resolution) | from_data
     _try(arguments, from_data, num_timesteps, latent_factor)
     return DIAUNet2DModel.from_config(arguments)
+
+
+def check_unet(options: ModelOptions, resolution: int, channels: int) -> None:
+    """Check that a UNet of its own description can be built for images of a size. One that is loaded is not checked.
+
+    Raises:
+        UsageError: see `build_unet`.
+    """
+    if options.init_from is None and options.model_config_name_or_path is None:
+        from_data = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+        _try(_describe(options, resolution) | from_data, from_data | {"num_class_embeds": None}, None, None)
+
+
+def _describe(options: ModelOptions, resolution: int) -> dict[str, Any]:
+    """Return the arguments of the UNet of a run, but for those that come from the data."""
+    assert not isinstance(options.unet_arguments, str)
+    flags = _read_unet_arguments(options.unet_arguments or {}) | options.unet_flags()
+    if options.model_config_name_or_path is not None:
+        return _load_model_config(options.model_config_name_or_path) | flags
+    arguments = default_architecture(resolution)
+    if options.block_out_channels is not None:
+        arguments |= _block_types(len(options.block_out_channels))
+    return arguments | flags
 
 
 def _try(
@@ -230,7 +247,8 @@ def _load_model_config(name_or_path: str) -> dict[str, Any]:
         if not isinstance(config, dict):
             raise ValueError("it holds no 'name: value' pairs")
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read a UNet configuration from '{name_or_path}': {error}") from error
+        reason = why_not_loaded(name_or_path, error)
+        raise UsageError(f"cannot read a UNet configuration from '{name_or_path}': {reason}") from error
     _check_class(name_or_path, config)
     _check_channels(config)
     return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -13,7 +13,7 @@ from ..options.model import DataOptions
 from ..options.output import OutputOptions
 from ..options.training import TrainingConfig
 from ..process.output import print_main
-from .checkpoint import CHECKPOINTS, Checkpoint, find_latest, list_checkpoints, load_checkpoint
+from .checkpoint import CHECKPOINTS, Checkpoint, find_damage, find_latest, list_checkpoints, load_checkpoint
 
 # Options that may change when a run is resumed: its length, its output, the division of the global batch, the sources
 # of data and model (their contents are compared), and what is changed after a divergence. Any other makes another
@@ -48,7 +48,7 @@ def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
     if options.resume_from_checkpoint is None:
         return None
     names = [path.name for path in list_checkpoints(folder)]
-    if options.resume_from_checkpoint != "latest":
+    if not _means_latest(options):
         asked = Path(options.resume_from_checkpoint)
         match = _NAME.fullmatch(asked.name)
         inside = folder / (f"step-{int(match[1]):08d}" if match else asked.name)
@@ -61,6 +61,8 @@ def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
                 f"there is no checkpoint '{options.resume_from_checkpoint}'; in '{folder}' there are: "
                 f"{', '.join(names) or 'none'}. Name one of these, or 'latest', or omit --resume_from_checkpoint."
             )
+        if (damage := find_damage(asked)) is not None:
+            raise UsageError(f"'{asked}' is not a usable checkpoint: {damage}. Resume from another, or from 'latest'.")
         return asked
     path, remarks = find_latest(folder, total_steps)
     for remark in remarks:
@@ -74,6 +76,13 @@ def find_checkpoint(options: OutputOptions, total_steps: int) -> Path | None:
         )
     print_main(f"no checkpoint in '{options.output_dir}' to resume from: starting anew.")
     return None
+
+
+def _means_latest(options: OutputOptions) -> bool:
+    """Tell whether the newest checkpoint is asked for: by `latest`, or by the folder of the run or its checkpoints."""
+    asked = str(options.resume_from_checkpoint)
+    folders = (options.folder.resolve(), (options.folder / CHECKPOINTS).resolve())
+    return asked == "latest" or (Path(asked).is_dir() and Path(asked).resolve() in folders)
 
 
 def load_to_resume(

@@ -20,6 +20,7 @@ from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_dataset_splits, load_digits_dataset
 from dia_diffusion.errors import UsageError
 from dia_diffusion.options.model import DataOptions
+from dia_diffusion.options.training import configure_here
 
 
 def encoded(value, kind="PNG"):
@@ -195,6 +196,35 @@ def test_large_images_are_taken_up_to_our_own_limit(tmp_path):
     with pytest.raises(UsageError, match="Repair or remove it") as caught:
         prepare_pixels(rows, 8)
     assert "--on_bad_image" not in str(caught.value)
+
+
+def test_the_output_of_a_run_is_no_data(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(encoded(1))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples.png").write_bytes(encoded(2))
+    assert greys(load(tmp_path)) == [1, 2]
+    (tmp_path / "run" / "training_config.yaml").touch()
+    assert greys(load(tmp_path)) == [1]
+    assert "run', which is the output of a run" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="is the folder of the images"):
+        configure_here({"train_data_dir": str(tmp_path), "output_dir": f"{tmp_path}/."})
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.parquet", "a.tar"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UsageError, match="pointer of Git LFS"):
+        load(tmp_path)
+
+
+def test_a_folder_without_images_is_described(tmp_path):
+    datasets.Dataset.from_dict({"image": []}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UsageError, match="it holds no rows"):
+        load(tmp_path / "saved")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.heic").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"1 other file \(1 of .heic\). Unpack archives, and convert images"):
+        load(tmp_path / "other")
 
 
 def test_a_file_in_place_of_a_folder_is_called_one(tmp_path):

@@ -8,6 +8,7 @@ import yaml
 
 from dia_diffusion.errors import UsageError
 from dia_diffusion.study.description import load_study
+from dia_diffusion.study.dia_study import run_study
 from dia_diffusion.training.architecture import build_unet
 from small_studies import runs_of, write_study
 
@@ -34,6 +35,7 @@ def test_unet_arguments_of_common_and_of_a_variant_are_merged(tmp_path):
     ("changes", "words"),
     [
         ({"baseline": "plane"}, "the baseline 'plane' must be one of"),
+        ({"baseline": ["plain"]}, "must be one of the study's variants"),
         ({"seeds": [1, 1]}, "seeds must be a list of different numbers"),
         ({"variants": {"plain": {"dia_atention": "none"}}}, "variant 'plain': 'dia_atention' is neither"),
         ({"variants": {"plain": {"seed": 3}}}, "'seed' cannot be set for the runs of a study: list 'seeds'"),
@@ -65,6 +67,21 @@ def test_mistakes_are_named(tmp_path, changes, words):
         load_study(path)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"block_out_channels": [8] * 6}, "variant 'bad': resolution .* does not fit a UNet"),
+        ({"norm_num_groups": 5}, "variant 'bad': no UNet can be built as asked"),
+        ({"dataset_name": None, "train_data_dir": "none"}, "variant 'bad': --train_data_dir 'none' is not a folder"),
+    ],
+)
+def test_what_a_variant_lacks_is_found_before_the_others_are_trained(tmp_path, options, words):
+    path = write_study(tmp_path / "study.yaml", {"plain": {}, "bad": options}, seeds=[0])
+    with pytest.raises(UsageError, match=words):
+        run_study(path, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
     path = write_study(tmp_path / "study.yaml")
     path.write_text(path.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3"))
@@ -75,6 +92,6 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_studies_that_come_with_the_project_can_be_built(path):
     study = load_study(path)
-    for variant in study.variants:
+    for variant in study.variants if study.trainer is None else ():
         config = study.config(variant, study.seeds[0], Path("study"))
         build_unet(config.model, config.data.resolution, channels=1, num_classes=None)

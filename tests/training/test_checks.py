@@ -63,6 +63,14 @@ def test_engines_that_divide_the_model_are_refused_by_name(tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("device", ["meta", "nothing"])
+def test_a_device_that_cannot_compute_is_refused(tmp_path, monkeypatch, device):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", device)
+    with pytest.raises(UsageError, match=r"accelerate refuses .* its own settings"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("tracker", ["trackio", "wandb"])
 def test_pictures_reach_a_tracker(tmp_path, monkeypatch, tracker):
     """The real tracker, without a server; where it is not installed the test is skipped."""

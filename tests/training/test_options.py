@@ -73,7 +73,8 @@ def test_errors_say_what_to_do(tmp_path):
     for text, words in (
         ("learning_rat: 1", "unknown options: learning_rat"),
         ("- 1", "must hold 'option: value' lines"),
-        ("a: [", "not valid YAML"),
+        ("a: [", "not valid YAML: line 1: expected the node content"),
+        ("seed: 1\nseed: 2", "not valid YAML: line 2: 'seed' stands there twice"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UsageError, match=words):
@@ -167,7 +168,8 @@ def test_any_argument_of_unet2dmodel_can_be_given(tmp_path):
         ("seed", 2**64, "at most 18446744073709551615"),
         ("max_train_steps", 1.5, "a whole number, but is '1.5'"),
         ("max_train_steps", [100], "a whole number"),
-        ("use_ema", "yes", "true or false"),
+        ("use_ema", "perhaps", "true or false"),
+        ("train_data_dir", "", "is empty: give a value, or leave the option out"),
         ("output_dir", 2024, "text"),
         ("channels", 2, "one of 1, 3"),
     ],
@@ -190,10 +192,11 @@ def test_every_number_has_its_range():
 
 def test_numbers_of_yaml_that_look_like_text_or_fractions_are_numbers(tmp_path):
     text = "max_train_steps: 1.0e+4\nlearning_rate: 1e-3\nlr_warmup_steps: 1e2\nmixed_precision: no\noutput_dir: ~/x\n"
+    text += "use_ema: 'yes'\n"
     (tmp_path / "run.yaml").write_text(text)
     options = parse_arguments(["--config", str(tmp_path / "run.yaml")]).public_dict()
-    names = ("max_train_steps", "learning_rate", "lr_warmup_steps", "mixed_precision", "output_dir")
-    assert [options[name] for name in names] == [10_000, 1e-3, 100, "no", str(Path.home() / "x")]
+    names = ("max_train_steps", "learning_rate", "lr_warmup_steps", "mixed_precision", "output_dir", "use_ema")
+    assert [options[name] for name in names] == [10_000, 1e-3, 100, "no", str(Path.home() / "x"), True]
     assert type(options["max_train_steps"]) is int
 
 

@@ -14,10 +14,11 @@ from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import train_main
 from dia_diffusion.errors import UsageError
 from dia_diffusion.objectives import DDPM
+from dia_diffusion.options.output import OutputOptions
 from dia_diffusion.options.training import parse_arguments
 from dia_diffusion.training.architecture import build_unet
 from dia_diffusion.training.checkpoint import find_latest, load_checkpoint
-from dia_diffusion.training.resuming import check_same_experiment
+from dia_diffusion.training.resuming import check_same_experiment, find_checkpoint
 from dia_diffusion.training.state import TrainingState
 from forks import start
 from training_runs import assert_same_weights, configure, fresh_state, losses, run, weights
@@ -206,6 +207,15 @@ def test_a_name_that_is_not_there_is_answered_with_those_that_are(undisturbed, t
     folder = shutil.copytree(undisturbed[0], tmp_path / "run")
     with pytest.raises(UsageError, match=r"no checkpoint 'checkpoint-4'; .* there are: step-00000003, step-00000006\."):
         run(folder, **SAME, resume_from_checkpoint="checkpoint-4")
+    with pytest.raises(UsageError, match=r"metrics.json' is not a usable checkpoint"):
+        run(folder, **SAME, resume_from_checkpoint=str(folder / "metrics.json"))
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints"])
+def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(undisturbed, place):
+    folder = undisturbed[0]
+    options = OutputOptions(output_dir=str(folder), resume_from_checkpoint=str(folder / place))
+    assert find_checkpoint(options, 6) == folder / "checkpoints" / "step-00000006"
 
 
 def test_a_run_that_is_made_shorter_is_shorter(undisturbed, tmp_path):
