@@ -249,10 +249,10 @@ def test_variants_of_another_precision_are_timed(tmp_path):
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd):
-    variants = {"odd": {"norm_num_groups": 7}, **VARIANTS}
+    variants = {"odd": {"vae": "/nowhere/vae"}, **VARIANTS}
     path = write_study(tmp_path / "study.yaml", variants, {"max_train_steps": 2}, seeds=[0])
     assert main(["study", str(path), "--output_dir", str(tmp_path / "out"), "--jobs", "1"]) == 2
-    assert "odd/seed-0: no UNet can be built as asked" in capfd.readouterr().err
+    assert "odd/seed-0: cannot load a VAE from" in capfd.readouterr().err
     assert len(json.loads((tmp_path / "out" / "study.json").read_text())["runs"]) == 2
 
 
