@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a training run leaves.
+    """The results of a training run.
 
     Attributes:
         folder (`Path`): The output directory.

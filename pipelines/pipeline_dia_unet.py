@@ -220,7 +220,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
 
     @staticmethod
     def _returned_latents(returned: Any, latents: Tensor) -> Tensor:
-        """Return what a callback made of these latents."""
+        """Return the latents that a callback returned, or the same ones if it returned none."""
         if not isinstance(returned, dict | None):
             raise UsageError(f"callback_on_step_end must return a dict, but returned {type(returned).__name__}.")
         changed = (returned or {}).get("latents", latents)
@@ -257,7 +257,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                 raise UsageError(f"the guide has {name} {of_guide}, and the UNet {own}: it does not fit.")
 
     def _check_scheduler(self) -> None:
-        """Refuse schedulers that would run, or nearly, but not denoise with what such a UNet predicts."""
+        """Refuse schedulers that cannot denoise with the predictions of such a UNet, even if they would run."""
         reason, trained = find_misfit(self.scheduler, self._trained_on), self._trained_on or NoiseKind.BETAS
         if reason is not None:
             raise UsageError(
@@ -298,7 +298,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
 
     @property
     def sample_size(self) -> tuple[int, int]:
-        """Return height and width of what the UNet denoises."""
+        """Return height and width of the UNet's input."""
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
 

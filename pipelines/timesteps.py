@@ -138,7 +138,7 @@ def _rehearse(scheduler: SchedulerMixin, steps: int, shape: tuple[int, int, int]
 
 
 def _perfect_prediction(scheduler: SchedulerMixin, model_input: Tensor, timestep: float) -> Tensor:
-    """Return what a perfect model of pixels of mean m and standard deviation s predicts.
+    """Return the prediction of a perfect model, for pixels of mean m and standard deviation s.
 
     From a sample x = a y + b n it tells n = b d and y = m + a s² d, where d = (x - a m) / (a² s² + b²).
     """

@@ -101,7 +101,7 @@ def _prepare(
 def _describe(
     name: str, model: nn.Module, attention: nn.Module, pixels: PixelDataset, dataset: str, device: torch.device
 ) -> dict[str, str]:
-    """Return what is analysed, by title, and print it."""
+    """Print facts about the model and the images, and return them by title."""
     parameters, own = (sum(weights.numel() for weights in part.parameters()) for part in (model, attention))
     facts = {
         "Model": f"{name}: {type(model).__name__}, {parameters:,} parameters, {own:,} of them its attention.",

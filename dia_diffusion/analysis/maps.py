@@ -1,4 +1,4 @@
-"""Attention maps of a UNet or of an image classifier, and where their blocks stand."""
+"""Attention maps of a UNet or of an image classifier, and the positions of their blocks."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ from ..sampling.schedulers import noise_images, spread_timesteps
 
 
 class Block(NamedTuple):
-    """Where a residual block stands in a network.
+    """The position of a residual block in a network.
 
     Attributes:
         name (`str`): As in the state dict.

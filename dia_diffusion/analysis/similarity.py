@@ -86,7 +86,7 @@ def _pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def group_pairs(blocks: Sequence[Block], pairs: Iterable[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
-    """Group pairs of blocks by where they stand; a pair may stand in several groups.
+    """Group pairs of blocks by level and path; a pair may be in several groups.
 
     Returns:
         `dict`: Every pair, pairs within each level from full resolution down, between levels, and by path, in order of

@@ -29,7 +29,7 @@ _thread.current = _thread.recording = None
 
 
 class GatedBlocks:
-    """The gated blocks of one model, in order of execution: the identity by which they find its forward passes.
+    """The gated blocks of one model, in order of execution; by this object they find its forward passes.
 
     Args:
         names (tuple of `str`): Names of the blocks.
@@ -131,7 +131,7 @@ def _recording(blocks: GatedBlocks) -> dict[str, Tensor] | None:
 
 
 class ContextHook:
-    """Gives a forward pass the context from which its state starts, where it passes as an argument of a module.
+    """A hook that takes the context of a forward pass from an argument of a module.
 
     Args:
         blocks (`GatedBlocks`): The model's blocks.

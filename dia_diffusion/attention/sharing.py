@@ -35,7 +35,7 @@ class Constants(NamedTuple):
 
 
 class AttentionState(NamedTuple):
-    """What passes from one block to the next. It is never stored on a module, and never changed, but replaced."""
+    """The state that one block passes to the next. It is never stored on a module; it is replaced, not changed."""
 
     position: int = 0  # index of the next block
     first: int | None = None  # index of the block that ran first
@@ -238,7 +238,7 @@ class SharedAttention(nn.Module):
         return self._gate(logits.to(_full_precision(branch)))
 
     def _enter_level(self, state: AttentionState) -> AttentionState:
-        """Apply the bridge where the block is on another level than the one before; start the memory."""
+        """Apply the bridge if the block is on another level than the last one; start the memory."""
         level = self.levels[state.position]
         if level == state.level:
             return state
@@ -286,7 +286,7 @@ class SharedAttention(nn.Module):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Return whether calling a layer does nothing else than its product: it is not wrapped, hooked or offloaded."""
+    """Return whether a layer is not wrapped, hooked or offloaded: its weights can be used without a call."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return type(layer) is Linear and "forward" not in vars(layer) and not any(hooks)
 

@@ -84,7 +84,7 @@ def _samples_of(file: Path, is_image: Callable[[str], bool]) -> Iterator[dict[st
 
 
 def _name_of_sample(path: PurePosixPath, is_zip: bool) -> str:
-    """Return what the files of a sample have in common: WebDataset's names end at the first dot."""
+    """Return the name that the files of a sample share: in WebDataset it ends at the first dot."""
     return str(path.with_suffix("") if is_zip else path.parent / path.name.partition(".")[0])
 
 

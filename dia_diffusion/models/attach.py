@@ -176,7 +176,7 @@ def _home(model: nn.Module) -> torch.device:
 def _choose_branches(
     model: nn.Module, branches: Sequence | None, inputs: Any, context: str | None, dia: AttachedAttention | None
 ) -> Backbone:
-    """Return what is to be gated, from the first of these that tells it."""
+    """Find the branches to gate: as named, saved, of a known family, or shown by a forward pass."""
     if isinstance(branches, str):
         raise UsageError(f"branches must be a list of names, but is the text '{branches}': write [\"{branches}\"].")
     if inputs is not None and not isinstance(inputs, Mapping | Tensor | tuple | list):
@@ -245,7 +245,7 @@ def _make_attention(
 
 
 def _check_kind(model: nn.Module) -> None:
-    """Refuse what is no model, or a wrapper or container that would not treat the attention as a part of it."""
+    """Refuse non-models, and wrappers or containers that would not treat the attention as a part of the model."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"attention is attached to a torch.nn.Module, and this is of {type(model).__name__}.")
     if isinstance(model, nn.parallel.DistributedDataParallel):

@@ -118,7 +118,7 @@ def find_backbone(model: nn.Module) -> Backbone:
 
 
 def named_backbone(model: nn.Module, ends: Sequence[str], with_widths: bool = True) -> Backbone:
-    """Return the branches of any model of which the caller names the ends; levels are by width.
+    """Return the branches of a model from the names of their ends; levels are by width.
 
     Args:
         model (`nn.Module`), ends (`Sequence[str]`): The model, and the modules that put out its branches.
@@ -173,7 +173,7 @@ def _output_of(name: str, module: Any) -> tuple[int, int]:
 
 
 def find_joins(branches: Sequence[Branch]) -> dict[str, str]:
-    """Pair each level on the way up with the one as far from the middle on the way down."""
+    """Pair each level of the up path with the level at the same depth of the down path."""
     levels = list(dict.fromkeys(branch.level for branch in branches))
     down = [level for level in levels if "down_blocks" in level]
     up = [level for level in levels if "up_blocks" in level]

@@ -98,7 +98,7 @@ def find_named(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwar
 
 
 class _Found(NamedTuple):
-    """A branch with what its level and the context are told by."""
+    """A branch, with the tensors from which its level and the context are derived."""
 
     branch: Branch
     order: int  # of the end of the call of its module
@@ -164,7 +164,7 @@ class _Search:
         return FoundBranches(kind, branches, [], self._context(found), self._embeddings(found))
 
     def _search(self, dimensions: int) -> tuple[list[_Found], list[tuple[Addition, str]]]:
-        """Return the branches in order, and the additions that cannot be gated, of at least so many dimensions."""
+        """Return the branches in order, and the additions that cannot be gated, of at least this many dimensions."""
         self.dimensions, self.sums = dimensions, {}
         found: dict[tuple[str, int | None], _Found] = {}
         reasons = []
@@ -323,7 +323,7 @@ class _Search:
         return places
 
     def _context(self, found: Sequence[_Found]) -> ContextPlace | None:
-        """Return where the one vector passes that all blocks are given and that layers have made, if there is one."""
+        """Find the context: the one vector that layers compute and all blocks receive. Return its place, or None."""
         given = [{n for name in item.modules[1:] for n in self.watch.given.get(name, ())} for item in found]
         shared = [number for number in set.intersection(*given) if self._is_embedding(number)] if given else []
         if len(shared) != 1:

@@ -16,7 +16,7 @@ NAME = "dia"
 
 
 class OutputHook(ContextHook):
-    """Take the context where it is the output of a module, or an element of it."""
+    """A hook that takes the context from the output of a module, or from an element of it."""
 
     def of_output(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.take(output if self.index is None else pytree.tree_leaves(output)[self.index])
@@ -159,13 +159,13 @@ class ModelHooks:
 
 
 def hooks_of(model: nn.Module) -> ModelHooks | None:
-    """Return what `attach` did to this model; None if nothing is attached to it."""
+    """Return the hooks that `attach` added to this model, or None."""
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, ModelHooks)), None)
 
 
 def has_gates(model: nn.Module) -> bool:
-    """Tell whether a branch in this model has a gate, of its own attention or of that of a model around it."""
+    """Return whether a branch of this model has a gate already, from its own attention or an outer model's."""
     return any(
         isinstance(owner, Gate)
         for module in model.modules()

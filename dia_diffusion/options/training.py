@@ -274,7 +274,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Any) -> Any:
-    """Return what a YAML file holds.
+    """Read a YAML file.
 
     Raises:
         UsageError: if it cannot be read or is not YAML.

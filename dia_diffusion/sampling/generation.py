@@ -127,7 +127,7 @@ def is_compiled(pipeline: DiffusionPipeline) -> bool:
 
 
 def check_sampling(pipeline: DiffusionPipeline, steps: int) -> None:
-    """Refuse what a pipeline cannot do, before any image is made.
+    """Refuse options that a pipeline cannot take, before any image is made.
 
     Raises:
         UsageError: for a pipeline that needs more than a number of images or makes no pictures, and for numbers of

@@ -105,7 +105,7 @@ def _from_pretrained(name_or_path: str, variant: str | None) -> DiffusionPipelin
 
 
 def _find_pipeline_near(folder: Path) -> str:
-    """Return where beside a folder a pipeline is: above it, or in a cache of the Hub below."""
+    """Find a pipeline near a folder: above it, or in a cache of the Hub below."""
     for place in (folder.parent, *sorted(folder.glob("snapshots/*")), *sorted(folder.iterdir())):
         if (place / DiffusionPipeline.config_name).is_file():
             return f"'{place}' has one"
@@ -132,7 +132,7 @@ def _with_any_sampler(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def _check_unet(name_or_path: str, pipeline: DiffusionPipeline) -> None:
-    """Refuse what the pipeline would fail at when it is called."""
+    """Refuse pipelines that would fail when they are called."""
     config = getattr(getattr(pipeline, "unet", None), "config", {})
     if "sample_size" in config and config["sample_size"] is None:
         raise UsageError(
@@ -178,7 +178,7 @@ def set_guide(pipeline: DiffusionPipeline, other: DiffusionPipeline, name: str) 
 
 
 def _compare(pipeline: DIAUNetPipeline, other: DiffusionPipeline) -> list[tuple[str, object, object]]:
-    """Return what must be equal in a model and its guide: a name, and the value in each."""
+    """Return the properties that a model and its guide must share: name, and value in each."""
     pairs = [(part.scheduler.config, part.unet.config) for part in (pipeline, other)]
     (noise, unet), (other_noise, other_unet) = pairs
     compared = [("kind of noise", noise_kind(noise), noise_kind(other_noise))]

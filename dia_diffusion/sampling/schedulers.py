@@ -169,7 +169,7 @@ def _find_sampler(family: Family, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _flow(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the shift of times towards the noise, which has two names in diffusers."""
+    """Return the timestep shift of a flow scheduler, which has two names in diffusers."""
     shift = config.get("shift", config.get("flow_shift", 1.0))
     return {name: shift for name in ("shift", "flow_shift") if name in own}
 

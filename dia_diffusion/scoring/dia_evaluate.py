@@ -33,7 +33,7 @@ from .score_report import format_scores, write_report
 
 
 class RealImages(NamedTuple):
-    """What generated images are compared with.
+    """The real images that generated ones are compared with.
 
     Attributes:
         images (`PixelDataset` or `ArchiveImages`): The reference.

@@ -159,7 +159,7 @@ def is_uncertainty_too_long(generated: Moments) -> bool:
 
 
 def frechet_uncertainty(distance: FrechetDistanceTo, generated: Moments) -> Uncertainty | None:
-    """Return how far a Fréchet distance can be trusted. None where there are not two images for each group, and where
+    """Return the interval of a Fréchet distance. None if there are fewer than two images for each group, or if
     it would take minutes: for more than 2,048 features of as many images.
 
     Each group of images is left out in turn (the jackknife of Quenouille and Tukey, for d images at a time).

@@ -77,7 +77,7 @@ class PipelineImages:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return what makes two sets of generated images comparable, ready for JSON."""
+        """Return the settings that must be equal for generated images to be comparable, ready for JSON."""
         scheduler = self.pipeline.scheduler
         config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
         settings = {

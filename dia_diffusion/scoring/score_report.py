@@ -133,7 +133,7 @@ def write_report(
 
 
 def explain_scores(scores: dict[str, Any]) -> list[str]:
-    """Return what the figures of a table mean, a paragraph each."""
+    """Explain the figures of a table, a paragraph each."""
     lines = []
     if scores["fid"] is not None:
         lines.append(

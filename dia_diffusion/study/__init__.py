@@ -1,1 +1,1 @@
-"""Variants of a model, each trained from several seeds, and what their differences are worth."""
+"""Variants of a model, each trained from several seeds, and the significance of their differences."""

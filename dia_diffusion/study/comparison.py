@@ -83,7 +83,7 @@ def _interval(values: Sequence[float]) -> list[float] | None:
 
 
 def relative_unit(score: Score, figures: Mapping[str, Any]) -> float:
-    """Return what a difference is multiplied with to be shown: in points, or in percent of the baseline's mean."""
+    """Return the factor that shows a difference in points, or in percent of the baseline's mean."""
     return 100.0 if score.is_share else 100 / (abs(figures["baseline_mean"]) or math.nan)
 
 

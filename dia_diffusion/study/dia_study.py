@@ -30,7 +30,7 @@ class Cluster(NamedTuple):
 def run_study(
     path: str | Path, output_dir: str | Path, jobs: int | None = None, cluster: Cluster | None = None
 ) -> dict[str, Any]:
-    """Do what is not done yet of a study, and write its report.
+    """Do the remaining runs of a study, and write its report.
 
     Args:
         path (`str` or `Path`): The description, a YAML file; see `Study`.

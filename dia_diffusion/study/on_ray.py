@@ -39,7 +39,7 @@ class _Preempted(Exception):
 
 
 class _Place(NamedTuple):
-    """Where the study is: a file in its folder that tells a shared disk, and where relative paths start."""
+    """The location of the study: a marker file, which shows whether its folder is shared, and the working directory."""
 
     mark: Path
     start: Path

@@ -108,7 +108,7 @@ _LEGEND = "How to read this:\n\n"
 
 
 def format_table(summary: dict[str, Any], scores: Mapping[str, Score]) -> str:
-    """Return the tables of a study in Markdown: one for each score, and one of what the variants cost."""
+    """Return the tables of a study in Markdown: one for each score, and one of costs."""
     variants, baseline = summary["variants"], summary["study"]["baseline"]
     parts = []
     for name, score in scores.items():

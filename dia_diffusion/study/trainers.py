@@ -13,7 +13,7 @@ from .comparison import KNOWN_SCORES, Score
 
 
 class Trainer(NamedTuple):
-    """What a trainer's file defines.
+    """The definitions in a trainer's file.
 
     Attributes:
         train (`Callable`): Takes the options of a run as a dictionary, with its `seed` and the folder `output_dir`, and

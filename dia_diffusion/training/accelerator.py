@@ -1,4 +1,4 @@
-"""The processes that train together: their accelerator, and what they have to agree on."""
+"""The processes that train together: their accelerator, and agreement between them."""
 
 import time
 from collections.abc import Iterator

@@ -202,7 +202,7 @@ def _eval_results(data: str, figures: dict[str, Any]) -> list[EvalResult]:
 
 
 def _data_name(options: DataOptions) -> tuple[str, bool]:
-    """Return the name of the data, and whether the Hub has it. Of a folder on this machine only the name is kept."""
+    """Return the name of the data, and whether it is on the Hub. A local folder is reduced to its name."""
     if options.dataset_name is None or Path(options.dataset_name).exists():
         return Path(options.dataset_name or options.train_data_dir or "").resolve().name, False
     return options.dataset_name, options.dataset_name not in EMBEDDED

@@ -71,7 +71,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, total_limit
 
 
 def clean_checkpoints(folder: Path) -> None:
-    """Remove what a run left that was killed while it saved or removed a checkpoint.
+    """Remove the remains of a checkpoint whose saving or removal was killed.
 
     Call it only when no other process writes there.
     """

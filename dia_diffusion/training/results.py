@@ -41,7 +41,7 @@ _LOSSES = {"loss": "Training loss", "held_out_loss": "Held-out loss"}
 def check_results(
     options: OutputOptions, objective: Objective, data: PixelDataset, held_out: PixelDataset | None
 ) -> None:
-    """Try what is cheap of the samples and scores that a run will make.
+    """Try the cheap parts of sampling and scoring before a run starts.
 
     Raises:
         UsageError: for what would fail when the run is trained.

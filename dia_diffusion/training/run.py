@@ -1,4 +1,4 @@
-"""A run that is set up, and what it says of itself: a block of facts at its start, fitting commands at its end."""
+"""A run that is set up, and its messages: facts at its start, and commands to try at its end."""
 
 import json
 import shlex
@@ -59,7 +59,7 @@ class Run:
         return -(-len(self.data) // self.plan.images)
 
     def facts(self) -> dict[str, str]:
-        """Return what is trained on what, how and where, by title."""
+        """Return facts about the run by title: model, data, training, device."""
         config, plan, unet, device = self.config, self.plan, self.training.unet, self.accelerator.device
         parameters, attention = count_parameters(unet)
         held_out = None if self.held_out is None else self.held_out.pixels

@@ -71,7 +71,7 @@ class MovingAverage:
 
 
 class TrainingState:
-    """The model of a run and what updates it.
+    """The model of a run, its optimizer and its moving average.
 
     Args:
         options (`OptimisationOptions`): How the model is trained.

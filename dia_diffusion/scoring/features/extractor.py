@@ -1,4 +1,4 @@
-"""The base of all feature extractors, which brings images to what a network sees; and pixels as features."""
+"""The base class of feature extractors, which resizes and scales images; and pixels as features."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ class FeatureExtractor(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes two sets of features comparable, ready for JSON. A model is known by its weights, not its name."""
+        """Settings of comparable features, ready for JSON. A model is identified by its weights, not its name."""
         return {
             "num_features": self.num_features,
             "channels": self.channels,

@@ -139,7 +139,7 @@ class VisionModelFeatures(FeatureExtractor):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As those of all extractors, and what the processor does, whose own the resizing and the values are."""
+        """Settings as in the base class, with those of the processor, which resizes and scales by itself."""
         told = {name: value for name, value in self.processor.to_dict().items() if value is not None}
         return {
             "num_features": self.num_features,
