@@ -1,5 +1,6 @@
 """Images in archives: tar files, among them WebDataset, and zip files."""
 
+import json
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,10 @@ from .decoding import LFS_POINTER, is_lfs_pointer
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 # Part of the name in the cache: raise it whenever the same archive would give other rows.
-VERSION = "archives 2"
+VERSION = "archives 3"
 # The ending of files that hold the class of an image.
 _CLASS = "cls"
+_LABELS = "dataset.json"
 _FEATURES = datasets.Features(image=datasets.Image(), label=datasets.Value("string"), unused=datasets.Value("int32"))
 
 
@@ -70,6 +72,7 @@ def _read_samples(files: Sequence[Path], is_image: Callable[[str], bool]) -> Ite
 
 def _samples_of(file: Path, is_image: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     is_zip = file.suffix.lower() == ".zip"
+    labels = _labels_of_zip(file) if is_zip else {}
     members = (member for member in (_zip_members if is_zip else _tar_members)(file) if member[0].name[0] != ".")
     for _, sample in groupby(members, key=lambda member: _name_of_sample(member[0], is_zip)):
         image, label, unused = None, None, 0
@@ -77,10 +80,19 @@ def _samples_of(file: Path, is_image: Callable[[str], bool]) -> Iterator[dict[st
             if is_image(path.suffix.lower()):
                 unused += image is not None
                 image = image or {"bytes": read(), "path": str(path)}
+                label = labels.get(str(path), label)
             elif path.suffix.lower() == f".{_CLASS}":
                 label = read().decode(errors="replace").strip() or None
         if image is not None:
             yield {"image": image, "label": label, "unused": unused}
+
+
+def _labels_of_zip(file: Path) -> dict[str, str]:
+    """Return the class of each image that `dataset.json` names, as the data sets of StyleGAN and EDM have it."""
+    with zipfile.ZipFile(file) as archive:
+        listed = json.loads(archive.read(_LABELS)) if _LABELS in archive.namelist() else {}
+    pairs = listed.get("labels") if isinstance(listed, dict) else None
+    return {name: str(label) for name, label in pairs or []}
 
 
 def _name_of_sample(path: PurePosixPath, is_zip: bool) -> str:

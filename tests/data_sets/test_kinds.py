@@ -1,6 +1,7 @@
 """Data as others leave it: archives, tables without types, names, pages, sizes; and notes on what is left out."""
 
 import io
+import json
 import os
 import resource
 import tarfile
@@ -97,6 +98,16 @@ def test_classes_in_archives_may_be_text_and_may_be_missing(tmp_path, capsys):
     assert (pixels.class_names, pixels.labels.tolist()) == (["a dog", "cat"], [1, 0, 1])
     assert greys(load(tmp_path)) == [0, 1, 2, 3]
     assert "1 more images of samples that have several" in capsys.readouterr().out
+
+
+def test_the_classes_of_a_zip_are_those_of_its_dataset_json(tmp_path):
+    files = {f"0000{value // 2}/{value}.png": encoded(value) for value in range(4)}
+    labels = [[name, index % 2] for index, name in enumerate(files)]
+    write_archive(tmp_path / "edm.zip", files | {"dataset.json": json.dumps({"labels": labels})})
+    pixels = load(tmp_path, class_conditional=True)
+    assert (greys(pixels), pixels.class_names, pixels.labels.tolist()) == ([0, 1, 2, 3], ["0", "1"], [0, 1, 0, 1])
+    write_archive(tmp_path / "edm.zip", files | {"dataset.json": json.dumps({"labels": None})})
+    assert greys(load(tmp_path)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tgz", "a.zip"])
