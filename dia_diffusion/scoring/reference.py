@@ -229,7 +229,7 @@ def read_published(path: Path, extractor: FeatureExtractor) -> Reference:
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UsageError(f"'{path}' holds values that are not finite.")
     variances = torch.linalg.eigvalsh(covariance)
-    if not torch.allclose(covariance, covariance.T, 1e-3, 1e-3 * covariance.abs().max()) or (
+    if not torch.allclose(covariance, covariance.T, 1e-3, 1e-3 * covariance.abs().max().item()) or (
         variances[0] < -1e-3 * variances[-1].abs()
     ):
         raise UsageError(f"'sigma' of '{path}' is no covariance: it is not symmetric, or has negative variances.")
