@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..models.unet import DIAUNet2DModel
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
-from ..sampling.generation import check_inputs, check_sampling, image_generators, to_uint8
+from ..sampling.generation import check_inputs, check_sampling, check_scheduler, image_generators, to_uint8
 from ..sampling.schedulers import make_scheduler
 
 # The angle between the noise of an image and that of its variant, as a share of a right angle.
@@ -98,6 +98,7 @@ class StepwiseSampler:
             if set(pipeline.components) != {"unet", "scheduler"}:
                 raise UsageError(f"{type(pipeline).__name__} makes no images step by step that could be shown here.")
             pipeline = DIAUNetPipeline(pipeline.unet, pipeline.scheduler).to(pipeline.device)
+        check_scheduler(pipeline)
         self.pipeline = pipeline
         self._own = pipeline.scheduler
         self._plain: DIAUNetPipeline | None = None

@@ -5,7 +5,15 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 
 from autoencoders import random_vae
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
@@ -191,3 +199,9 @@ def test_other_kinds_of_pipelines_are_shown_as_they_are_sampled(kind):
     assert torch.equal(snapshots[-1].images(), sample_batch(pipeline, (0, 5), 3))
     assert snapshots[0].images().shape == snapshots[-1].images().shape
     assert len(snapshots[0].gates) == 8
+
+
+def test_a_model_that_no_sampler_fits_is_refused_before_its_page_is_shown():
+    pipeline = ConsistencyModelPipeline(UNet2DModel(**GREY), CMStochasticIterativeScheduler())
+    with pytest.raises(UsageError, match="CMStochasticIterativeScheduler, does not fit"):
+        StepwiseSampler(pipeline)
