@@ -55,6 +55,20 @@ def check_generator(generator: object, batch_size: int) -> None:
         )
 
 
+def returned_latents(returned: Any, latents: Tensor) -> Tensor:
+    """Return the latents that a callback returned, or the same ones if it returned none.
+
+    Raises:
+        UsageError: if it returned something else, or another shape.
+    """
+    if not isinstance(returned, dict | None):
+        raise UsageError(f"callback_on_step_end must return a dict, but returned {type(returned).__name__}.")
+    changed = (returned or {}).get("latents", latents)
+    if changed.shape != latents.shape:
+        raise UsageError(f"callback_on_step_end returned latents of another shape, {tuple(changed.shape)}.")
+    return changed.to(latents.dtype)
+
+
 def class_number(label: Any, null_class: int, names: Sequence[str] | None = None) -> int:
     """Return the number of a class from its name, or from its number where no class has that for its name.
 

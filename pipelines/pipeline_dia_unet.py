@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
     ImagePipelineOutput,
+    ModelMixin,
     SchedulerMixin,
     UNet2DModel,
 )
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..errors import NotFiniteImagesError, UsageError
 from ..latents.scaling import unscale_latents
-from .inputs import check_finite, check_generator, check_whole, make_labels
+from .inputs import check_finite, check_generator, check_whole, make_labels, returned_latents
 from .noise import NoiseKind, find_misfit, noise_kind
 from .self_contained import SelfContained
 from .timesteps import set_timesteps
@@ -40,7 +41,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             for "no class".
         scheduler ([`~diffusers.SchedulerMixin`]): Any diffusers scheduler for such a prediction. It says which of these
             the UNet is: another kind of scheduler is refused later.
-        id2label (`dict[int, str]`, *optional*): The name of each class by its number, as in `DiTPipeline`.
+        id2label (`dict[int, str]` or list of `str`, *optional*): The names of the classes, as in `DiTPipeline`.
         vae ([`~diffusers.AutoencoderKL`] or [`~diffusers.AutoencoderTiny`], *optional*):
             Decodes what the UNet makes, where that is latents. `vae.enable_slicing()` and `vae.enable_tiling()` bound
             the memory that it takes.
@@ -57,7 +58,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        id2label: dict | None = None,
+        id2label: dict | Sequence[str] | None = None,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         guide: UNet2DModel | None = None,
     ):
@@ -67,6 +68,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         self._trained_on = None if scheduler is None or find_misfit(scheduler) else noise_kind(scheduler.config)
         if id2label is not None:
             # JSON, in which it is saved, has no numbers for keys.
+            id2label = id2label if isinstance(id2label, dict) else dict(enumerate(id2label))
             self.register_to_config(id2label={int(number): name for number, name in id2label.items()})
 
     @property
@@ -195,7 +197,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
 
             if callback_on_step_end is not None:
                 returned = callback_on_step_end(self, index, timestep, {"latents": latents})
-                latents = self._returned_latents(returned, latents)
+                latents = returned_latents(returned, latents)
             if self._interrupt:
                 break
 
@@ -218,19 +220,12 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             prediction, worse = self.unet(torch.cat([model_input] * 2), timestep, both).sample.chunk(2)
         return worse + self._guidance_scale * (prediction - worse)
 
-    @staticmethod
-    def _returned_latents(returned: Any, latents: Tensor) -> Tensor:
-        """Return the latents that a callback returned, or the same ones if it returned none."""
-        if not isinstance(returned, dict | None):
-            raise UsageError(f"callback_on_step_end must return a dict, but returned {type(returned).__name__}.")
-        changed = (returned or {}).get("latents", latents)
-        if changed.shape != latents.shape:
-            raise UsageError(f"callback_on_step_end returned latents of another shape, {tuple(changed.shape)}.")
-        return changed.to(latents.dtype)
-
     def _check_inputs(self, output_type: str, callback: object, tensor_inputs: Sequence[str]) -> None:
-        if self.unet is None:
-            raise UsageError("this pipeline was loaded without its UNet: give one, DIAUNetPipeline(unet, scheduler).")
+        for name, kind in (("unet", ModelMixin), ("scheduler", SchedulerMixin)):
+            part = getattr(getattr(self, name), "_orig_mod", getattr(self, name))
+            if not isinstance(part, kind) or "cross_attention_dim" in part.config:
+                words = f"this pipeline needs a {UNet2DModel.__name__ if name == 'unet' else 'scheduler'} as its {name}"
+                raise UsageError(f"{words}, but has {getattr(part, '__name__', type(part).__name__)}: set pipe.{name}.")
         if callback is not None and not callable(callback):
             raise UsageError(f"callback_on_step_end must be a function, but is {callback!r}.")
         if output_type not in OUTPUT_TYPES:
@@ -240,6 +235,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                 f"images of {self.image_channels} channels are no pictures: pictures have 1 or 3. Take output_type "
                 "'np' or 'pt'."
             )
+        tensor_inputs = getattr(callback, "tensor_inputs", tensor_inputs)
         if set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise UsageError(f"callback_on_step_end can be given only 'latents', not {list(tensor_inputs)}.")
 
@@ -300,6 +296,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
     def sample_size(self) -> tuple[int, int]:
         """Return height and width of the UNet's input."""
         size = self.unet.config.sample_size
+        if size is None:
+            raise UsageError("the UNet's configuration has no sample_size, the height and width of its images: set it.")
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def _prepare_latents(

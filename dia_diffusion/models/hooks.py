@@ -37,6 +37,10 @@ class EndHook:
 
     def _place(self) -> None:
         self.module = self.parent._modules[self.name]
+        # Quantization copies the hooks of the module that it replaces.
+        for key, hook in list(self.module._forward_hooks.items()):
+            if getattr(hook, "__self__", None) is self.gate:
+                del self.module._forward_hooks[key]
         self.handle = self.module.register_forward_hook(self.gate.hook)
 
     def follow(self) -> None:

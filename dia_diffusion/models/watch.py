@@ -114,6 +114,8 @@ class ForwardWatch(TorchFunctionMode):
         constants = [tensor for tensor in tensors if self._is_constant(tensor)]
         inputs = tuple(self.number(tensor) for tensor in tensors if not self._is_constant(tensor))
         weighted = any(self._constants.get(id(tensor), tensor.ndim > 1) for tensor in constants)
+        # The packed weights of a quantized layer are no tensor.
+        weighted = weighted or any(isinstance(value, torch.ScriptObject) for value in args)
         result = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         # An attribute such as `x.mT`.

@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.callbacks import SDCFGCutoffCallback
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.errors import UsageError
 from tiny_unets import GREY, TINY
+
+TEXT_UNET = {"block_out_channels": (8,), "norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 4}
+TEXT_UNET |= {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +96,24 @@ def test_arguments_of_another_kind_are_refused_in_words(pipe, arguments, words):
         pipe(**arguments)
 
 
-def test_a_pipeline_without_its_unet_says_so(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="loaded without its UNet"):
-        DIAUNetPipeline.from_pretrained(tmp_path, unet=None)()
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"unet": None}, "a UNet2DModel as its unet, but has NoneType"),
+        ({"unet": UNet2DConditionModel(**TEXT_UNET)}, "a UNet2DModel as its unet, but has UNet2DConditionModel"),
+        ({"scheduler": None}, "a scheduler as its scheduler, but has NoneType"),
+        ({"scheduler": DDIMScheduler}, "a scheduler as its scheduler, but has DDIMScheduler"),
+        ({"unet": DIAUNet2DModel(**TINY | {"sample_size": None})}, "has no sample_size"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_a_pipeline_without_one_of_its_parts_says_so(pipe, parts, words):
+    pipe = DIAUNetPipeline(**pipe.components, id2label=["cat", "dog"])
+    assert pipe.class_names == ["cat", "dog"]
+    for name, part in parts.items():
+        setattr(pipe, name, part)
+    with pytest.raises(UsageError, match=words):
+        pipe()
 
 
 def test_callbacks_see_and_set_what_diffusers_documents(pipe):
@@ -119,6 +137,9 @@ def test_callbacks_see_and_set_what_diffusers_documents(pipe):
 
     images(pipe, "cat", callback_on_step_end=interrupt)
     assert pipe.interrupt
+    # Text embeddings, which this callback of diffusers asks for.
+    with pytest.raises(UsageError, match=r"can be given only 'latents', not \['prompt_embeds'\]"):
+        pipe(callback_on_step_end=SDCFGCutoffCallback())
 
 
 @pytest.mark.parametrize("channels", [2, 4, 6])
