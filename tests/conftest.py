@@ -21,6 +21,11 @@ from environments import make_diffusers_only, run_python
 from training_runs import fresh_state, run
 
 
+def pytest_xdist_auto_num_workers():
+    """Many tests wait for processes that they started: three workers keep two cores busy."""
+    return min(4, round(1.5 * len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 2)
+
+
 def pytest_collection_modifyitems(items):
     """The longest come first, or they would come last, on one worker while the others wait."""
     items.sort(key=lambda item: "training" not in item.path.parts)
