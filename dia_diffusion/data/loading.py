@@ -76,7 +76,7 @@ def hold_out(data: PixelDataset, share: float) -> tuple[PixelDataset, PixelDatas
     wanted[np.argsort(wanted - exact, kind="stable")[: total - wanted.sum()]] += 1
     wanted = np.minimum(wanted, counts - 1)
     if wanted.sum() == 0:
-        raise UsageError(f"{len(data)} images are too few to hold some out: omit --validation_split, or add images.")
+        raise UsageError(f"{len(data)} images are too few to hold some out: give --validation_split 0, or add images.")
     chosen = [order[labels[order] == label][:number] for label, number in zip(classes, wanted, strict=True)]
     held = np.sort(np.concatenate(chosen))
     return data.select(np.setdiff1d(np.arange(len(data)), held)), data.select(held)

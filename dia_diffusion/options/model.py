@@ -32,8 +32,10 @@ class DataOptions(Options):
     random_flip: bool = option(False, "Flip images horizontally at random.")
     preserve_input_precision: bool = option(False, "Keep 16 bits of images that have them, instead of 8.")
     on_bad_image: Literal["error", "skip"] = option("error", "What to do about an image that cannot be read.")
-    validation_split: Annotated[float, Range(above=0, below=1)] | None = option(
-        None, "Share of each class to hold out, the same images for every seed, where the data hold out none."
+    validation_split: Annotated[float, Range(least=0, below=1)] | None = option(
+        None,
+        "Share of each class to hold out, the same images for every seed, where the data set has no such split; 0 for "
+        "none.",
     )
     vae: Location | None = option(
         None, "Train in the latent space of this AutoencoderKL or AutoencoderTiny: a folder or a Hub id."

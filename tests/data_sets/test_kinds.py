@@ -273,7 +273,7 @@ def test_a_split_holds_out_each_class_in_proportion_and_always_the_same(tmp_path
     options = DataOptions(train_data_dir=str(tmp_path), resolution=8, validation_split=0.1)
     data, held_out = load_pixels(options)
     assert (len(data), len(held_out)) == (1, 1)
-    options.validation_split = None
+    options.validation_split = 0.0
     assert "--validation_split 0.1" in describe_data(options, *load_pixels(options))["Held out"]
     with pytest.raises(UsageError, match="1 images are too few"):
         hold_out(data, 0.5)
