@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import dia_diffusion
 from dia_diffusion import analyze, evaluate, sample, train
@@ -24,7 +25,7 @@ def test_a_model_is_trained_sampled_scored_and_looked_at_in_one_process(tmp_path
         assert run.figures["step"] == 2
         assert run.figures["fid"] > 0
         assert run.pipeline.class_names == list("0123456789")
-        images = sample(run.folder, num_images=3, steps=2, class_label=7)
+        images = sample(run.folder, num_images=3, steps=2, class_label=7, device=torch.device("cpu"))
         assert [image.size for image in images] == [(8, 8)] * 3
         written = sample(run.folder, num_images=3, steps=2, class_label=7, output_dir=tmp_path / f"{name} images")
         assert [image.tobytes() for image in written] == [image.tobytes() for image in images]

@@ -107,7 +107,7 @@ class _Found(NamedTuple):
 
 
 class _Reason(Exception):
-    """Why an addition cannot be gated."""
+    """The reason why an addition cannot be gated."""
 
 
 class _Search:

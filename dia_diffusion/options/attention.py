@@ -20,7 +20,7 @@ INITS = ("identity", "paper")
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How residual branches are gated; see `SharedAttention` for the meaning of each option.
+    """Attention that gates residual branches; see `SharedAttention` for the meaning of each option.
 
     Raises:
         UsageError: for a value out of its range, and for combinations that have no meaning.

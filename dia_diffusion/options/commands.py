@@ -46,17 +46,22 @@ class CommandOptions(Options):
 
 @dataclass(kw_only=True)
 class DeviceOptions(CommandOptions):
-    """Where a model runs."""
+    """The device that a model runs on, and its variant."""
 
     group = "device"
 
     device: str | None = option(None, "For example cpu or cuda; by default a GPU where there is one.")
     variant: str | None = option(None, "Variant of the saved weights, such as fp16; by default the only one there is.")
 
+    def __post_init__(self) -> None:
+        # From Python it may be a `torch.device`.
+        self.device = None if self.device is None else str(self.device)
+        super().__post_init__()
+
 
 @dataclass(kw_only=True)
 class SamplingOptions(DeviceOptions):
-    """How images are sampled."""
+    """Sampling with a pipeline."""
 
     group = "sampling"
 
@@ -89,7 +94,7 @@ class SamplingOptions(DeviceOptions):
 
 @dataclass
 class SampleOptions(SamplingOptions):
-    """What `dia sample` generates."""
+    """Options of `dia sample`."""
 
     model: Location = option(text=_MODEL)
     num_images: Count = option(64, "How many.", aliases=("n",))
@@ -102,7 +107,7 @@ class SampleOptions(SamplingOptions):
 
 @dataclass
 class EvaluateOptions(SamplingOptions):
-    """What `dia evaluate` compares."""
+    """Options of `dia evaluate`."""
 
     group = "evaluation"
     rules = EVALUATION_RULES
@@ -156,7 +161,7 @@ def check_metric_names(metrics: Sequence[str]) -> None:
 
 @dataclass
 class AnalyzeOptions(DeviceOptions):
-    """What `dia analyze` looks at."""
+    """Options of `dia analyze`."""
 
     group = "analysis"
     rules = ANALYSIS_RULES
@@ -178,7 +183,7 @@ class AnalyzeOptions(DeviceOptions):
 
 @dataclass
 class AppOptions(DeviceOptions):
-    """What `dia app` shows, and where."""
+    """Options of `dia app`."""
 
     group = "app"
 
@@ -194,7 +199,7 @@ class AppOptions(DeviceOptions):
 
 @dataclass
 class StudyOptions(CommandOptions):
-    """Which study `dia study` does, and on what."""
+    """Options of `dia study`."""
 
     group = "study"
     rules = STUDY_RULES
@@ -217,7 +222,7 @@ class StudyOptions(CommandOptions):
 
 @dataclass
 class DemoOptions(CommandOptions):
-    """Where `dia demo` goes."""
+    """Options of `dia demo`."""
 
     group = "demo"
 
@@ -226,7 +231,7 @@ class DemoOptions(CommandOptions):
 
 @dataclass
 class CacheOptions(CommandOptions):
-    """Which caches `dia cache` lists."""
+    """Options of `dia cache`."""
 
     group = "cache"
 

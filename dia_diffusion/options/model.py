@@ -14,7 +14,7 @@ from .fields import Count, Location, Natural, Options, Range, option
 
 @dataclass
 class DataOptions(Options):
-    """Which images, and how they are prepared."""
+    """The images of a run, and their preparation."""
 
     group = "data"
 
@@ -61,7 +61,7 @@ def _dia(name: str) -> Any:
 
 @dataclass
 class ModelOptions(Options):
-    """Which UNet. A `dia_` option is `None` where it is left to the model that the run starts from."""
+    """The UNet of a run. A `dia_` option is `None` where it is left to the model that the run starts from."""
 
     group = "model"
 

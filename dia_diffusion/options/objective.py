@@ -27,7 +27,7 @@ def _belongs_to(objective: str, name: str, text: str) -> Any:
 
 @dataclass
 class ObjectiveOptions(Options):
-    """What the UNet learns."""
+    """The objective: noise schedule, prediction, weighting."""
 
     group = "objective"
 
@@ -106,7 +106,7 @@ def options_of_other_objectives(objective: str) -> list[str]:
 
 @dataclass
 class OptimisationOptions(Options):
-    """How the UNet learns it."""
+    """Optimizer, batches and precision."""
 
     group = "optimisation"
 

@@ -11,7 +11,7 @@ from .fields import Count, Location, Options, Range, option
 
 @dataclass
 class OutputOptions(Options):
-    """What the run leaves, and when."""
+    """The files that a run writes, and how often."""
 
     group = "output"
 

@@ -126,7 +126,11 @@ STUDY_RULES = (Rule("cpus_per_run gpus_per_run", _without("ray"), "without --ray
 
 
 def check_effect(
-    rules: Iterable[Rule], options: Mapping[str, Any], given: Iterable[str], other: Iterable[str] = ()
+    rules: Iterable[Rule],
+    options: Mapping[str, Any],
+    given: Iterable[str],
+    other: Iterable[str] = (),
+    tolerated: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Refuse options that were given and have no effect.
 
@@ -135,6 +139,7 @@ def check_effect(
         options (`dict`): All options of the command by name.
         given (iterable of `str`): The options that were given on the command line or in Python.
         other (iterable of `str`): Those that a recipe or a file sets to something else than the default.
+        tolerated (set of `str`): Those that are only mentioned where they were given.
 
     Returns:
         list of `str`: a sentence about each that is only mentioned.
@@ -148,7 +153,7 @@ def check_effect(
         names = [name for name in rule.names.split() if name in given | other]
         if not names or not rule.idle(options):
             continue
-        if refused := [name for name in names if name in given - DIFFUSERS_OPTIONS]:
+        if refused := [name for name in names if name in given - tolerated]:
             one = len(refused) == 1
             advice = f", or add {rule.reason.removeprefix('without ')}" if rule.reason.startswith("without --") else ""
             raise UsageError(

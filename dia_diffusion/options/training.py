@@ -17,7 +17,7 @@ from .model import DIA_DEFAULTS, DataOptions, ModelOptions
 from .objective import OBJECTIVE_DEFAULTS, ObjectiveOptions, OptimisationOptions, options_of_other_objectives
 from .output import OutputOptions
 from .parser import OptionParser, rename_aliases
-from .rules import TRAINING_RULES, check_effect
+from .rules import DIFFUSERS_OPTIONS, TRAINING_RULES, check_effect
 
 # The file that holds the record of a run, in its folder.
 CONFIG = "training_config.yaml"
@@ -25,7 +25,7 @@ CONFIG = "training_config.yaml"
 
 @dataclass
 class SourceOptions(Options):
-    """Where options come from that are not given themselves."""
+    """Sources of options that are not given themselves."""
 
     group = "recipe"
 
@@ -165,7 +165,8 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
         left = [f"{name} {chosen[name]}" for name in settings if name in chosen.keys() - filed.keys() - given.keys()]
         remarks.insert(0, f"Recipe {recipe}: {', '.join(left) or 'the defaults'}.")
     changed = [name for name, value in chosen.items() if name not in given and value not in (None, DEFAULTS[name])]
-    remarks += check_effect(TRAINING_RULES, config.flat(), [name for name in given if given[name] is not None], changed)
+    there = [name for name in given if given[name] is not None]
+    remarks += check_effect(TRAINING_RULES, config.flat(), there, changed, DIFFUSERS_OPTIONS)
     config.recipe, config.remarks = recipe, remarks
     return config
 

@@ -37,7 +37,7 @@ _DEFAULTS = {"save_images_epochs": _NEVER, "save_model_epochs": _NEVER, "checkpo
 
 
 class Scoring(NamedTuple):
-    """How a trained model is scored.
+    """Settings for scoring a trained model.
 
     Attributes:
         loss_draws (`int`): Draws of noise and timestep for each held-out image.
@@ -81,7 +81,7 @@ class StudyRun:
 
     @property
     def steps(self) -> int:
-        """How much there is to do, for progress: training steps, or 1 for a trainer of one's own."""
+        """The amount of work, for progress: training steps, or 1 for a trainer of one's own."""
         return self.options["max_train_steps"] if self.trainer is None else 1
 
 

@@ -179,6 +179,7 @@ def test_mistakes_end_before_the_work_begins(models, images, tmp_path, capsys):
         ([models / "dia", "--seed", "-1"], "seed must be at least 0, but is -1"),
         ([tmp_path / "none" / "there"], "there is no such folder."),
         ([models / "dia", "--batch_size", "0"], "batch_size must be at least 1"),
+        ([models / "dia", *digits, "--dataset_config_name", "x"], "dataset_config_name has no effect on an embedded"),
         ([images, "--save_images", tmp_path / "x"], "save_images has no effect on images that are made already"),
         (
             [images, *digits, "--steps", "9", "--seed", "0"],

@@ -41,7 +41,7 @@ class FeatureExtractor(nn.Module):
 
     @property
     def resizing(self) -> str:
-        """How images of another size are brought to the size that is looked at."""
+        """Resizing of images to the input size of a network."""
         return f"{self.interpolation}, antialiased, to {self.resolution}x{self.resolution}"
 
     @property
