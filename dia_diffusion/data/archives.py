@@ -92,7 +92,9 @@ def _labels_of_zip(file: Path) -> dict[str, str]:
     with zipfile.ZipFile(file) as archive:
         listed = json.loads(archive.read(_LABELS)) if _LABELS in archive.namelist() else {}
     pairs = listed.get("labels") if isinstance(listed, dict) else None
-    return {name: str(label) for name, label in pairs or []}
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return {}  # A file of another kind.
+    return {str(name): str(label) for name, label in pairs}
 
 
 def _name_of_sample(path: PurePosixPath, is_zip: bool) -> str:

@@ -106,8 +106,9 @@ def test_the_classes_of_a_zip_are_those_of_its_dataset_json(tmp_path):
     write_archive(tmp_path / "edm.zip", files | {"dataset.json": json.dumps({"labels": labels})})
     pixels = load(tmp_path, class_conditional=True)
     assert (greys(pixels), pixels.class_names, pixels.labels.tolist()) == ([0, 1, 2, 3], ["0", "1"], [0, 1, 0, 1])
-    write_archive(tmp_path / "edm.zip", files | {"dataset.json": json.dumps({"labels": None})})
-    assert greys(load(tmp_path)) == [0, 1, 2, 3]
+    for content in ({"labels": None}, {"labels": [{"a": 1, "b": 2}]}, ["a"]):
+        write_archive(tmp_path / "edm.zip", files | {"dataset.json": json.dumps(content)})
+        assert greys(load(tmp_path)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tgz", "a.zip"])

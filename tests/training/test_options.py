@@ -75,6 +75,7 @@ def test_errors_say_what_to_do(tmp_path):
         ("- 1", "must hold 'option: value' lines"),
         ("a: [", "not valid YAML: line 1: expected the node content"),
         ("seed: 1\nseed: 2", "not valid YAML: line 2: 'seed' stands there twice"),
+        ("? [1]\n: 2", "not valid YAML"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UsageError, match=words):
