@@ -179,7 +179,7 @@ def test_what_has_no_meaning_in_latents_is_refused_before_the_work(vae, tmp_path
     unlabelled = {"class_conditional": False, "random_flip": False, "train_data_dir": str(wide), "dataset_name": None}
     for more, words in (
         ({"vae": str(tmp_path / "nowhere")}, "cannot load a VAE from .*: there is no such folder"),
-        ({"vae": ""}, "cannot load a VAE from ''"),
+        ({"vae": ""}, "vae is empty"),
         ({"channels": 3}, "the VAE takes images of 1 channels, and these have 3: add --channels 1"),
         ({"resolution": 9}, r"resolution 9 does not fit the VAE.*a multiple of 2"),
         ({"resolution": 6}, r"resolution 6 does not fit a UNet whose levels halve latents of 3x3 .* a multiple of 4"),

@@ -97,10 +97,9 @@ def test_runs_of_one_process_have_precisions_of_their_own(tmp_path):
     "options",
     [
         {"objective": "edm", "gradient_accumulation_steps": 2, "train_batch_size": 4},
-        {"objective": "flow", "use_ema": False},
         {"vae": "vae", "class_conditional": True},
     ],
-    ids=["edm, accumulation, EMA", "flow", "latents, classes, EMA"],
+    ids=["edm, accumulation, EMA", "latents, classes, EMA"],
 )
 def test_a_compiled_run_compiles_in_its_first_step_only(options, tmp_path, monkeypatch, capsys):
     """Neither the last batch of a measurement nor the samples, of other sizes, are compiled once more."""
