@@ -66,7 +66,7 @@ def log_of(run):
 
 
 def test_a_study_that_loses_a_machine_and_is_stopped_has_the_same_figures(cluster, tmp_path, monkeypatch, capfd):
-    path = write_study(tmp_path / "study.yaml", common={"max_train_steps": 90}, seeds=[0])
+    path = write_study(tmp_path / "study.yaml", common={"max_train_steps": 90, "checkpointing_steps": 10}, seeds=[0])
     command = ["study", str(path), "--output_dir", str(tmp_path / "out"), "--ray", cluster.address]
     runs = runs_of(path, tmp_path / "out")
     (lost_node,) = cluster.worker_nodes

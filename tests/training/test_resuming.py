@@ -141,7 +141,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_if_it_had_not_been(t
         process.kill()
         process.join()
         killed_in_a_write += bool(list(checkpoints.glob(".writing-*")))
-    # A write may end before the signal comes: one in two tries is killed for sure enough.
+    # A write may end before the signal comes, so that of two kills perhaps none falls into one.
     assert killed_in_a_write >= 1 or kills < 5
     process = start(train_main, arguments)
     process.join()
