@@ -193,7 +193,6 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
     """Write the cache; where it cannot be written that costs time only, and must not end the run."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda place: safetensors.torch.save_file(tensors, place))
     except (OSError, SafetensorError) as error:
         print(f"The statistics of the reference are not kept for the next time: {error}")
