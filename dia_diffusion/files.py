@@ -8,7 +8,6 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,20 +116,38 @@ def check_output_file(path: Path) -> None:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Check that files can be written in a folder, before the work whose results they hold. Folders are left as before.
+    """Check that files can be written in a folder, before the work whose results they hold. The folder is not made.
+
+    Raises:
+        UsageError: if files cannot be written there.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - a link stays one
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if there == folder:
+        make_folder(folder)
+        return
+    # Made in a folder of its own: another process may be making the same one.
+    trial = _beside(there / "trial")
+    try:
+        make_folder(there)
+        make_folder(trial / folder.relative_to(there))
+    except UsageError as error:
+        raise UsageError(str(error).replace(str(trial), str(there))) from error
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none, and check that files can be written in it.
 
     Raises:
         UsageError: if files cannot be written there.
     """
     probe = _beside(folder / "probe")
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-        for place in missing:
-            with suppress(OSError):  # Another process uses it by now.
-                place.rmdir()
     except FileExistsError as error:
         raise UsageError(f"'{folder}' is a file, and a folder is needed: name another place.") from error
     except OSError as error:

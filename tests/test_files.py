@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dia_diffusion.files import (
     check_output_file,
     check_output_folder,
     file_digest,
+    make_folder,
     replace_file,
     replace_files,
     replace_text,
@@ -27,6 +29,7 @@ from dia_diffusion.files import (
 
 SETUP = """
 import os, resource, signal, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from dia_diffusion.files import replace_file, replace_text
 path = Path(sys.argv[1])
@@ -91,6 +94,19 @@ def test_places_that_cannot_be_written_are_noticed_before_the_work(tmp_path):
         check_output_file(tmp_path / "file" / "x.json")
     with pytest.raises(UsageError, match="nothing can be written in '/proc/1': "):
         check_output_folder(Path("/proc/1"))
+
+
+def test_commands_that_start_together_check_and_make_the_same_folder(tmp_path):
+    def check_and_make(attempt: int) -> None:
+        folder = tmp_path / str(attempt // 4) / "results"
+        check_output_folder(folder)
+        make_folder(folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(check_and_make, range(400)))) == 400
+    assert [path for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+    with pytest.raises(UsageError, match=rf"nothing can be written in '{tmp_path}/{'n' * 300}': File name too long"):
+        check_output_folder(tmp_path / ("n" * 300))
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])

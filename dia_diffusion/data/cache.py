@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 
 from ..errors import UsageError
-from ..files import check_output_folder, file_digest, temporary_cache
+from ..files import file_digest, make_folder, temporary_cache
 from ..process.output import print_main
 
 
@@ -34,7 +34,7 @@ def cache_place(cache_dir: str | None, *parts: str) -> Path:
     place = find_in_cache(cache_dir, *parts)
     if place.parts[:1] != ("~",):
         try:
-            check_output_folder(place)
+            make_folder(place)
             return place
         except UsageError:
             pass

@@ -301,7 +301,7 @@ def test_a_cache_that_cannot_be_written_is_read_and_another_place_is_named(tmp_p
     assert load(images, cache_dir=str(tmp_path / "there")).fingerprint
     capsys.readouterr()
     # All that is needed is there: nothing is written.
-    monkeypatch.setattr(cache, "check_output_folder", lambda folder: 1 / 0)
+    monkeypatch.setattr(cache, "make_folder", lambda folder: 1 / 0)
     assert greys(load(images, cache_dir=str(tmp_path / "there"))) == [1]
 
 
