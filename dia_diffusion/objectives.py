@@ -188,7 +188,7 @@ class EDM(Objective):
         # Rounded, so that it does not depend on the order in which a version of torch adds.
         sigma_data = float(f"{measure_std():.4g}")
         if sigma_data < 1e-3:
-            raise UsageError("all images are one even colour, so that their sigma_data would be 0: give --sigma_data.")
+            raise UsageError("all pixels of all images are equal, so sigma_data would be 0: give --sigma_data.")
         return replace(self, sigma_data=sigma_data)
 
     @cached_property

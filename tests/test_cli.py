@@ -107,7 +107,7 @@ def test_a_folder_of_samples_holds_those_of_one_call(model, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png"]
     (tmp_path / "out" / "thesis.txt").write_text("")
     assert main(["sample", model, *options, "--num_images", "1", "--overwrite"]) == 2
-    assert "holds something else than samples (thesis.txt)" in capsys.readouterr().err
+    assert "holds other files than samples (thesis.txt)" in capsys.readouterr().err
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 

@@ -37,7 +37,7 @@ def analyze(options: AnalyzeOptions) -> dict[str, Any]:
     """
     check_output_folder(options.output_dir)
     if (options.output_dir / "report.html").is_file() and not (options.output_dir / "analysis.json").is_file():
-        raise UsageError(f"'{options.output_dir}' holds the report of something else: choose another --output_dir.")
+        raise UsageError(f"'{options.output_dir}' holds another command's report: choose another --output_dir.")
     if options.attention is not None:
         return analyze_classifier(options)
     pipeline = load_pipeline(options.model, device=find_device(options.device, make_state()), variant=options.variant)
@@ -46,7 +46,7 @@ def analyze(options: AnalyzeOptions) -> dict[str, Any]:
         raise UsageError(f"'{options.model}' has no attention maps: it was trained without DIA (dia_attention).")
     check_scheduler(pipeline)
     if not isinstance(unet.config.sample_size, int):
-        raise UsageError(f"only models of square images can be analyzed, not of {unet.config.sample_size}.")
+        raise UsageError(f"only square images can be analyzed, not {unet.config.sample_size}: choose another model.")
     dataset, recorded = choose_data(options.model, options.dataset)
     resolution, channels, encode = _find_images(pipeline)
     with_labels = unet.config.num_class_embeds is not None

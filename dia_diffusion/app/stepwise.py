@@ -96,7 +96,7 @@ class StepwiseSampler:
         if not isinstance(pipeline, DIAUNetPipeline):
             check_inputs(pipeline)
             if set(pipeline.components) != {"unet", "scheduler"}:
-                raise UsageError(f"{type(pipeline).__name__} makes no images step by step that could be shown here.")
+                raise UsageError(f"a {type(pipeline).__name__} cannot be shown: choose an unconditional pipeline.")
             pipeline = DIAUNetPipeline(pipeline.unet, pipeline.scheduler).to(pipeline.device)
         check_scheduler(pipeline)
         self.pipeline = pipeline
@@ -121,7 +121,7 @@ class StepwiseSampler:
     def sample_without_attention(self, request: Request) -> Iterator[Snapshot]:
         """Make the images with all gates at 1."""
         if not self.has_attention:
-            raise UsageError("this model has no attention that could be taken off.")
+            raise UsageError("this model has no attention to turn off.")
         if self._plain is None:
             unet = self.pipeline.unet.to_unet().to(memory_format=torch.channels_last).eval()
             self._plain = DIAUNetPipeline(**self.pipeline.components | {"unet": unet})
@@ -191,7 +191,7 @@ class StepwiseSampler:
                 **_class_arguments(pipeline, request),
             ).images
         if stop.is_set():
-            raise UsageError("another request has taken the place of this one.")
+            raise UsageError("a newer request has replaced this one.")
         last = to_uint8(images)
         steps = len(pipeline.scheduler.timesteps)
         tell(Snapshot(steps, steps, 0.0, lambda: last, {}, last=True))

@@ -176,8 +176,8 @@ class Gate:
         if not torch.compiler.is_compiling():
             # The same words for all blocks of a model: Python shows them once.
             warnings.warn(
-                f"branches such as '{self.blocks.names[0]}' ran without their attention, for they were called outside "
-                "of their model: call the model itself, not its forward, another of its methods or a part of it.",
+                f"branches such as '{self.blocks.names[0]}' ran without their attention, because they were called "
+                "outside of their model: call the model itself, not its forward, another method or a part of it.",
                 stacklevel=2,
             )
         return None

@@ -196,7 +196,7 @@ class CBAMSpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map a branch `(B, C, H, W)` to logits `(B, 1, H, W)`."""
         if x.ndim != 4:
-            raise UsageError(f"attention 'cbam' convolves over pixels, and a branch is {tuple(x.shape)}: use another.")
+            raise UsageError(f"attention 'cbam' needs branches (B, C, H, W), but one is {tuple(x.shape)}: use another.")
         return self.last(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1))
 
 

@@ -196,7 +196,7 @@ class SharedAttention(nn.Module):
         if self.initial_states:
             if context is None:
                 raise UsageError(
-                    "this attention starts from a context, such as the time embedding, and was given none."
+                    "this attention starts from a context, such as the time embedding, but none was given."
                 )
             context, parts = nn.functional.silu(context.to(like.dtype)), 2 if self.recurrent else 1
             for key, project in self.initial_states.items():

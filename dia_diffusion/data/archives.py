@@ -52,8 +52,8 @@ def load_archives(files: Sequence[Path], is_image: Callable[[str], bool], cache_
     unused = pc.sum(rows.data.column("unused")).as_py()
     if unused:
         print_main(
-            f"not used of the archives in '{files[0].parent}': {unused:,} more images of samples that have several. "
-            "Files whose names are equal up to the first dot are one sample."
+            f"not used: {unused:,} images in the archives of '{files[0].parent}', because a sample has one image. "
+            "Files whose names are equal up to the first dot form one sample."
         )
     labelled = rows.data.column("label").null_count < len(rows)
     return rows.select_columns(["image", "label"] if labelled else ["image"])

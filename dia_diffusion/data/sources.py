@@ -123,7 +123,7 @@ def _load_splits(
     if name is None:
         return load_folder(find_folder("--train_data_dir", str(data_dir)), config_name, cache_dir)
     if data_dir is not None:
-        print_main(f"--dataset_name '{name}' counts, and --train_data_dir '{data_dir}' is not used.")
+        print_main(f"--train_data_dir '{data_dir}' is not used: --dataset_name '{name}' comes first.")
     folder = Path(name)
     if name in EMBEDDED:
         if folder.is_dir():

@@ -161,7 +161,7 @@ def find_latent_shape(vae: VAE, resolution: int, channels: int) -> LatentShape:
     if decoded.shape[-2:] != (resolution, resolution):
         factor = downsampling_factor(vae)
         raise UsageError(
-            f"resolution {resolution} does not fit the VAE, which makes latents of 1/{factor} of it and images of "
-            f"{decoded.shape[-1]} again: choose a multiple of {factor}."
+            f"resolution {resolution} does not fit the VAE, whose images would have {decoded.shape[-1]} pixels a side "
+            f"again: choose a multiple of {factor}."
         )
     return LatentShape(latents.shape[1], latents.shape[-1])

@@ -149,8 +149,8 @@ def _encode(vae: VAE, pixels: PixelDataset, flip: bool, numbers: range) -> list[
     posterior = encode_posterior(vae, images.to(vae.device)).to(torch.float16).cpu()
     if not posterior.isfinite().all():
         raise UsageError(
-            f"the VAE makes latents of the images {numbers.start} to {numbers.stop - 1} that are not finite numbers in "
-            "half precision: choose another VAE."
+            f"the VAE's latents of images {numbers.start} to {numbers.stop - 1} are not finite in half precision: "
+            "choose another VAE."
         )
     return [row.numpy().tobytes() for row in posterior]
 

@@ -204,7 +204,7 @@ def _choose_branches(
     if context not in embeddings:
         known = ", ".join(embeddings) or "none: give inputs, so that a forward pass shows them"
         raise UsageError(
-            f"'{context}' puts out no context (B, E) before the first branch (context). Modules that do: {known}."
+            f"context '{context}' returns no tensor (B, E) before the first branch. Modules that do: {known}."
         )
     return backbone._replace(context=embeddings[context])
 
@@ -264,8 +264,8 @@ def _check_free(model: nn.Module) -> None:
     """Refuse a model that has attention, itself or in a part of it, and one without a forward pass of the whole."""
     if callable(getattr(model, "encode", None)) and callable(getattr(model, "decode", None)):
         raise UsageError(
-            f"{type(model).__name__} is used by its encode and decode, which are no forward pass of the whole: attach "
-            "to its encoder or its decoder."
+            f"pipelines call encode and decode of {type(model).__name__}, never its forward: attach to its encoder or "
+            "its decoder."
         )
     for name, module in model.named_modules():
         if isinstance(module, AttachedAttention):

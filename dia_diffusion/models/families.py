@@ -100,8 +100,8 @@ def find_backbone(model: nn.Module) -> Backbone:
     """
     if hasattr(model, "temporal_transformer_blocks"):
         raise UsageError(
-            f"{type(model).__name__} holds frames and positions in the batch by turns, and a gate is for one sample: "
-            "it cannot be gated."
+            f"{type(model).__name__} cannot be gated: a gate belongs to one sample, and its batch dimension holds "
+            "frames in some blocks and positions in others."
         )
     for family in FAMILIES:
         branches = [branch for name, module in model.named_modules() for branch in _of_block(family, name, module)]

@@ -148,7 +148,7 @@ class _Search:
         found = []
         for name in names:
             if self.watch.calls[name] != 1:
-                raise UsageError(f"'{name}' runs {self.watch.calls[name]} times in a forward pass: a branch ends once.")
+                raise UsageError(f"'{name}' runs {self.watch.calls[name]} times in a forward pass: a branch runs once.")
             number, output = next(
                 (number, output)
                 for number, outputs in self.watch.outputs.items()

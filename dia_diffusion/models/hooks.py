@@ -87,7 +87,7 @@ class CheckedGate(Gate):
         # The first one runs again where the model calls its backbone a second time.
         again = self.position == first and (before > first or len(self.blocks.names) == 1)
         if self.position <= before and not again:
-            raise UsageError(f"the branch '{name}' ran after '{self.blocks.names[before]}': list each once, in order.")
+            raise UsageError(f"the branch '{name}' ran after '{self.blocks.names[before]}': list branches in order.")
         width, dim = current.attention.widths[self.position], current.attention.channel_dims[self.position]
         if not isinstance(branch, Tensor) or branch.ndim < 2 or branch.shape[dim] != width:
             found = tuple(branch.shape) if isinstance(branch, Tensor) else type(branch).__name__
@@ -143,8 +143,8 @@ class ModelHooks:
         # Blocks may be skipped, by a cache for example; those that are no part of the model any more are a mistake.
         if current.state.first is None and output is not None and not self.gated <= set(model.modules()):
             raise UsageError(
-                f"none of the branches of {type(model).__name__} that have attention ran: its blocks were replaced "
-                "since. Detach it and attach it anew."
+                f"no branch of {type(model).__name__} with attention ran: its blocks were replaced after attach. Call "
+                "detach, then attach again."
             )
         left_out = self.blocks.names[current.state.position :]
         if self.complete and current.state.first is not None and left_out and output is not None:

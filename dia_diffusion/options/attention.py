@@ -74,7 +74,7 @@ class AttentionOptions:
             )
         if self.attention != "lstm" and self.bridge != "carry":
             raise UsageError(
-                f"bridge '{self.bridge}' has no meaning for attention '{self.attention}': only 'lstm' has a state."
+                f"bridge '{self.bridge}' needs a state, and attention '{self.attention}' has none: leave it out."
             )
         if self.sharing == "level" and self.bridge == "skip":
             raise UsageError(
@@ -93,9 +93,7 @@ class AttentionOptions:
             UsageError: for `time` without a context, and for `cbam` on tokens.
         """
         if self.attention == "time" and not has_context:
-            raise UsageError(
-                "attention 'time' sees the time embedding alone, so it cannot do without: set time_conditioned."
-            )
+            raise UsageError("attention 'time' has no input but the time embedding: set time_conditioned to true.")
         if self.attention == "cbam" and channel_dim != 1:
             raise UsageError("attention 'cbam' convolves over pixels, and these branches hold tokens: use another.")
 

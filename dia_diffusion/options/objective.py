@@ -151,4 +151,4 @@ class OptimisationOptions(Options):
                 setattr(self, name, os.environ.get(f"ACCELERATE_{name.upper()}", otherwise))
         super().__post_init__()
         if self.compile_mode != "default" and not self.compile:
-            raise UsageError(f"compile_mode {self.compile_mode} says how to compile: add --compile.")
+            raise UsageError(f"compile_mode {self.compile_mode} has no effect without --compile: add it.")

@@ -89,7 +89,7 @@ def _find_earlier(folder: Path, grid: Path, overwrite: bool) -> list[Path]:
     others = sorted(path.name for path in found if not _SAMPLES.fullmatch(path.name))
     if others:
         raise UsageError(
-            f"'{folder}' holds something else than samples ({', '.join(others[:3])}): choose another --output_dir."
+            f"'{folder}' holds other files than samples ({', '.join(others[:3])}): choose another --output_dir."
         )
     earlier = found + [grid] * grid.exists()
     if earlier and not overwrite:

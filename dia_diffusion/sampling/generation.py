@@ -216,7 +216,7 @@ def check_inputs(pipeline: DiffusionPipeline) -> None:
     """
     name, accepted = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     if "batch_size" not in accepted:
-        raise UsageError(f"{name} is not an unconditional pipeline: it cannot be asked for a number of images alone.")
+        raise UsageError(f"{name} needs more inputs than a number of images: choose an unconditional pipeline.")
     conditional = getattr(getattr(pipeline, "unet", None), "class_embedding", None) is not None
     if conditional and "class_labels" not in accepted:
         raise UsageError(

@@ -77,7 +77,7 @@ def _from_pretrained(name_or_path: str, variant: str | None) -> DiffusionPipelin
     try:
         index = DiffusionPipeline.load_config(name_or_path)
         if not isinstance(index, dict) or "_class_name" not in index:
-            raise ValueError(f"its {DiffusionPipeline.config_name} names no class of a pipeline")
+            raise ValueError(f"its {DiffusionPipeline.config_name} names no pipeline class")
         # The name of the class, or the file of its code and the name.
         name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][-1]
         known = DIAUNetPipeline if name == DIAUNetPipeline.__name__ else DiffusionPipeline
@@ -136,7 +136,7 @@ def _check_unet(name_or_path: str, pipeline: DiffusionPipeline) -> None:
     config = getattr(getattr(pipeline, "unet", None), "config", {})
     if "sample_size" in config and config["sample_size"] is None:
         raise UsageError(
-            f"'{name_or_path}' does not say of which size its images are: set sample_size in its unet/config.json."
+            f"'{name_or_path}' does not record the size of its images: set sample_size in its unet/config.json."
         )
     weights = Path(name_or_path) / "unet" / "diffusion_pytorch_model.safetensors"
     if weights.is_file() and isinstance(pipeline.unet, UNet2DModel) and getattr(pipeline.unet, "dia", None) is None:
@@ -168,8 +168,8 @@ def set_guide(pipeline: DiffusionPipeline, other: DiffusionPipeline, name: str) 
     """
     if not isinstance(pipeline, DIAUNetPipeline) or not isinstance(getattr(other, "unet", None), UNet2DModel):
         raise UsageError(
-            f"a guide is the UNet of one pipeline for another, both of DIAUNetPipeline's kind, but these are "
-            f"{type(pipeline).__name__} and {type(other).__name__}."
+            f"a guide and the pipeline that it guides must be DIAUNetPipelines, but these are "
+            f"{type(other).__name__} and {type(pipeline).__name__}."
         )
     for what, own, of_guide in _compare(pipeline, other):
         if own != of_guide:

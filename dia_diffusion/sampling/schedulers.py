@@ -208,7 +208,7 @@ def spread_timesteps(scheduler: SchedulerMixin, count: int) -> Tensor:
     """
     table = scheduler.timesteps.flip(0)
     if count > len(table):
-        raise UsageError(f"{count} timesteps were asked for, and the model has {len(table)}.")
+        raise UsageError(f"the model has {len(table)} timesteps, fewer than the {count} asked for: ask for fewer.")
     return table[[int((number + 0.5) * len(table) / count) for number in range(count)]]
 
 

@@ -223,8 +223,8 @@ def _check_names(variants: Iterable[str]) -> None:
         plain = name.lower()
         if name[0] == "." or name[-1] == "." or plain.partition(".")[0] in _DEVICES or len(name) > _LONGEST_NAME:
             raise UsageError(
-                f"variant '{name}': it names the folder of its runs, and cannot begin or end with a dot, be the name "
-                f"of a device, or have more than {_LONGEST_NAME} letters."
+                f"variant '{name}': a name is also a folder's: it may not begin or end with a dot, be the name of a "
+                f"device, or have more than {_LONGEST_NAME} letters."
             )
         if plain in ("study.json", "study.md", "study.html", "study.png"):
             raise UsageError(f"variant '{name}': that file holds the report of the study; choose another name.")
@@ -253,7 +253,7 @@ def load_study(path: str | Path) -> Study:
         )
     useless = [name for name in _OF_UNETS if name in content and content.get("trainer") is not None]
     if useless:
-        raise UsageError(f"'{path}': {', '.join(useless)} would do nothing, for the trainer scores its runs itself.")
+        raise UsageError(f"'{path}': {', '.join(useless)} has no effect with a trainer, which scores its runs itself.")
     return Study(**content, directory=Path(path).parent)
 
 

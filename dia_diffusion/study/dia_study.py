@@ -58,7 +58,7 @@ def run_study(
         with FileLock(folder / ".lock", timeout=0), _engine(folder, len(runs), jobs, cluster) as engine:
             return _finish_study(study, runs, folder, engine)
     except Timeout as error:
-        raise UsageError(f"another process is at work on the study in '{folder}': wait for it or stop it.") from error
+        raise UsageError(f"another process runs the study in '{folder}': wait for it or stop it.") from error
 
 
 def _check_start(run: StudyRun, here: bool) -> None:

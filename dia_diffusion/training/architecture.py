@@ -182,13 +182,13 @@ def _check_fit(
         )
     if config.time_embedding_type == "fourier":
         raise UsageError(
-            "time_embedding_type 'fourier' takes the logarithm of timesteps, of which one is 0 and others, with some "
-            "objectives, are below: use a UNet with positional."
+            "time_embedding_type 'fourier' takes the logarithm of the timestep, which can be 0, and negative with some "
+            "objectives: use a UNet with 'positional'."
         )
     if config.time_embedding_type == "learned" and num_timesteps is None:
         raise UsageError(
-            "time_embedding_type 'learned' takes whole timesteps only, and this objective has others: use a UNet with "
-            "positional."
+            "time_embedding_type 'learned' takes whole timesteps, and this objective has fractions: use a UNet with "
+            "'positional'."
         )
     if config.time_embedding_type == "learned" and config.num_train_timesteps < num_timesteps:
         raise UsageError(
@@ -201,8 +201,8 @@ def _check_channels(config: Mapping[str, Any]) -> None:
     inside, outside = (config.get(name, 3) for name in ("in_channels", "out_channels"))
     if inside != outside:
         raise UsageError(
-            f"the UNet predicts {outside} channels for images of {inside}: it learned more than the noise, for "
-            "example the variance, and cannot be trained here. Choose another model."
+            f"the UNet predicts {outside} channels for images of {inside}, perhaps the variance besides the noise: "
+            "choose a model that predicts as many channels as it takes."
         )
 
 
@@ -257,7 +257,7 @@ def _load_model_config(name_or_path: str) -> dict[str, Any]:
 def _check_class(name_or_path: str, config: dict[str, Any]) -> None:
     name = config.get("_class_name", UNet2DModel.__name__)
     if name not in (UNet2DModel.__name__, DIAUNet2DModel.__name__):
-        raise UsageError(f"'{name_or_path}' is a {name}; what can be trained here is a UNet2DModel.")
+        raise UsageError(f"'{name_or_path}' is a {name}: choose a UNet2DModel or a DIAUNet2DModel.")
 
 
 def count_parameters(unet: UNet2DModel) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
             f"another run is at work in '{folder}'. Wait for its end, stop it, or choose another --output_dir."
         ) from None
     except OSError as error:
-        raise UsageError(f"cannot make the output directory '{folder}', or not write there: {error}.") from error
+        raise UsageError(f"cannot make the output directory '{folder}' or write there: {error}.") from error
     try:
         yield
     finally:

@@ -167,7 +167,7 @@ def test_pipelines_of_diffusers_are_shown_or_refused():
         def __call__(self, prompt):
             raise AssertionError
 
-    with pytest.raises(UsageError, match="not an unconditional pipeline"):
+    with pytest.raises(UsageError, match="choose an unconditional pipeline"):
         StepwiseSampler(Other(UNet2DModel(**GREY), DDIMScheduler()))
 
 
@@ -176,7 +176,7 @@ def test_a_new_request_stops_one_that_nobody_listens_to(pipeline):
     left = sampler.sample(Request((0,), steps=1000))
     next(left)
     assert last_images(sampler.sample(Request((0,), steps=2))).shape == (1, 1, 8, 8)
-    with pytest.raises(UsageError, match="another request"):
+    with pytest.raises(UsageError, match="a newer request"):
         list(left)
 
 

@@ -202,7 +202,7 @@ def test_embedded_names_come_first_and_that_is_said(tmp_path, monkeypatch, capsy
     assert "the folder of that name is './digits'" in capsys.readouterr().out
     assert len(load_dataset_splits("./digits")[0]) == 1
     load_dataset_splits("digits", train_data_dir=str(tmp_path / "digits"))
-    assert "--dataset_name 'digits' counts" in capsys.readouterr().out
+    assert "--dataset_name 'digits' comes first" in capsys.readouterr().out
     monkeypatch.setenv("HOME", str(tmp_path))
     assert len(load_dataset_splits(DataOptions(dataset_name="~/digits").dataset_name)[0]) == 1
 

@@ -110,7 +110,7 @@ class Wrong(PlainCNN):
 @pytest.mark.parametrize(
     ("ways", "words"),
     [
-        (("third", "second"), "the branch 'second' ran after 'third': list each once, in order"),
+        (("third", "second"), "the branch 'second' ran after 'third': list branches in order"),
         (("second", "second", "third"), "the branch 'second' ran after 'second'"),
         (("second",), "the branch 'third' did not run in this forward pass: leave it out of branches"),
     ],
@@ -157,7 +157,7 @@ def test_gates_follow_modules_that_are_replaced():
     assert all(map(torch.equal, model(**backbone.inputs(2)).feature_maps, expected))
     # Blocks that are replaced as a whole are lost, and that is said.
     model.encoder = copy.deepcopy(plain.encoder)
-    assert "its blocks were replaced since" in refusal(model, **backbone.inputs(2))
+    assert "its blocks were replaced after attach" in refusal(model, **backbone.inputs(2))
     detach(model)
     assert all(map(torch.equal, model(**backbone.inputs(2)).feature_maps, plain(**backbone.inputs(2)).feature_maps))
 
@@ -193,7 +193,7 @@ def test_what_a_model_lacks_is_refused():
     assert "no embedding of the timestep" in refusal(attach, vit, time_conditioned=True)
     assert "no embedding of the timestep" in refusal(attach, PlainCNN(), branches=["second"], time_conditioned=True)
     assert "these branches hold tokens" in refusal(attach, vit, attention="cbam", sharing="block")
-    assert "cannot do without" in refusal(attach, vit, attention="time")
+    assert "no input but the time embedding" in refusal(attach, vit, attention="time")
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_a_folder_without_an_attention_is_told(tmp_path):
 
 
 def test_an_autoencoder_is_gated_in_its_parts():
-    """Pipelines call its encode and decode, which are no forward pass of it."""
+    """Pipelines call encode and decode, never its forward."""
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8).eval()
     with pytest.raises(UsageError, match="attach to its encoder or its decoder"):
         attach(vae)
@@ -304,13 +304,13 @@ def test_containers_are_refused_and_modules_that_call_all_of_their_children_say_
 
 
 def test_latte_is_refused_before_it_runs():
-    """Its blocks see frames and positions in the batch by turns."""
+    """Some of its blocks have frames in the batch dimension, others positions."""
     size = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "sample_size": 8, "patch_size": 2}
     latte = LatteTransformer3DModel(
         **size, num_layers=1, caption_channels=8, cross_attention_dim=16, norm_type="ada_norm_single", video_length=2
     )
     before = state_of(latte)
-    assert "LatteTransformer3DModel holds frames and positions in the batch by turns" in refusal(attach, latte)
+    assert "LatteTransformer3DModel cannot be gated: a gate belongs to one sample" in refusal(attach, latte)
     assert state_of(latte) == before
 
 

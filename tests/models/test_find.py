@@ -270,7 +270,7 @@ def test_the_context_is_found_or_named():
         nn.init.normal_(model.other.weight, std=5.0)
         model(*inputs)
     assert not torch.equal(maps["blocks.0.layer"], before["blocks.0.layer"])
-    with pytest.raises(UsageError, match=r"'blocks' puts out no context .* Modules that do: embed, other"):
+    with pytest.raises(UsageError, match=r"'blocks' returns no tensor .* Modules that do: embed, other"):
         attach(Timed(), inputs=inputs, context="blocks")
     with pytest.raises(UsageError, match="give inputs, so that a forward pass shows them"):
         attach(Timed(), branches=["blocks.0.layer"], context="embed")

@@ -181,7 +181,7 @@ def test_a_convolution_over_pixels_is_refused_on_other_branches(dimensions):
 
     model, x = Residual(), noise(2, 4, *[5] * dimensions)
     attach(model, inputs=x, attention="cbam", sharing="block")
-    with pytest.raises(UsageError, match="'cbam' convolves over pixels"):
+    with pytest.raises(UsageError, match="'cbam' needs branches"):
         model(x)
 
 

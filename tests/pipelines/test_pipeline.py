@@ -184,7 +184,7 @@ def test_errors_say_what_to_do(tmp_path):
         (lambda: next(sample_images(pipe, 1, 1, class_label=1)), "class-conditional pipeline, which this is not"),
         (lambda: next(sample_images(pipe, 1, 1, seed=-1)), "seed must be at least 0, but is -1"),
         (lambda: next(sample_images(DDPMPipeline(conditional.unet, DDPMScheduler()), 1, 1)), "needs class labels"),
-        (lambda: next(sample_images(DiTPipeline(None, None, DDPMScheduler()), 1, 1)), "not an unconditional pipeline"),
+        (lambda: next(sample_images(DiTPipeline(None, None, DDPMScheduler()), 1, 1)), "an unconditional pipeline"),
         (lambda: load_pipeline(str(tmp_path)), "has no model_index.json"),
     ):
         with pytest.raises(UsageError, match=words):

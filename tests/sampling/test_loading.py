@@ -69,7 +69,7 @@ def _drop_weights(path, prefix):
 
 
 BROKEN = {
-    "a list for an index": (lambda folder: (folder / "model_index.json").write_text("[]"), "names no class of a"),
+    "a list for an index": (lambda folder: (folder / "model_index.json").write_text("[]"), "names no pipeline class"),
     "an unknown class": (lambda folder: _edit(folder / "model_index.json", _class_name="Foo"), "no attribute Foo"),
     "another UNet": (lambda folder: _edit(folder / "model_index.json", unet=["diffusers", "UNet2DModel"]), "no shared"),
     "missing weights": (lambda folder: _drop_weights(folder / UNET, "conv_out."), r"lack conv_out\.\w+ \(2 missing"),

@@ -41,7 +41,7 @@ def test_unet_arguments_of_common_and_of_a_variant_are_merged(tmp_path):
         ({"variants": {"plain": {"seed": 3}}}, "'seed' cannot be set for the runs of a study: list 'seeds'"),
         ({"variants": {"plain": {}, "../up": {}}}, r"variant '../up': its name may have"),
         *(
-            ({"variants": {"plain": {}, name: {}}}, f"variant '{re.escape(name)}': it names the folder")
+            ({"variants": {"plain": {}, name: {}}}, f"variant '{re.escape(name)}': a name is also a folder's")
             for name in ("..", ".", ".hidden", "end.", "con", "NUL.txt", 101 * "x")
         ),
         ({"variants": {"plain": {}, "study.json": {}}}, "variant 'study.json': that file holds the report"),

@@ -26,6 +26,7 @@ from dia_diffusion.study.dia_study import run_study
 from dia_diffusion.study.single_run import complete, count_spikes, make_step, read_result, read_timing, time_step
 from dia_diffusion.study.study_report import format_table, save_figure, summarise
 from dia_diffusion.training.loop import train
+from forks import start
 from small_studies import VARIANTS, runs_of, write_study
 from training_runs import fresh_state
 
@@ -259,7 +260,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd):
 def test_two_processes_do_not_work_on_one_study(tmp_path):
     path, folder = write_study(tmp_path / "study.yaml"), tmp_path / "out"
     folder.mkdir()
-    with FileLock(folder / ".lock"), pytest.raises(UsageError, match="another process is at work on the study in"):
+    with FileLock(folder / ".lock"), pytest.raises(UsageError, match="another process runs the study in"):
         run_study(path, folder)
     assert [entry.name for entry in folder.iterdir()] == [".lock"]
 
@@ -306,7 +307,8 @@ def test_variants_of_other_layers_are_not_said_to_start_alike(tmp_path):
 def test_a_study_with_workers_ends(tmp_path):
     common = {"max_train_steps": 2, "dataloader_num_workers": 1}
     path = write_study(tmp_path / "study.yaml", {"plain": {}}, common, seeds=[0])
-    command = [sys.executable, "-m", "dia_diffusion.cli", "study", str(path), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--jobs", "1"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "The report is" in done.stdout
+    log = tmp_path / "log"
+    process = start(main, ["study", str(path), "--output_dir", str(tmp_path / "out"), "--jobs", "1"], output=log)
+    process.join(300)
+    assert process.exitcode == 0, log.read_text()
+    assert "The report is" in log.read_text()

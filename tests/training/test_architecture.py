@@ -113,7 +113,7 @@ def test_the_logarithm_of_timestep_0_is_not_trained_on(tmp_path):
         finite = unet(sample, torch.tensor([0, 1])).sample.isfinite().flatten(1).all(dim=1)
     assert finite.tolist() == [False, True]
     unet.save_config(tmp_path)
-    with pytest.raises(UsageError, match="'fourier' takes the logarithm of timesteps, of which one is 0"):
+    with pytest.raises(UsageError, match="'fourier' takes the logarithm of the timestep, which can be 0"):
         build_unet(ModelOptions(model_config_name_or_path=str(tmp_path)), 64, channels=3, num_classes=None)
 
 

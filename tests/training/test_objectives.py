@@ -178,7 +178,7 @@ def test_the_best_denoiser_of_a_gaussian_has_the_loss_it_must_have(name):
 def test_sigma_data_is_that_of_the_images_where_it_is_not_given():
     assert EDM().fitted(lambda: 0.123456).sigma_data == 0.1235
     assert EDM(sigma_data=0.7).fitted(lambda: pytest.fail("measured")).sigma_data == 0.7
-    with pytest.raises(UsageError, match=r"one even colour.*give --sigma_data"):
+    with pytest.raises(UsageError, match=r"are equal.*give --sigma_data"):
         EDM().fitted(lambda: 1e-9)
     for objective in (DDPM(), Flow()):
         assert objective.fitted(lambda: pytest.fail("measured")) is objective

@@ -256,7 +256,7 @@ def test_the_present_folder_has_a_name(monkeypatch, tmp_path):
 
 
 def test_a_way_to_compile_without_compiling_is_refused():
-    with pytest.raises(UsageError, match="compile_mode reduce-overhead says how to compile: add --compile"):
+    with pytest.raises(UsageError, match="compile_mode reduce-overhead has no effect without --compile: add it"):
         TrainingConfig.from_flat(compile_mode="reduce-overhead")
 
 

@@ -155,7 +155,7 @@ def test_other_objectives_train_resume_and_load(tmp_path, options, scheduler, se
         ({"objective": "flows"}, "objective must be one of ddpm, edm, flow"),
         ({"objective": "edm", "unet_arguments": "{time_embedding_type: fourier}"}, "use a UNet with positional"),
         # The first timestep is 0, whose logarithm made every loss with it in the batch NaN.
-        ({"unet_arguments": "{time_embedding_type: fourier}"}, "takes the logarithm of timesteps, of which one is 0"),
+        ({"unet_arguments": "{time_embedding_type: fourier}"}, "takes the logarithm of the timestep, which can be 0"),
         (
             {"objective": "flow", "unet_arguments": "{time_embedding_type: learned, num_train_timesteps: 1000}"},
             "use a UNet with positional",
