@@ -5,11 +5,12 @@ import signal
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small gain nothing from threads, and threads of several processes wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A job in the background of a script ignores Ctrl-C, one under nohup the end of its terminal, and so would the processes
+# A job in the background of a script ignores Ctrl-C, one under nohup a closing terminal, and so would the processes
 # that the tests signal.
-for signal_, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(signal_) is signal.SIG_IGN:
-        signal.signal(signal_, handler)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import io
 from contextlib import redirect_stdout
