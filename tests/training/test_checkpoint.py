@@ -3,10 +3,10 @@
 import json
 import os
 import pickle
+import resource
 import shutil
-import subprocess
+import signal
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from dia_diffusion.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from forks import start
 
 
 def example(value=0.0):
@@ -94,28 +95,25 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
     assert find_latest(tmp_path)[0].name == "step-00000002"
 
 
+def save_on_a_small_disk(folder):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save_checkpoint(folder, 1, Checkpoint({"unet": {"a": torch.ones(10)}}, {}), total_limit=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        save_checkpoint(folder, 2, Checkpoint({"unet": {"a": torch.ones(100_000)}}, {}), total_limit=1)
+    except UsageError as error:
+        print(error)
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     """A limit on the size of files stands for a full disk: the write of the larger checkpoint fails half-way."""
-    script = """
-        import resource, signal, sys, torch
-        from pathlib import Path
-        from dia_diffusion.training.checkpoint import Checkpoint, save_checkpoint
-        from dia_diffusion.errors import UsageError
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        folder = Path(sys.argv[1])
-        save_checkpoint(folder, 1, Checkpoint({"unet": {"a": torch.ones(10)}}, {}), total_limit=1)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            save_checkpoint(folder, 2, Checkpoint({"unet": {"a": torch.ones(100_000)}}, {}), total_limit=1)
-        except UsageError as error:
-            print(error)
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert "step 2 could not be written" in run.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert find_damage(tmp_path / "step-00000001") is None
+    folder, log = tmp_path / "checkpoints", tmp_path / "log"
+    process = start(save_on_a_small_disk, folder, output=log)
+    process.join()
+    assert process.exitcode == 0
+    assert "step 2 could not be written" in log.read_text()
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    assert find_damage(folder / "step-00000001") is None
 
 
 def test_pickles_are_not_read(tmp_path):
@@ -158,26 +156,27 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
     assert [path.name for path in save_checkpoint(tmp_path, 3, example()).parent.iterdir() if "0001" in path.name] == []
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_kill_in_the_middle_of_saving_leaves_the_checkpoint_before(tmp_path, seed):
-    """SIGKILL at a random one of the operations on files, with one checkpoint to keep."""
-    script = """
-        import os, random, signal, sys, torch
-        from pathlib import Path
-        from dia_diffusion.training.checkpoint import Checkpoint, save_checkpoint
-        folder, moment = Path(sys.argv[1]), random.Random(int(sys.argv[2])).randrange(12)
-        save_checkpoint(folder, 1, Checkpoint({"unet": {"a": torch.ones(10)}}, {"step": 1}))
-        def watch(event, arguments):
-            global moment
-            if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove") and str(folder) in str(arguments[0]):
-                moment -= 1
-                if moment < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(watch)
-        save_checkpoint(folder, 2, Checkpoint({"unet": {"a": torch.ones(10)}}, {"step": 2}), total_limit=1)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(seed)])
-    assert done.returncode == -9
+def save_and_die(folder, moment):
+    """Saves two checkpoints; SIGKILL at the operation on files of this number in the second."""
+    save_checkpoint(folder, 1, Checkpoint({"unet": {"a": torch.ones(10)}}, {"step": 1}))
+
+    def watch(event, arguments):
+        nonlocal moment
+        if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove") and str(folder) in str(arguments[0]):
+            moment -= 1
+            if moment < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    save_checkpoint(folder, 2, Checkpoint({"unet": {"a": torch.ones(10)}}, {"step": 2}), total_limit=1)
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_a_kill_in_the_middle_of_saving_leaves_the_checkpoint_before(tmp_path, moment):
+    """SIGKILL at each of the operations on files, with one checkpoint to keep."""
+    process = start(save_and_die, tmp_path, moment)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     clean_checkpoints(tmp_path)
     latest, remarks = find_latest(tmp_path)
     assert remarks == []

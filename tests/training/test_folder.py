@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dia_diffusion.errors import NotFiniteError, UsageError
 from dia_diffusion.files import replace_files, set_aside
 from dia_diffusion.training.folder import lock_output_dir
 from dia_diffusion.training.state import TrainingState
+from forks import start
 from training_runs import assert_same_weights, fresh_state, run, weights
 
 SAME = {"class_conditional": True, "dropout": 0.1, "random_flip": True}
@@ -36,29 +38,29 @@ def python(code, *arguments):
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], stdout=subprocess.PIPE)
 
 
-HOLD = """
-    import os, sys, time
-    from pathlib import Path
-    from dia_diffusion.training.folder import lock_output_dir
-    with lock_output_dir(Path(sys.argv[1])):
+def hold(folder):
+    with lock_output_dir(folder):
         child = os.fork()  # as the processes that load data
         if child:
             print(child, flush=True)
         time.sleep(60)
-"""
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed[0], tmp_path / "run")
     before = contents(folder)
-    holder = python(HOLD, folder)
-    child = int(holder.stdout.readline())
+    log = tmp_path / "child"
+    holder = start(hold, folder, output=log)
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert holder.is_alive()
+        time.sleep(0.01)
+    child = int(log.read_text())
     try:
         with pytest.raises(UsageError, match="another run is at work in"):
             run(folder, **SAME, overwrite_output_dir=True)
         assert contents(folder) == before
         holder.kill()
-        holder.wait()
+        holder.join()
         with lock_output_dir(folder):
             pass
     finally:
