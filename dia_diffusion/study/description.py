@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from diffusers import UNet2DModel
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError, first_line, nearest
 from ..options.fields import COUNT, NATURAL, SEED, convert_mapping, to_number
+from ..options.rules import TRAINING_RULES, check_effect
 from ..options.training import CONFIG, OPTION_NAMES, TrainingConfig, load_options, read_yaml
 from .comparison import KNOWN_SCORES, Score
 from .trainers import load_trainer
@@ -133,16 +134,26 @@ class Study:
             raise UsageError(f"seeds must be a list of different numbers, for example [0, 1, 2], but is {self.seeds}.")
         for name, within in (("loss_draws", COUNT), ("num_images", NATURAL), ("timing_rounds", NATURAL)):
             set_value(name, to_number(name, getattr(self, name), int, within))
+        if self.num_images == 1:
+            raise UsageError("num_images is 1, and a distance needs 2 or more: give more, or 0 for none.")
         set_value("features", os.path.expanduser(str(self.features)))  # noqa: PTH111 (Path would change Hub ids)
         in_variants = any("max_train_steps" in (options or {}) for options in self.variants.values())
         if self.trainer is None and (in_variants or not (self.common or {}).get("max_train_steps")):
             raise UsageError("a study compares at equal steps: set max_train_steps in 'common', and in no variant.")
         for variant in self.variants:
             options = self.options(variant)
-            if self.trainer_file is None:
-                self.config(variant, self.seeds[0], Path())
-            elif check := load_trainer(self.trainer_file).check:
-                check(options | {"seed": self.seeds[0], "output_dir": "run"})
+            try:
+                if self.trainer_file is None:
+                    config, own = self.config(variant, self.seeds[0], Path()), self.variants[variant] or {}
+                    check_effect(TRAINING_RULES, config.flat(), own)
+                elif check := load_trainer(self.trainer_file).check:
+                    check(options | {"seed": self.seeds[0], "output_dir": "run"})
+            except UsageError as error:
+                raise UsageError(f"variant '{variant}': {error}") from error
+            except Exception as error:  # Of a trainer of one's own.
+                raise UsageError(
+                    f"variant '{variant}': check() of the trainer fails: {type(error).__name__}: {first_line(error)}."
+                ) from error
 
     @property
     def trainer_file(self) -> Path | None:

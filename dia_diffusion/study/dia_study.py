@@ -8,14 +8,18 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..options.training import check_folder_of_images
 from ..process.output import progress_bar
 from ..process.startup import available_cores
-from ..training.architecture import check_unet
+from ..training.accelerator import check_tracker, open_accelerator
+from ..training.architecture import build_unet
+from ..training.loop import make_model
+from ..training.state import TrainingState
 from .description import Study, StudyRun, load_study
 from .engine import Engine, LocalEngine, Progress, Task, run_tasks, visible_gpus
-from .single_run import complete, read_result, read_timing, time_step
+from .single_run import complete, load_scored_images, read_result, read_timing, time_step
 from .study_report import summarise, write_report
 
 
@@ -50,9 +54,8 @@ def run_study(
     runs = study.runs(folder)
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs must be at least 1, but is {jobs}.")
-    for run in runs:
-        if run.trainer is None and run.seed == study.seeds[0] and read_result(run) is None:
-            _check_start(run, here=cluster is None)
+    if study.trainer is None:
+        _check_start([run for run in runs if read_result(run) is None], here=cluster is None)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0), _engine(folder, len(runs), jobs, cluster) as engine:
@@ -61,16 +64,30 @@ def run_study(
         raise UsageError(f"another process runs the study in '{folder}': wait for it or stop it.") from error
 
 
-def _check_start(run: StudyRun, here: bool) -> None:
-    """Find before all work what a variant lacks: its images on this machine, or a UNet that can be built."""
-    config = run.config
-    try:
-        if here:
+def _check_start(runs: list[StudyRun], here: bool) -> None:
+    """Find before all work what a variant lacks: its images and features, a VAE, a UNet that can be built.
+
+    Where the runs are done on other machines, only a UNet of its own description is tried.
+    """
+    images: dict[str, tuple[PixelDataset, PixelDataset]] = {}
+    for run in reversed({run.variant: run for run in reversed(runs)}.values()):
+        config = run.config
+        data, model = config.data, config.model
+        try:
+            if not here:
+                if data.vae is model.init_from is model.model_config_name_or_path is None:
+                    build_unet(model, data.resolution, data.channels or 3, None)
+                continue
             check_folder_of_images(config)
-        if config.data.vae is None:
-            check_unet(config.model, config.data.resolution, config.data.channels or 3)
-    except UsageError as error:
-        raise UsageError(f"variant '{run.variant}': {error}") from error
+            check_tracker(config.output.logger)
+            if (key := repr((data, run.scoring))) not in images:
+                images[key] = load_scored_images(data, run.scoring)
+            _, unet = make_model(config, *images[key])
+            if not visible_gpus():  # On one the memory that this takes would stay taken.
+                with open_accelerator(str(config.optimisation.mixed_precision), config.output) as accelerator:
+                    TrainingState(config.optimisation, accelerator, unet, run.steps)
+        except UsageError as error:
+            raise UsageError(f"variant '{run.variant}': {error}") from error
 
 
 def _engine(folder: Path, runs: int, jobs: int | None, cluster: Cluster | None) -> AbstractContextManager[Engine]:

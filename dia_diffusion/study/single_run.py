@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
+from ..data.loading import load_pixels
+from ..data.pixels import PixelDataset
 from ..errors import NotFiniteError, NotFiniteImagesError, UsageError
 from ..files import json_digest, to_json, write_json
-from ..latents.space import load_data, measure_std
+from ..latents.space import load_data, make_space, measure_std
 from ..objectives import make_objective
+from ..options.model import DataOptions
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
 from ..scoring.evaluation import evaluate
 from ..scoring.features.named import get_extractor
@@ -29,8 +32,9 @@ from ..training.checkpoint import CHECKPOINTS
 from ..training.held_out import held_out_loss
 from ..training.log import METRICS_LOG, read_metrics
 from ..training.loop import accumulate_gradients, train
+from ..training.results import check_scores
 from ..training.state import TrainingState
-from .description import StudyRun
+from .description import Scoring, StudyRun
 from .trainers import run_trainer
 
 RESULT = "result.json"
@@ -130,9 +134,8 @@ def _score(run: StudyRun) -> dict[str, Any]:
     if pipeline.vae is not None:
         pipeline.vae.enable_slicing()
     unet = pipeline.unet
-    data, held_out = load_data(config.data)
-    if held_out is None:
-        raise UsageError("a study needs held-out images, and this data set has none.")
+    pixels, held_out_pixels = load_scored_images(config.data, scoring)
+    data, held_out = make_space(config.data, pixels).encode_all(pixels, held_out_pixels)
     loss = held_out_loss(
         unet,
         make_objective(config.objective).fitted(partial(measure_std, data)),
@@ -149,12 +152,25 @@ def _score(run: StudyRun) -> dict[str, Any]:
     }
     if scoring.num_images:
         steps = config.output.ddpm_num_inference_steps
-        pixels = data.pixels
         shares = shares_of_labels(pixels.labels, pixels.num_classes)
         images = PipelineImages(pipeline, scoring.num_images, steps, optimisation.seed, class_shares=shares)
         extractor = get_extractor(scoring.features, pixels.resolution, pixels.channels)
         scores["fid"] = evaluate(images, pixels, extractor, metrics=["fid"], batch_size=_BATCH_SIZE)["fid"]
     return scores
+
+
+def load_scored_images(options: DataOptions, scoring: Scoring) -> tuple[PixelDataset, PixelDataset]:
+    """Return the training images and the held-out ones of a run, after a try of the features of its scores.
+
+    Raises:
+        UsageError: if nothing is held out, or the images or features cannot be used.
+    """
+    data, held_out = load_pixels(options)
+    if held_out is None:
+        raise UsageError("a study needs held-out images, and this data set has none: set validation_split, say 0.1.")
+    if scoring.num_images:
+        check_scores(scoring.features, data, held_out)
+    return data, held_out
 
 
 def make_step(run: StudyRun) -> Callable[[], None]:

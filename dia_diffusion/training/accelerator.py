@@ -58,9 +58,7 @@ def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerato
             of each other, or an engine that divides the model between processes.
     """
     check_launcher()
-    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
-    if not available[options.logger]():
-        raise UsageError(f"--logger {options.logger} needs the package of that name: pip install {options.logger}.")
+    check_tracker(options.logger)
     folder = options.folder
     try:
         accelerator = Accelerator(
@@ -85,6 +83,13 @@ def make_accelerator(mixed_precision: str, options: OutputOptions) -> Accelerato
     if accelerator.state.dynamo_plugin.backend is not DynamoBackend.NO:
         accelerator.print(f"compiled with {accelerator.state.dynamo_plugin.backend.value}, as accelerate was told.")
     return accelerator
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that is not installed."""
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
+    if not available[name]():
+        raise UsageError(f"--logger {name} needs the package of that name: pip install {name}.")
 
 
 def check_same_start(accelerator: Accelerator, start: int) -> None:

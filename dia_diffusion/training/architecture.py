@@ -91,17 +91,6 @@ def build_unet(
     return DIAUNet2DModel.from_config(arguments)
 
 
-def check_unet(options: ModelOptions, resolution: int, channels: int) -> None:
-    """Check that a UNet of its own description can be built for images of a size. One that is loaded is not checked.
-
-    Raises:
-        UsageError: see `build_unet`.
-    """
-    if options.init_from is None and options.model_config_name_or_path is None:
-        from_data = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
-        _try(_describe(options, resolution) | from_data, from_data | {"num_class_embeds": None}, None, None)
-
-
 def _describe(options: ModelOptions, resolution: int) -> dict[str, Any]:
     """Return the arguments of the UNet of a run, but for those that come from the data."""
     assert not isinstance(options.unet_arguments, str)
@@ -180,6 +169,12 @@ def _check_fit(
             f"the UNet has {config.num_class_embeds} class embeddings, but the data needs {embeddings} (one for "
             "each class and one for 'no class', with --class_conditional)."
         )
+    if config.class_embed_type == "identity":
+        raise UsageError(
+            "class_embed_type 'identity' takes vectors for classes, and training gives their numbers: leave it out."
+        )
+    if config.class_embed_type is not None and embeddings is None:
+        raise UsageError(f"class_embed_type '{config.class_embed_type}' needs classes: add --class_conditional.")
     if config.time_embedding_type == "fourier":
         raise UsageError(
             "time_embedding_type 'fourier' takes the logarithm of the timestep, which can be 0, and negative with some "

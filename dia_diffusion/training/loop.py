@@ -14,9 +14,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.loading import load_pixels
+from ..data.pixels import PixelDataset
 from ..errors import NotFiniteError
 from ..files import replace_text
-from ..latents.space import make_space, measure_std
+from ..latents.space import LatentSpace, PixelSpace, make_space, measure_std
+from ..models.unet import DIAUNet2DModel
 from ..objectives import Objective, make_objective
 from ..options.training import CONFIG, TrainingConfig, as_yaml
 from ..process.signals import Interrupted, catch_interrupts
@@ -68,9 +70,7 @@ def set_up(config: TrainingConfig, accelerator: Accelerator) -> Run:
     optimisation, objective, output = config.optimisation, make_objective(config.objective), config.output
     with accelerator.main_process_first():
         pixels, held_out_pixels = load_pixels(config.data)
-    # The standard deviation of the images makes no difference to what is tried here.
-    check_results(output, objective.fitted(lambda: 1.0), pixels, held_out_pixels)
-    space = make_space(config.data, pixels)
+    space, unet = make_model(config, pixels, held_out_pixels)
     plan = BatchPlan(
         optimisation.train_batch_size,
         int(optimisation.gradient_accumulation_steps or 1),
@@ -78,9 +78,6 @@ def set_up(config: TrainingConfig, accelerator: Accelerator) -> Run:
         accelerator.process_index,
     )
     total_steps = optimisation.max_train_steps or optimisation.num_epochs * -(-len(pixels) // plan.images)
-    torch.manual_seed(optimisation.seed)
-    channels, size = space.shape
-    unet = build_unet(config.model, size, channels, pixels.num_classes, objective.num_timesteps, space.latent_factor)
     training = TrainingState(optimisation, accelerator, unet, total_steps)
     checkpoint = find_checkpoint(output, total_steps)
     if accelerator.is_main_process:
@@ -107,6 +104,19 @@ def set_up(config: TrainingConfig, accelerator: Accelerator) -> Run:
         total_steps,
         checkpoint,
     )
+
+
+def make_model(
+    config: TrainingConfig, pixels: PixelDataset, held_out: PixelDataset | None
+) -> tuple[PixelSpace | LatentSpace, DIAUNet2DModel]:
+    """Return the space of a run and its UNet at the start; refuse what does not fit its images or its results."""
+    objective, space = make_objective(config.objective), make_space(config.data, pixels)
+    # The standard deviation of the images makes no difference to what is tried here.
+    check_results(config.output, objective.fitted(lambda: 1.0), pixels, held_out)
+    torch.manual_seed(config.optimisation.seed)
+    channels, size = space.shape
+    classes, timesteps, factor = pixels.num_classes, objective.num_timesteps, space.latent_factor
+    return space, build_unet(config.model, size, channels, classes, timesteps, factor)
 
 
 def resume(run: Run) -> None:

@@ -53,15 +53,21 @@ def check_results(
         raise UsageError(f"ddpm_num_inference_steps {steps} does not fit the noise schedule: {error}.") from error
     if objective.num_timesteps is not None and sampler.timesteps.min() < 0:
         raise UsageError(f"ddpm_num_inference_steps {steps} goes below the last timestep by rounding: take one less.")
-    if options.score_features is None:
-        return
+    if options.score_features is not None:
+        check_scores(options.score_features, data, held_out)
+
+
+def check_scores(features: str, data: PixelDataset, held_out: PixelDataset | None) -> None:
+    """Try the features of scores on an image.
+
+    Raises:
+        UsageError: for features that do not exist or do not take such images, and for too few images.
+    """
     for kind, images in (("training", data), ("held-out", held_out)):
         if images is not None and len(images) < 2:
-            raise UsageError(
-                f"there is only 1 {kind} image, and scores need 2 or more: add images, or omit --score_features."
-            )
+            raise UsageError(f"there is only 1 {kind} image, and scores need 2 or more: add images, or ask for none.")
     # A network that does not take such images says so.
-    get_extractor(options.score_features, data.resolution, data.channels)(data.images_at(range(1)))
+    get_extractor(features, data.resolution, data.channels)(data.images_at(range(1)))
 
 
 def save_curves(metrics: list[dict[str, float]], path: Path) -> None:

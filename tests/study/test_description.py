@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from dia_diffusion.errors import UsageError
 from dia_diffusion.study.description import load_study
@@ -57,6 +59,8 @@ def test_unet_arguments_of_common_and_of_a_variant_are_merged(tmp_path):
         ({"seeds": ["one"]}, "each of the seeds must be a whole number, but is 'one'"),
         ({"num_images": "many"}, "num_images must be a whole number, but is 'many'"),
         ({"num_images": True}, "num_images must be a whole number, but is 'True'"),
+        ({"variants": {"plain": {}, "idle": {"lr_power": 2}}}, "variant 'idle': lr_power has no effect"),
+        ({"num_images": 1}, "num_images is 1, and a distance needs 2"),
         ({"loss_draws": 0}, "loss_draws must be at least 1, but is 0"),
         ({"sedes": [1]}, "must have the keys baseline, seeds, variants"),
     ],
@@ -73,10 +77,24 @@ def test_mistakes_are_named(tmp_path, changes, words):
         ({"block_out_channels": [8] * 6}, "variant 'bad': resolution .* does not fit a UNet"),
         ({"norm_num_groups": 5}, "variant 'bad': no UNet can be built as asked"),
         ({"dataset_name": None, "train_data_dir": "none"}, "variant 'bad': --train_data_dir 'none' is not a folder"),
+        ({"dataset_name": "nowhere"}, "variant 'bad': cannot load images from 'nowhere'"),
+        ({"vae": "nowhere"}, "variant 'bad': cannot load a VAE from 'nowhere'"),
+        ({"init_from": "nowhere"}, "variant 'bad': cannot load a UNet from 'nowhere'"),
+        ({"image_column": "label"}, "variant 'bad': 'label' is not a column of images"),
+        ({"ddpm_num_inference_steps": 61}, "variant 'bad': ddpm_num_inference_steps 61 goes below"),
+        ({"class_embed_type": "identity"}, "variant 'bad': class_embed_type 'identity' takes vectors"),
+        ({"mixed_precision": "fp16"}, "variant 'bad': mixed_precision 'fp16' needs a GPU"),
+        ({"channels": 3, "dataset_name": None, "train_data_dir": "images"}, "variant 'bad': a study needs held-out"),
+        ({"features": "nonsense"}, "variant 'plain': 'nonsense' is neither the name of features"),
     ],
 )
-def test_what_a_variant_lacks_is_found_before_the_others_are_trained(tmp_path, options, words):
-    path = write_study(tmp_path / "study.yaml", {"plain": {}, "bad": options}, seeds=[0])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works there")
+def test_what_a_variant_lacks_is_found_before_the_others_are_trained(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    Image.new("RGB", (8, 8)).save("images/a.png")
+    scored = {"num_images": 2, "features": options.pop("features", "digits")}
+    path = write_study(tmp_path / "study.yaml", {"plain": {}, "bad": options}, seeds=[0], **scored)
     with pytest.raises(UsageError, match=words):
         run_study(path, tmp_path / "study")
     assert not (tmp_path / "study").exists()

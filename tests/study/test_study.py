@@ -173,8 +173,7 @@ def test_statistics_agree_with_formulas_and_with_scipy():
         ({"resolution": 16}, {"held_out_loss": ["resolution"], "fid": ["resolution"]}),
         ({"dataset_name": "mnist5k"}, {"held_out_loss": ["dataset_name"], "fid": ["dataset_name"]}),
         ({"vae": "somewhere", "center_crop": True}, {"held_out_loss": ["center_crop", "vae"], "fid": ["center_crop"]}),
-        ({"class_conditional": True}, {"held_out_loss": ["class_conditional"]}),
-        ({"label_column": "kind"}, {"held_out_loss": ["label_column"]}),
+        ({"class_conditional": True, "label_column": "kind"}, {"held_out_loss": ["class_conditional", "label_column"]}),
         ({"learning_rate": 0.1, "dia_attention": "se", "dropout": 0.5}, {}),
     ],
 )
@@ -250,10 +249,11 @@ def test_variants_of_another_precision_are_timed(tmp_path):
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd):
-    variants = {"odd": {"vae": "/nowhere/vae"}, **VARIANTS}
-    path = write_study(tmp_path / "study.yaml", variants, {"max_train_steps": 2}, seeds=[0])
+    path = write_study(tmp_path / "study.yaml", {"odd": {}, **VARIANTS}, {"max_train_steps": 2}, seeds=[0])
+    (tmp_path / "out" / "odd" / "seed-0").mkdir(parents=True)
+    (tmp_path / "out" / "odd" / "seed-0" / "model_index.json").touch()
     assert main(["study", str(path), "--output_dir", str(tmp_path / "out"), "--jobs", "1"]) == 2
-    assert "odd/seed-0: cannot load a VAE from" in capfd.readouterr().err
+    assert "already holds a run (model_index.json)" in capfd.readouterr().err
     assert len(json.loads((tmp_path / "out" / "study.json").read_text())["runs"]) == 2
 
 

@@ -89,6 +89,7 @@ def test_a_score_that_is_not_finite_is_a_run_that_diverged(write, tmp_path):
         ({"trainer": "beside.py"}, r"beside.py' must define train\(options\), which returns figures, and SCORES"),
         ({"trainer": "broken.py"}, "broken.py' cannot be imported: SyntaxError"),
         ({"variants": VARIANTS | {"bad": {"width": -1}}}, "width must be at least 0, but is -1"),
+        ({"variants": {"plain": {}}}, r"variant 'plain': check\(\) of the trainer fails: KeyError: 'width'"),
         ({"num_images": 5}, "num_images has no effect"),
         ({"common": {"seed": 3}}, "'seed' cannot be set for the runs of a study"),
     ],
