@@ -111,12 +111,23 @@ def sample(model: Any, **given: Any) -> "list[Image]":
         ```
     """
     options = SampleOptions.of("sample", {"model": model, **given})
-    from PIL import Image
-
     from .sampling.dia_sample import sample as run
 
     made, folder = run(options), options.output_dir
-    return made if folder is None else [Image.open(path) for path in sorted(folder.glob("*.png"))]
+    return (
+        made
+        if folder is None
+        else [_read(path) for path in sorted(folder.glob("*.png"), key=lambda path: int(path.stem))]
+    )
+
+
+def _read(path: Path) -> "Image":
+    from PIL import Image
+
+    image = Image.open(path)
+    # Closes the file: a process may have about a thousand open.
+    image.load()
+    return image
 
 
 @_takes(EvaluateOptions)
@@ -124,7 +135,7 @@ def evaluate(what: Any, **given: Any) -> dict[str, Any]:
     """Score a pipeline or a folder of images against real images, as `dia evaluate` does.
 
     Args:
-        what (`str` or `PathLike`): Folder or Hub id of a pipeline, a folder of images, or samples (.npz).
+        what (`str` or `PathLike`): Folder or Hub id of a pipeline, a folder of images, or samples (.npz, .npy).
         given: The options of `dia evaluate`; `metrics` may be a list.
 
     Returns:

@@ -7,7 +7,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TOKEN_BYTES = 8
+# The file by which a command locks the folder of its results.
+LOCK = ".lock"
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -152,6 +155,41 @@ def make_folder(folder: Path) -> None:
         raise UsageError(f"'{folder}' is a file, and a folder is needed: name another place.") from error
     except OSError as error:
         raise UsageError(f"nothing can be written in '{folder}': {error.strerror}. Name another place.") from error
+
+
+@contextmanager
+def lock_folder(folder: Path, patience: float = 0) -> Iterator[None]:
+    """Make a folder and lock it for one command, until the process ends at the latest, even if it is killed.
+
+    Args:
+        folder (`Path`): The folder. If it is new and nothing was put into it, it is removed again.
+        patience (`float`, *optional*, defaults to 0): Seconds to wait for the end of another command.
+
+    Raises:
+        UsageError: if another command is at work there, or files cannot be written there.
+    """
+    from filelock import FileLock, Timeout
+
+    new = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    check_output_folder(folder)
+    make_folder(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise UsageError(
+            f"another command is at work in '{folder}'. Wait for its end, stop it, or choose another folder."
+        ) from None
+    except OSError as error:
+        raise UsageError(f"the folder '{folder}' cannot be locked: {error}.") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink()
+            for place in new:
+                place.rmdir()
+        lock.release()
 
 
 def replace_files(folder: Path, write: Callable[[Path], object], last: str) -> None:

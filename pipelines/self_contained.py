@@ -18,6 +18,8 @@ from typing import Any
 
 from diffusers import ModelMixin
 
+from .weights import check_weights
+
 # Module of a class in this package, and the name of the file that holds its code in a saved pipeline.
 _FILES = {"dia_diffusion.models.unet": "dia_unet", "dia_diffusion.pipelines.pipeline_dia_unet": "pipeline_dia_unet"}
 
@@ -46,6 +48,13 @@ except ImportError as error:
 
 class SelfContained:
     """A mixin for a `DiffusionPipeline` that saves code beside the weights, and needs none where the package is."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a pipeline as diffusers does, and refuse one whose weights are not those of its networks."""
+        pipeline = super().from_pretrained(*args, **kwargs)
+        check_weights(pipeline, kwargs.get("variant"), given=kwargs)
+        return pipeline
 
     def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save `model_index.json`, and the code of the pipeline and its components. All ways to save call this."""

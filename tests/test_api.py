@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,11 @@ def test_a_model_is_trained_sampled_scored_and_looked_at_in_one_process(tmp_path
         scores = evaluate(run.folder, n=20, num_inference_steps=2, features="pixels", metrics=["fid"])
         assert set(scores["floor"]) >= {"fid"}
         assert "command" not in scores
+    # One class for all, or several in turn, in whatever holds them.
+    labels = ([3, "7"], (3, 7), np.array([3, 7]), torch.tensor([3, 7]))
+    several = [sample(run.folder, num_images=torch.tensor(3), steps=2, class_label=label) for label in labels]
+    assert all([image.tobytes() for image in made] == [image.tobytes() for image in several[0]] for made in several)
+    assert several[0][1].tobytes() == images[1].tobytes() != several[0][0].tobytes()
     assert analyze(run.folder, num_images=4, num_timesteps=2, output_dir="maps")
     assert {path.name for path in tmp_path.iterdir()} >= {"one", "two", "one images", "two images", "maps"}
     assert not (tmp_path / "out").exists()
@@ -47,6 +53,10 @@ def test_a_model_is_trained_sampled_scored_and_looked_at_in_one_process(tmp_path
         (train, {"dataset": "digits", "dataset_name": "digits"}, "are one option"),
         (sample, {"model": "m", "num_sampels": 3}, "sample has no option 'num_sampels'. Did you mean 'num_images'?"),
         (sample, {"model": None}, "sample needs model"),
+        (sample, {"model": "m", "class_label": [[1], [2]]}, "name or the number of a class, or a list of them, but is"),
+        (sample, {"model": "m", "class_label": 3.0}, "name or the number of a class, or a list of them, but is 3.0"),
+        (sample, {"model": "m", "scheduler": ""}, "scheduler is empty"),
+        (sample, {"model": "m", "scheduler": dict}, "scheduler must be text (put it in quotes), but is of type type"),
         (evaluate, {"what": "tests", "guidance": 2}, "Did you mean 'guidance_scale'?"),
         (analyze, {"model": "m", "attention": "a", "num_timesteps": 3}, "num_timesteps has no effect on a classifier"),
     ],

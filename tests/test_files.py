@@ -19,6 +19,7 @@ from dia_diffusion.files import (
     check_output_file,
     check_output_folder,
     file_digest,
+    lock_folder,
     make_folder,
     replace_file,
     replace_files,
@@ -107,6 +108,20 @@ def test_commands_that_start_together_check_and_make_the_same_folder(tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
     with pytest.raises(UsageError, match=rf"nothing can be written in '{tmp_path}/{'n' * 300}': File name too long"):
         check_output_folder(tmp_path / ("n" * 300))
+
+
+def test_a_folder_belongs_to_one_command_at_a_time_and_goes_if_it_is_empty(tmp_path):
+    folder = tmp_path / "new" / "results"
+    with lock_folder(folder):
+        with pytest.raises(UsageError, match="another command is at work in"), lock_folder(folder):
+            pass
+        assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with lock_folder(folder):
+        (folder / "x").touch()
+    with lock_folder(folder):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])

@@ -14,9 +14,9 @@ from ..data.loading import load_pixels
 from ..data.pixels import PixelDataset, describe_images
 from ..data.preparation import prepare_pixels
 from ..data.recorded import choose_data
-from ..data.sources import load_dataset_splits
+from ..data.sources import has_labels, load_dataset_splits
 from ..errors import UsageError
-from ..files import check_output_folder
+from ..files import lock_folder
 from ..latents.autoencoder import downsampling_factor, encode_posterior
 from ..latents.scaling import scale_latents
 from ..options.commands import AnalyzeOptions
@@ -35,7 +35,11 @@ def analyze(options: AnalyzeOptions) -> dict[str, Any]:
     Raises:
         UsageError: for a model without attention maps, or options that cannot work.
     """
-    check_output_folder(options.output_dir)
+    with lock_folder(options.output_dir):
+        return _analyze(options)
+
+
+def _analyze(options: AnalyzeOptions) -> dict[str, Any]:
     if (options.output_dir / "report.html").is_file() and not (options.output_dir / "analysis.json").is_file():
         raise UsageError(f"'{options.output_dir}' holds another command's report: choose another --output_dir.")
     if options.attention is not None:
@@ -85,6 +89,11 @@ def _prepare(
 ) -> PixelDataset:
     """Load the held-out images of a data set, or its training images where none are held out."""
     train, held_out = load_dataset_splits(dataset, with_labels=with_labels)
+    if with_labels and not has_labels(train if held_out is None else held_out):
+        raise UsageError(
+            f"the model is class-conditional, and the images of '{dataset}' have no labels: name images with labels, "
+            "for example a folder with a subfolder for each class."
+        )
     pixels = prepare_pixels(
         train if held_out is None else held_out,
         resolution,

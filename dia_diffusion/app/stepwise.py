@@ -15,7 +15,14 @@ from torch import Tensor
 from ..errors import UsageError
 from ..models.unet import DIAUNet2DModel
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
-from ..sampling.generation import check_inputs, check_sampling, check_scheduler, image_generators, to_uint8
+from ..sampling.generation import (
+    check_inputs,
+    check_pictures,
+    check_sampling,
+    check_scheduler,
+    image_generators,
+    to_uint8,
+)
 from ..sampling.schedulers import make_scheduler
 
 # The angle between the noise of an image and that of its variant, as a share of a right angle.
@@ -99,6 +106,7 @@ class StepwiseSampler:
                 raise UsageError(f"a {type(pipeline).__name__} cannot be shown: choose an unconditional pipeline.")
             pipeline = DIAUNetPipeline(pipeline.unet, pipeline.scheduler).to(pipeline.device)
         check_scheduler(pipeline)
+        check_pictures(pipeline)
         self.pipeline = pipeline
         self._own = pipeline.scheduler
         self._plain: DIAUNetPipeline | None = None

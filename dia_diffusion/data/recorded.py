@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..options.model import DataOptions
+from ..options.rules import is_archive
 from ..options.training import CONFIG, read_yaml
 
 
@@ -40,9 +41,10 @@ def choose_data(
     Raises:
         UsageError: if no data is named and none is recorded, or if the data is not here.
     """
-    if dataset is not None and Path(dataset).is_file() and not dataset.endswith(".npz"):
+    if dataset is not None and Path(dataset).is_file() and not is_archive(dataset):
         raise UsageError(
-            f"--dataset '{dataset}' is a file: name a folder, a data set, or samples or statistics (.npz)."
+            f"--dataset '{dataset}' is a file: name a folder (of archives, too), a data set, or samples or "
+            "statistics (.npz, .npy)."
         )
     recorded = find_recorded_data(model)
     if recorded is not None:

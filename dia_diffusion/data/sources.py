@@ -97,7 +97,7 @@ def load_dataset_splits(
     candidates = [splits[name] for name in HELD_OUT_SPLITS if name in splits and len(splits[name])]
     if with_labels:
         # Published test splits often have -1 for labels.
-        candidates = [rows for rows in candidates if _has_labels(rows, label_column)]
+        candidates = [rows for rows in candidates if has_labels(rows, label_column)]
     held_out = next(iter(candidates), None)
     unused = [name for name in splits if name != TRAIN_SPLIT and splits[name] is not held_out]
     if unused:
@@ -141,7 +141,8 @@ def _load_splits(
         raise UsageError(f"cannot load images from '{name}': {first_line(error)}.{hint}") from error
 
 
-def _has_labels(dataset: Dataset, name: str | None) -> bool:
+def has_labels(dataset: Dataset, name: str | None = None) -> bool:
+    """Return whether a data set has a column of labels, and at least one label in it."""
     try:
         labels = dataset[find_label_column(dataset, name)]
         return any(label is not None and (isinstance(label, str) or label >= 0) for label in labels)

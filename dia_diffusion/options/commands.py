@@ -98,7 +98,9 @@ class SampleOptions(SamplingOptions):
 
     model: Location = option(text=_MODEL)
     num_images: Count = option(64, "How many.", aliases=("n",))
-    class_label: Label | None = option(None, "Name or number of the class of all images; by default all in turn.")
+    class_label: Label | None = option(
+        None, "Name or number of the class of all images; by default all in turn, in Python also those of a list."
+    )
     output_dir: File | None = option(
         None, "Folder for the images alone; in Python without it no files are written.", shown="out"
     )
@@ -112,18 +114,18 @@ class EvaluateOptions(SamplingOptions):
     group = "evaluation"
     rules = EVALUATION_RULES
 
-    what: Location = option(text="Folder or Hub id of a pipeline, a folder of images, or samples (.npz).")
+    what: Location = option(text="Folder or Hub id of a pipeline, a folder of images, or samples (.npz, .npy).")
     dataset: Location | None = option(
         None,
-        "What to compare with: digits, mnist5k, a folder, a Hub id, or statistics or samples (.npz); by default the "
-        "data that the model's run records.",
+        "What to compare with: digits, mnist5k, a folder, a Hub id, or statistics or samples (.npz, .npy); by default "
+        "the data that the model's run records.",
         aliases=_DATA_ALIASES,
     )
     dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
     image_column: str | None = option(None, "Column of the images, where it cannot be guessed.")
     num_images: Count = option(10000, "How many images to generate.", aliases=("n",), group="sampling")
     metrics: Names | None = option(
-        None, "Comma-separated, of fid, kid, is, precision, recall; by default all but is, for .npz fid."
+        None, "Comma-separated, of fid, kid, is, precision, recall; by default all but is, for statistics fid."
     )
     features: Location | None = option(
         None,

@@ -100,7 +100,11 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if NoneType in get_args(hint):
             return None
         raise UsageError(f"{name} has no value.")
+    # Scalars, arrays and tensors of numpy and torch.
+    value = value.tolist() if hasattr(value, "tolist") else value
     kind, mark = unwrap(hint)
+    if mark == LABEL:
+        return _convert_labels(name, value)
     if mark == NAMES:
         words = value.split(",") if isinstance(value, str) else value
         value = [word.strip() for word in words if str(word).strip()] if isinstance(words, list | tuple) else value
@@ -116,16 +120,15 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return to_number(name, value, kind, mark or Range())
     if isinstance(value, os.PathLike) and mark == PATH:
         value = os.fspath(value)
-    if isinstance(value, Integral) and not isinstance(value, bool) and mark == LABEL:
-        value = str(value)
     if kind is bool:
         value = TRUTH.get(str(value).lower(), value)
-    if value == "" and mark == PATH:
+    if value == "" and (mark == PATH or kind is str):
         # An unset variable of a shell; as a path it would be the present folder.
         raise UsageError(f"{name} is empty: give a value, or leave the option out.")
     if not isinstance(value, str if kind is Path else kind):
         words = "true or false" if kind is bool else "text (put it in quotes)"
-        raise UsageError(f"{name} must be {words}, but is '{value}'.")
+        shown = f"'{value}'" if isinstance(value, str | Real | list | tuple) else f"of type {type(value).__name__}"
+        raise UsageError(f"{name} must be {words}, but is {shown}.")
     # Path.expanduser would change Hub ids, and fails for a user that does not exist.
     value = os.path.expanduser(value) if mark == PATH else value  # noqa: PTH111
     return Path(value) if kind is Path else value
@@ -136,6 +139,15 @@ def unwrap(hint: Any) -> tuple[Any, Any]:
     if get_origin(hint) in (Union, UnionType):
         hint = next(kind for kind in get_args(hint) if kind is not NoneType)
     return get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+
+
+def _convert_labels(name: str, value: Any) -> str | list[str]:
+    """Return a label as text, or several, one for each image in turn, as a list."""
+    labels = list(value) if isinstance(value, list | tuple | range) else [value]
+    for label in labels or [value]:
+        if isinstance(label, bool) or not isinstance(label, str | Integral) or label == "":
+            raise UsageError(f"{name} must be the name or the number of a class, or a list of them, but is {value!r}.")
+    return str(labels[0]) if len(labels) == 1 else [str(label) for label in labels]
 
 
 def _convert_choice(name: str, value: Any, choices: tuple) -> Any:

@@ -22,8 +22,8 @@ DIFFUSERS_OPTIONS = frozenset(
     "enable_xformers_memory_efficient_attention".split()
 )
 EMBEDDED_DATA = ("digits", "mnist5k")
-# A pipeline's own file, and that of an archive of images or statistics.
-PIPELINE_INDEX, ARCHIVE = "model_index.json", ".npz"
+# A pipeline's own file, and the endings of files of numpy with images or statistics.
+PIPELINE_INDEX, ARCHIVES = "model_index.json", (".npz", ".npy")
 
 
 class Rule(NamedTuple):
@@ -83,7 +83,7 @@ TRAINING_RULES = (
 
 def is_archive(what: str) -> bool:
     """Return whether a name is that of samples or statistics in one file."""
-    return what.endswith(ARCHIVE)
+    return what.lower().endswith(ARCHIVES) and not Path(what).is_dir()
 
 
 def is_images(what: str) -> bool:
@@ -94,7 +94,10 @@ def is_images(what: str) -> bool:
     """
     path = Path(what)
     if path.is_file() and not is_archive(what):
-        raise UsageError(f"'{what}' is a file: name a pipeline, a folder of images, or samples (.npz).")
+        raise UsageError(
+            f"'{what}' is a file: name a pipeline, a folder of images (or of archives of them), or samples "
+            "(.npz, .npy)."
+        )
     return is_archive(what) or (path.is_dir() and not (path / PIPELINE_INDEX).is_file())
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from PIL import Image
 
 from ..data.grid import image_grid
 from ..errors import UsageError
-from ..files import check_output_folder, replace_file
+from ..files import lock_folder, replace_file
 from ..options.commands import SampleOptions
+from ..pipelines.inputs import NO_CLASS
 from ..process.distributed import find_device, make_state
-from .generation import check_sampling, describe_guidance, find_advice, find_class, sample_images
+from .generation import check_sampling, describe_guidance, find_advice, find_classes, sample_images
 from .loading import load_pipeline
 
 # Files that this command writes, and `grid.png` of an earlier version.
@@ -33,16 +35,21 @@ def sample(options: SampleOptions) -> list[Image.Image]:
         UsageError: for a pipeline that cannot be loaded, or cannot do what was asked for, or a folder that is taken.
     """
     folder = None if options.output_dir is None else options.output_dir.resolve()
-    grid = None if folder is None else folder.with_name(f"{folder.name}.png")
+    with nullcontext() if folder is None else lock_folder(folder):
+        return _sample(options, folder)
+
+
+def _sample(options: SampleOptions, folder: Path | None) -> list[Image.Image]:
+    grid = None if folder is None else folder.parent / f"{folder.name}.png"
     earlier = [] if folder is None or grid is None else _find_earlier(folder, grid, options.overwrite)
     device = find_device(options.device, make_state())
     pipeline = load_pipeline(
         options.model, options.scheduler, device, options.compile_mode, options.guide, options.variant
     )
     check_sampling(pipeline, options.steps)
-    class_label = None if options.class_label is None else find_class(pipeline, options.class_label)
-    if folder is not None:
-        check_output_folder(folder)
+    class_label = None if options.class_label is None else find_classes(pipeline, options.class_label)
+    if isinstance(class_label, list) and len(class_label) > options.num_images:
+        raise UsageError(f"class_label has {len(class_label)} classes for {options.num_images} images.")
     if advice := find_advice(pipeline, options.steps):
         print(advice, file=sys.stderr)
     print(_describe(options, pipeline, class_label), flush=True)
@@ -98,13 +105,18 @@ def _find_earlier(folder: Path, grid: Path, overwrite: bool) -> list[Path]:
     return earlier
 
 
-def _describe(options: SampleOptions, pipeline: DiffusionPipeline, class_label: int | None) -> str:
+def _describe(options: SampleOptions, pipeline: DiffusionPipeline, class_label: int | list[int] | None) -> str:
     """Return the line that says which images are made, and how."""
     names, classes = getattr(pipeline, "class_names", None) or [], getattr(pipeline, "null_class", None)
     kind = ""
-    if classes and class_label is None:
-        shown = ", ".join(names[:20]) + (", ..." if names[20:] else "")
-        kind = f" of its {classes} classes in turn" + (f" ({shown})" if names else "")
+    if classes and not isinstance(class_label, int):
+        chosen = [
+            NO_CLASS if label == classes else names[label] if names else str(label)
+            for label in class_label or range(len(names))
+        ]
+        shown = ", ".join(chosen[:20]) + (", ..." if chosen[20:] else "")
+        kind = f" of {len(class_label) if class_label else f'its {classes}'} classes in turn"
+        kind += f" ({shown})" if shown else ""
     elif classes and class_label == classes:
         kind = " of no class"
     elif classes and class_label is not None:

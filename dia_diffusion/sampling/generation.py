@@ -34,11 +34,12 @@ def sample_images(
     steps: int,
     seed: int = 0,
     batch_size: int = 64,
-    class_label: int | None = None,
+    class_label: int | Sequence[int] | None = None,
     guidance_scale: float = 1.0,
     description: str = "Sampling",
 ) -> Iterator[Tensor]:
-    """Generate images 0 to `num_images - 1` in batches with a progress bar; the arguments are those of `sample_batch`.
+    """Generate images 0 to `num_images - 1` in batches with a progress bar; the arguments are those of `sample_batch`,
+    but of several classes the images take one after the other, in turn.
 
     Yields:
         `Tensor`: uint8 of shape `(B, C, H, W)` on the CPU.
@@ -53,7 +54,9 @@ def sample_images(
         for start in range(0, num_images, batch_size):
             numbers = range(start, min(start + batch_size, num_images))
             pad_to = batch_size if compiled else 0
-            yield sample_batch(pipeline, numbers, steps, seed, class_label, guidance_scale, pad_to)
+            several = isinstance(class_label, Sequence)
+            labels = [class_label[number % len(class_label)] for number in numbers] if several else class_label
+            yield sample_batch(pipeline, numbers, steps, seed, labels, guidance_scale, pad_to)
             progress.update(len(numbers))
 
 
@@ -136,14 +139,21 @@ def check_sampling(pipeline: DiffusionPipeline, steps: int) -> None:
     check_inputs(pipeline)
     _check_steps(pipeline, steps)
     check_scheduler(pipeline)
+    check_pictures(pipeline)
     config = getattr(getattr(pipeline, "unet", None), "config", {})
-    channels, made = config.get("in_channels", 3), getattr(pipeline, "image_channels", None)
-    has_decoder = any(hasattr(part, "decode") for part in pipeline.components.values())
-    if (made := channels if made is None and not has_decoder else made) not in (1, 3, None):
-        raise UsageError(f"the model makes images of {made} channels, and pictures have 1 or 3.")
+    channels = config.get("in_channels", 3)
     if (size := config.get("sample_size")) and find_misfit(pipeline.scheduler) is None:
         shape = (channels, *((size, size) if isinstance(size, int) else size))
         check_steps(pipeline.scheduler, steps, shape, config.get("out_channels") == 2 * channels)
+
+
+def check_pictures(pipeline: DiffusionPipeline) -> None:
+    """Refuse a pipeline whose images are no pictures, such as latents without their VAE."""
+    made = getattr(pipeline, "image_channels", None)
+    if made is None and not any(hasattr(part, "decode") for part in pipeline.components.values()):
+        made = getattr(getattr(pipeline, "unet", None), "config", {}).get("in_channels", 3)
+    if made not in (1, 3, None):
+        raise UsageError(f"the model makes images of {made} channels, and pictures have 1 or 3.")
 
 
 def check_scheduler(pipeline: DiffusionPipeline) -> None:
@@ -185,8 +195,8 @@ def describe_guidance(pipeline: DiffusionPipeline, guidance_scale: float) -> str
     return f", guidance {guidance_scale:g} ({how})"
 
 
-def find_class(pipeline: DiffusionPipeline, name: str) -> int:
-    """Return the number of a class from its name, or from its number: see `class_number`.
+def find_classes(pipeline: DiffusionPipeline, name: str | list[str]) -> int | list[int]:
+    """Return the number of a class, or of several, from its name, or from its number: see `class_number`.
 
     Raises:
         UsageError: if the pipeline has no such class, or no classes.
@@ -194,6 +204,8 @@ def find_class(pipeline: DiffusionPipeline, name: str) -> int:
     classes = _count_classes(pipeline)
     if classes is None:
         raise UsageError("class_label needs a class-conditional pipeline, which this is not.")
+    if isinstance(name, list):
+        return [find_classes(pipeline, one) for one in name]  # type: ignore[misc]
     number = class_number(name, classes, getattr(pipeline, "class_names", None))
     if number == classes and not isinstance(pipeline, DIAUNetPipeline):
         raise UsageError(f"the model has {classes} classes, 0 to {classes - 1}, and none that stands for no class.")

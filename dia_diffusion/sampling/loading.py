@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
-from safetensors import safe_open
 from torch import nn
 
 from ..errors import UsageError, first_line, why_not_loaded
 from ..files import weights_digest
 from ..pipelines.noise import noise_kind
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
+from ..pipelines.weights import check_weights
 from ..process.signals import Interrupted
 from .generation import check_inputs
 from .schedulers import find_family, make_scheduler
@@ -82,10 +82,7 @@ def _from_pretrained(name_or_path: str, variant: str | None) -> DiffusionPipelin
         name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][-1]
         known = DIAUNetPipeline if name == DIAUNetPipeline.__name__ else DiffusionPipeline
         pipeline = known.from_pretrained(name_or_path, variant=variant, use_safetensors=False if pickled else None)
-        for part, network in pipeline.components.items():
-            named = network.named_parameters() if isinstance(network, nn.Module) else ()
-            if missing := [key for key, weights in named if weights.is_meta]:
-                raise ValueError(f"the weights of its {part} lack {missing[0]} ({len(missing)} missing in all)")
+        check_weights(pipeline, variant)
         return pipeline
     except (MemoryError, Interrupted):
         raise
@@ -138,14 +135,6 @@ def _check_unet(name_or_path: str, pipeline: DiffusionPipeline) -> None:
         raise UsageError(
             f"'{name_or_path}' does not record the size of its images: set sample_size in its unet/config.json."
         )
-    weights = Path(name_or_path) / "unet" / "diffusion_pytorch_model.safetensors"
-    if weights.is_file() and isinstance(pipeline.unet, UNet2DModel) and getattr(pipeline.unet, "dia", None) is None:
-        with safe_open(weights, "pt") as file:
-            if any(key.startswith("dia.") for key in file.keys()):  # noqa: SIM118
-                raise UsageError(
-                    f"the weights in '{name_or_path}' are of a DIAUNet2DModel, and its {DiffusionPipeline.config_name} "
-                    f"names {type(pipeline.unet).__name__}, which has no shared attention: correct it."
-                )
     scheduler: Any = type(getattr(pipeline, "scheduler", None))
     learned = config.get("out_channels") == 2 * config.get("in_channels", 0)
     if learned and "variance_type" not in inspect.signature(scheduler.__init__).parameters:

@@ -1,14 +1,17 @@
 """Samples in an `.npz` file, as the tools of ADM and EDM write them: `arr_0`, uint8 of shape `(N, H, W, C)`.
 
-Another name is read where the array is the only one, and channels may come first, as torch has them.
+An array of another name is read where no other has the dimensions of images, and so is the array of an `.npy` file.
+Channels may come first, as torch has them.
 """
 
 import hashlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from ..data.decoding import image_to_pixels
 from ..errors import UsageError, first_line
+from ..files import file_digest
 
 SAMPLES = "arr_0"
 STATISTICS = ("mu", "sigma")
@@ -32,39 +36,68 @@ UNREADABLE_ARCHIVE = (
     NotImplementedError,
 )
 _BLOCK = 2**20
+# How an `.npy` file begins, and the name of its array here.
+_MAGIC, _SINGLE = b"\x93NUMPY", "the array"
 
 
-def array_names(path: Path) -> Sequence[str]:
-    """Return the names of the arrays in an `.npz` file.
+def array_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the names of the arrays in an `.npz` file, or the one of an `.npy` file, and their shapes.
 
     Raises:
         UsageError: if it cannot be read.
     """
-    try:
+    with _readable(path):
+        if _is_single(path):
+            with path.open("rb") as file:
+                return {_SINGLE: _read_header(file)[0]}
         with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            return {name.removesuffix(".npy"): _read_header(archive.open(name))[0] for name in names}
+
+
+def samples_name(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return the name of the array of images: `arr_0`, or the only one that is there or has their dimensions."""
+    if SAMPLES in shapes or set(shapes) & set(STATISTICS):
+        return SAMPLES if SAMPLES in shapes else None
+    found = list(shapes) if len(shapes) == 1 else [name for name, shape in shapes.items() if len(shape) in (3, 4)]
+    return found[0] if len(found) == 1 else None
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Explain in words why a file of arrays cannot be read."""
+    try:
+        yield
     except UNREADABLE_ARCHIVE as error:
         raise unreadable(path, error) from error
 
 
-def samples_name(names: Sequence[str]) -> str | None:
-    """Return the name of the array of images: `arr_0`, or the only array there is."""
-    if SAMPLES in names or set(names) & set(STATISTICS):
-        return SAMPLES if SAMPLES in names else None
-    return names[0] if len(names) == 1 else None
-
-
 def unreadable(path: Path, error: Exception) -> UsageError:
-    """Return the error for an `.npz` file that cannot be read."""
-    reason = "there is no such file" if isinstance(error, FileNotFoundError) else first_line(error)
+    """Return the error for a file of arrays that cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return UsageError(f"'{path}' cannot be read: there is no such file.")
     return UsageError(
-        f"'{path}' is not a readable .npz file with the arrays 'mu' and 'sigma' (statistics) or 'arr_0' (images): "
-        f"{reason}. If it was downloaded, download it again."
+        f"'{path}' is not a readable file of arrays: {first_line(error)}. If it was downloaded, download it again."
     )
 
 
+def _is_single(path: Path) -> bool:
+    """Tell whether a file is an `.npy` file, by its content if not by its name."""
+    if path.suffix.lower() == ".npy":
+        return True
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read shape, whether the order is Fortran's, and type, and leave the file where the numbers begin."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
 class ArchiveImages:
-    """Images that lie in an `.npz` file; they are mapped into memory where the file is not compressed.
+    """Images that lie in an `.npz` or `.npy` file; they are mapped into memory where the file is not compressed.
 
     Args:
         path (`Path`): The file.
@@ -76,14 +109,12 @@ class ArchiveImages:
     """
 
     def __init__(self, path: Path, resolution: int | None = None):
-        names = array_names(path)
-        name = samples_name(names)
+        shapes = array_shapes(path)
+        name = samples_name(shapes)
         if name is None:
-            raise UsageError(f"'{path}' holds no images ('{SAMPLES}'), only: {', '.join(names) or 'nothing'}.")
-        try:
+            raise UsageError(f"'{path}' holds no images ('{SAMPLES}'), only: {', '.join(shapes) or 'nothing'}.")
+        with _readable(path):
             self.array, self.fingerprint = _map(path, name)
-        except UNREADABLE_ARCHIVE as error:
-            raise unreadable(path, error) from error
         shape = self.array.shape
         if len(shape) == 4 and shape[3] not in (1, 3) and shape[1] in (1, 3):
             # As torch has them: channels first.
@@ -122,6 +153,9 @@ class ArchiveImages:
 
 def _map(path: Path, name: str) -> tuple[np.ndarray, str]:
     """Return the array and the digest of its bytes, which are all read once: a file that lacks some is noticed here."""
+    if _is_single(path):
+        with path.open("rb") as file:
+            return _map_array(file), file_digest(path)
     digest = hashlib.sha256()
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
@@ -135,9 +169,12 @@ def _map(path: Path, name: str) -> tuple[np.ndarray, str]:
         # The local header of the member, whose name and extra field may be of other lengths than in the directory.
         file.seek(info.header_offset + 26)
         file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects, which are not loaded")
-        return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C"), digest.hexdigest()
+        return _map_array(file), digest.hexdigest()
+
+
+def _map_array(file: Any) -> np.ndarray:
+    """Map the array into memory whose header comes next in a file."""
+    shape, fortran, dtype = _read_header(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not loaded")
+    return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")

@@ -1,6 +1,7 @@
 """Run `dia evaluate`: find the images and the reference, score, and write the results."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from ..data.preparation import prepare_at_own_size, prepare_pixels
 from ..data.recorded import choose_data
 from ..data.sources import DIGITS, load_all_images, load_dataset_splits
 from ..errors import UsageError
-from ..files import check_output_file, check_output_folder, write_json
+from ..files import check_output_file, lock_folder, write_json
 from ..options.commands import EvaluateOptions
 from ..options.model import DataOptions
 from ..options.rules import is_archive, is_images
@@ -23,7 +24,7 @@ from ..process.distributed import find_device, make_state
 from ..process.output import print_main
 from ..sampling.generation import check_sampling, describe_guidance, find_advice, sample_batch
 from ..sampling.loading import load_pipeline
-from .archives import STATISTICS, ArchiveImages, array_names, samples_name
+from .archives import STATISTICS, ArchiveImages, array_shapes, samples_name
 from .evaluation import DEFAULT_METRICS, check_metrics, evaluate
 from .features.extractor import FeatureExtractor
 from .features.named import FEATURES, get_extractor
@@ -57,6 +58,13 @@ def score(options: EvaluateOptions, command: str | None = None) -> dict[str, Any
     """
     _check_outputs(options)
     state = make_state()
+    with (
+        nullcontext() if options.save_images is None or not state.is_main_process else lock_folder(options.save_images)
+    ):
+        return _score(options, command, state)
+
+
+def _score(options: EvaluateOptions, command: str | None, state: PartialState) -> dict[str, Any] | None:
     device = find_device(options.device, state)
     pixels = _load_scored(options.what, state)
     pipeline = None
@@ -114,8 +122,6 @@ def _check_outputs(options: EvaluateOptions) -> None:
     for path in (options.output, options.report):
         if path is not None:
             check_output_file(path)
-    if options.save_images is not None:
-        check_output_folder(options.save_images)
 
 
 def _load_scored(what: str, state: PartialState) -> PixelDataset | ArchiveImages | None:
@@ -230,9 +236,9 @@ def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
 
 
 def _holds_images(path: Path) -> bool:
-    """Return whether an `.npz` file holds images and no statistics, which would take precedence."""
-    names = array_names(path)
-    return samples_name(names) is not None and not set(STATISTICS) <= set(names)
+    """Return whether a file of arrays holds images and no statistics, which would take precedence."""
+    shapes = array_shapes(path)
+    return samples_name(shapes) is not None and not set(STATISTICS) <= set(shapes)
 
 
 def _write(

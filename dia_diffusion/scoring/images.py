@@ -21,7 +21,7 @@ from ..data.columns import find_image_column, find_label_column
 from ..data.decoding import UNREADABLE
 from ..data.pixels import PixelDataset
 from ..errors import UsageError
-from ..files import check_output_folder, replace_file, to_json, weights_digest, write_json
+from ..files import LOCK, check_output_folder, replace_file, to_json, weights_digest, write_json
 from ..sampling.generation import check_sampling, sample_batch
 from .archives import ArchiveImages
 
@@ -133,7 +133,7 @@ class PipelineImages:
             if json.loads(to_json(_load(record))) != mine:
                 raise UsageError(f"'{folder}' holds images of another model or other settings; choose another.")
             return
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
             raise UsageError(f"'{folder}' is not empty and has no {_RECORD} of earlier scoring; choose another folder.")
         check_output_folder(folder)
         write_json(record, mine)

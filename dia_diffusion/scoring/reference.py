@@ -19,7 +19,7 @@ from ..data.pixels import PixelDataset
 from ..errors import UsageError
 from ..files import cache_dir, json_digest, replace_file
 from ..process.output import progress_bar
-from .archives import STATISTICS, UNREADABLE_ARCHIVE, ArchiveImages, array_names, unreadable
+from .archives import STATISTICS, UNREADABLE_ARCHIVE, ArchiveImages, array_shapes, unreadable
 from .features.extractor import FeatureExtractor
 from .frechet import Gaussian, Moments
 
@@ -204,9 +204,12 @@ def read_published(path: Path, extractor: FeatureExtractor) -> Reference:
     Raises:
         UsageError: if the file holds no such statistics, or those of other features.
     """
-    names = array_names(path)
+    names = array_shapes(path)
     if not set(STATISTICS) <= set(names):
-        raise unreadable(path, ValueError(f"it holds {', '.join(names) or 'nothing'}"))
+        raise UsageError(
+            f"'{path}' holds neither statistics ('mu' and 'sigma') nor images ('arr_0'), only: "
+            f"{', '.join(names) or 'nothing'}. Save its arrays under these names."
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[key] for key in STATISTICS]

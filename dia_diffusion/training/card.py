@@ -13,14 +13,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, u
 
 from ..data.sources import EMBEDDED
 from ..errors import UsageError, first_line
-from ..files import replace_text
+from ..files import LOCK, replace_text
 from ..options.model import DataOptions
 from ..options.output import OutputOptions
 from ..options.training import CONFIG, TrainingConfig, load_options, recipes
 from ..scoring.score_report import format_scores
 from .architecture import count_parameters
 from .checkpoint import CHECKPOINTS
-from .folder import BEST, LOCK, SAMPLES
+from .folder import BEST, SAMPLES
 
 _MOST_CLASSES = 100
 _SCORE_NAMES = {"fid": "Frechet distance", "kid_mean": "KID", "precision": "Precision", "recall": "Recall"}

@@ -3,14 +3,12 @@
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ..errors import UsageError
-from ..files import remove_temporaries, set_aside
+from ..files import lock_folder, remove_temporaries, set_aside
 from ..latents.space import VAE_FOLDER
 from ..options.output import OutputOptions
 from ..options.training import CONFIG
@@ -19,7 +17,6 @@ from .log import METRICS_LOG
 
 SAMPLES = "samples"
 BEST = "best"
-LOCK = ".lock"
 # What a killed run had started may hold the lock for a moment longer.
 _PATIENCE_SECONDS = 3
 
@@ -33,29 +30,11 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: if another run is at work there, or the folder cannot be made or written to.
     """
-    new = not folder.exists()
-    lock = FileLock(folder / LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=_PATIENCE_SECONDS)
+    with lock_folder(folder, _PATIENCE_SECONDS):
         remove_temporaries(folder)
         remove_temporaries(folder / BEST)
         clean_checkpoints(folder / CHECKPOINTS)
-    except Timeout:
-        raise UsageError(
-            f"another run is at work in '{folder}'. Wait for its end, stop it, or choose another --output_dir."
-        ) from None
-    except OSError as error:
-        raise UsageError(f"cannot make the output directory '{folder}' or write there: {error}.") from error
-    try:
         yield
-    finally:
-        if new and [path.name for path in folder.iterdir()] == [LOCK]:
-            # A mistake was noticed before the run began: it leaves nothing.
-            with suppress(OSError):
-                (folder / LOCK).unlink()
-                folder.rmdir()
-        lock.release()
 
 
 def check_output_dir(options: OutputOptions, checkpoint: Path | None) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from PIL import Image
 
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.analysis.analysis_report import report
@@ -205,6 +206,9 @@ def test_analyze_leaves_figures_and_pictures(tmp_path, capsys):
         assert main(["analyze", str(tmp_path / "model"), "--dataset", "digits", *options, *wrong]) == 2
         assert words in capsys.readouterr().err
     assert (tmp_path / "model" / "report.html").read_text() == "of the run"
+    Image.new("L", (8, 8)).save(tmp_path / "out" / "channels.png")
+    assert main(["analyze", str(tmp_path / "model"), "--dataset", str(out), *options]) == 2
+    assert "is class-conditional, and the images of" in capsys.readouterr().err
     plain = DIAUNet2DModel(**SMALL, dia_attention="none")
     DIAUNetPipeline(plain, DDPMScheduler()).save_pretrained(tmp_path / "plain")
     assert main(["analyze", str(tmp_path / "plain")]) == 2

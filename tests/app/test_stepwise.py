@@ -167,6 +167,8 @@ def test_pipelines_of_diffusers_are_shown_or_refused():
         def __call__(self, prompt):
             raise AssertionError
 
+    with pytest.raises(UsageError, match="images of 4 channels, and pictures have 1 or 3"):
+        StepwiseSampler(DIAUNetPipeline(UNet2DModel(**GREY | {"in_channels": 4, "out_channels": 4}), DDIMScheduler()))
     with pytest.raises(UsageError, match="choose an unconditional pipeline"):
         StepwiseSampler(Other(UNet2DModel(**GREY), DDIMScheduler()))
 

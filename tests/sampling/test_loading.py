@@ -22,7 +22,14 @@ from safetensors.torch import load_file, save_file
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main
 from dia_diffusion.errors import UsageError
-from dia_diffusion.sampling.generation import check_sampling, find_advice, find_class, is_compiled, sample_images
+from dia_diffusion.sampling.generation import (
+    check_sampling,
+    find_advice,
+    find_classes,
+    is_compiled,
+    sample_batch,
+    sample_images,
+)
 from dia_diffusion.sampling.loading import load_pipeline
 from dia_diffusion.sampling.schedulers import make_scheduler
 from tiny_unets import GREY
@@ -71,8 +78,15 @@ def _drop_weights(path, prefix):
 BROKEN = {
     "a list for an index": (lambda folder: (folder / "model_index.json").write_text("[]"), "names no pipeline class"),
     "an unknown class": (lambda folder: _edit(folder / "model_index.json", _class_name="Foo"), "no attribute Foo"),
-    "another UNet": (lambda folder: _edit(folder / "model_index.json", unet=["diffusers", "UNet2DModel"]), "no shared"),
+    "another UNet": (
+        lambda folder: _edit(folder / "model_index.json", unet=["diffusers", "UNet2DModel"]),
+        "unet hold dia",
+    ),
     "missing weights": (lambda folder: _drop_weights(folder / UNET, "conv_out."), r"lack conv_out\.\w+ \(2 missing"),
+    "left-over weights": (
+        lambda folder: save_file({**load_file(folder / UNET), "a.b": torch.zeros(1)}, folder / UNET),
+        r"hold a\.b, for which DIAUNet2DModel has no layer",
+    ),
     "text for a number": (lambda folder: _edit(folder / SCHEDULER, num_train_timesteps="9"), "cannot load a pipeline"),
     "an unknown schedule": (lambda folder: _edit(folder / SCHEDULER, beta_schedule="cosine"), "cosine is not impl"),
     "betas of another number": (lambda folder: _edit(folder / SCHEDULER, trained_betas=[0.1, 0.2]), "2 betas for 1000"),
@@ -93,6 +107,11 @@ def test_pipelines_that_were_edited_are_refused_in_words(tmp_path, broken):
     damage(tmp_path / "model")
     with pytest.raises(UsageError, match=words):
         check_sampling(load_pipeline(str(tmp_path / "model")), 4)
+    if "weights" in broken:
+        with pytest.raises(UsageError, match=words):
+            DIAUNetPipeline.from_pretrained(tmp_path / "model")
+        unet = make_pipeline().unet
+        assert DIAUNetPipeline.from_pretrained(tmp_path / "model", unet=unet).unet is unet
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, EDMEulerScheduler, PNDMScheduler])
@@ -109,10 +128,14 @@ def test_classes_of_other_pipelines_are_drawn_in_turn():
     unet = UNet2DModel(**GREY | {"num_class_embeds": 3}).eval()
     pipeline = ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler())
     images = torch.cat(list(sample_images(pipeline, 4, 1, batch_size=3)))
-    of_class = torch.cat(list(sample_images(pipeline, 4, 1, class_label=find_class(pipeline, "1"))))
+    of_class = torch.cat(list(sample_images(pipeline, 4, 1, class_label=find_classes(pipeline, "1"))))
     assert [torch.equal(*pair) for pair in zip(images, of_class, strict=True)] == [False, True, False, False]
+    several = find_classes(pipeline, ["0", "2"])
+    chosen = torch.cat(list(sample_images(pipeline, 4, 1, batch_size=3, class_label=several)))
+    by_hand = torch.cat([sample_batch(pipeline, [number], 1, class_label=2 * (number % 2)) for number in range(4)])
+    assert torch.equal(chosen, by_hand)
     with pytest.raises(UsageError, match="3 classes, 0 to 2, and none that stands"):
-        find_class(pipeline, "none")
+        find_classes(pipeline, "none")
 
 
 @pytest.mark.parametrize("pipeline_class", [DDPMPipeline, DDIMPipeline])

@@ -36,13 +36,16 @@ def score(tmp_path, *arguments):
 def test_the_images_are_those_of_the_array(tmp_path, save, named, size, channels):
     images = pictures(size=size, channels=channels)
     if named:
-        save(tmp_path / "x.npz", samples=images.transpose(0, 3, 1, 2) if channels else images)
+        save(tmp_path / "x.npz", samples=images.transpose(0, 3, 1, 2) if channels else images, labels=np.arange(24))
     else:
         save(tmp_path / "x.npz", images, np.arange(24))
-    read = ArchiveImages(tmp_path / "x.npz")
+    (tmp_path / "x.npz").rename(tmp_path / "X.NPZ")
+    np.save(tmp_path / "x.npy", images)
+    read = ArchiveImages(tmp_path / "X.NPZ")
     left = round((size[1] - min(size)) / 2)
     expected = images.reshape(24, *size, -1)[3:9, :, left : left + min(size)].transpose(0, 3, 1, 2)
     assert np.array_equal(read.images_at(range(3, 9)).numpy(), expected)
+    assert np.array_equal(ArchiveImages(tmp_path / "x.npy").images_at(range(3, 9)).numpy(), expected)
     assert isinstance(read.array, np.memmap) == (save is np.savez)
 
 
@@ -52,7 +55,13 @@ def test_samples_score_as_the_same_images_in_a_folder(tmp_path):
     np.savez_compressed(tmp_path / "real.npz", real)
     folders = save_folder(tmp_path / "mine", mine), save_folder(tmp_path / "real", real)
     by_folder = score(tmp_path, folders[0], "--dataset", folders[1])
-    for what, dataset in ((tmp_path / "mine.npz", tmp_path / "real.npz"), (folders[0], tmp_path / "real.npz")):
+    np.save(tmp_path / "mine.NPY", mine.transpose(0, 3, 1, 2))
+    (tmp_path / "mine.NPY.npy").rename(tmp_path / "mine.NPY")
+    (tmp_path / "real.npz").rename(tmp_path / "real.NPZ")
+    for what, dataset in (
+        (tmp_path / "mine.npz", tmp_path / "real.NPZ"),
+        (tmp_path / "mine.NPY", tmp_path / "real.NPZ"),
+    ):
         by_file = score(tmp_path, what, "--dataset", dataset, "--metrics", "fid,kid,precision,recall")
         for name in ("fid", "kid_mean", "precision", "recall", "num_images", "settings_hash"):
             assert by_file[name] == pytest.approx(by_folder[name]) or by_file[name] == by_folder[name], name
@@ -87,9 +96,11 @@ def damaged(tmp_path):
         changed = bytearray(good)
         changed[len(good) // 2] ^= 255
         (tmp_path / f"{name}.npz").write_bytes(bytes(changed) if content is None else content)
-        yield tmp_path / f"{name}.npz", "not a readable .npz file"
+        yield tmp_path / f"{name}.npz", "not a readable file of arrays"
+    (tmp_path / "cut.npy").write_bytes(good[:40])
+    yield tmp_path / "cut.npy", "not a readable file of arrays"
     yield tmp_path / "nowhere.npz", "there is no such file"
-    yield objects, "not a readable .npz file"
+    yield objects, "not a readable file of arrays: it holds Python objects"
     wrong = {"float": pictures() / 255, "wide": pictures().astype(int)}
     for name, array in {**wrong, "flat": pictures().reshape(24, -1), "none": pictures(0)}.items():
         np.savez(tmp_path / f"{name}.npz", array)
@@ -112,7 +123,7 @@ def test_files_that_hold_no_images_are_named(tmp_path, capsys):
         ({"mu": np.zeros(32), "sigma": -np.eye(32)}, "is no covariance"),
         ({"mu": np.zeros(32), "sigma": np.triu(np.ones((32, 32)))}, "is no covariance"),
         ({"mu": np.zeros(32), "sigma": np.ones(32)}, r"shape \(32, 32\), but is \(32,\)"),
-        ({"mu": np.zeros(32)}, "it holds mu"),
+        ({"mu": np.zeros(32)}, "holds neither statistics .* only: mu"),
         ({"mu": np.zeros((1, 32)), "sigma": np.eye(32)[None]}, None),
         ({"mu": np.zeros(32), "sigma": np.zeros((32, 32))}, None),
     ],

@@ -56,7 +56,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(undi
         time.sleep(0.01)
     child = int(log.read_text())
     try:
-        with pytest.raises(UsageError, match="another run is at work in"):
+        with pytest.raises(UsageError, match="another command is at work in"):
             run(folder, **SAME, overwrite_output_dir=True)
         assert contents(folder) == before
         holder.kill()
