@@ -55,9 +55,9 @@ def test_a_full_disk_and_a_folder_that_refuses_are_named(model, tmp_path, capsys
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"'{tmp_path / 'a' / '00000.png'}'" in capsys.readouterr().err
-    assert list((tmp_path / "a").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     assert main([*arguments, "/proc/1/a"]) == 2
-    assert "nothing can be written in '/proc/1/a'" in capsys.readouterr().err
+    assert "nothing can be written in '/proc/1'" in capsys.readouterr().err
 
 
 def test_names_that_people_try_first(model, tmp_path, capsys):
