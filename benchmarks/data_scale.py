@@ -8,7 +8,6 @@ processes together need more than at their start, without what is mapped from fi
 `--dataset` measures that one instead; `--work` names a folder with room for it, 15 KB an image.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -31,7 +30,7 @@ from dia_diffusion.data.pixels import EndlessShuffle, PixelDataset, describe_ima
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.process.startup import available_cores
-from measuring import RESULTS, alternate, count, row, save_result, spread
+from measuring import alternate, count, read_arguments, row, save_result, spread
 
 FEW, RESOLUTION, BATCH = 1000, 32, 128
 # Files as the Hub has them: `datasets` reads one at a time, and needs as much memory as it has bytes.
@@ -135,20 +134,8 @@ def measure_steps(many: PixelDataset, few: PixelDataset, rounds: int) -> list[di
     steps = alternate({name: functools.partial(next, loop) for name, loop in loops.items()}, rounds)
     case, against = f"{len(many):,} images", f"time with {len(few):,}"
     return [
-        row(
-            f"{case}, loading {BATCH}",
-            100 * statistics.median(loading["many"]),
-            "ms",
-            against,
-            spread(loading["many"], loading["few"]),
-        ),
-        row(
-            f"{case}, training step",
-            1e3 * statistics.median(steps["many"]),
-            "ms",
-            against,
-            spread(steps["many"], steps["few"]),
-        ),
+        row(f"{case}, {name}", scale * statistics.median(times["many"]), "ms", against, spread(*times.values()))
+        for name, scale, times in ((f"loading {BATCH}", 100, loading), ("training step", 1e3, steps))
     ]
 
 
@@ -165,22 +152,21 @@ def measure(work: Path, images: int, dataset: str | None, rounds: int) -> list[d
     return rows + measure_steps(*both, rounds)
 
 
-def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=count, default=11, help="rounds of the alternation (default: 11)")
-    parser.add_argument("--images", type=count, default=60_000, help="synthetic images (default: 60,000)")
-    parser.add_argument("--dataset", help="a data set or a folder instead of synthetic images")
-    parser.add_argument("--work", type=Path, help="a folder for data and cache, removed at the end")
-    parser.add_argument("--output", type=Path, default=RESULTS / "data_scale.json", help="JSON file for the result")
-    return parser.parse_args()
-
-
 def main() -> int:
     if sys.argv[1:2] == ["--side"]:
         dataset, cache, workers = sys.argv[2:]
         print(json.dumps(start_run(dataset, Path(cache), int(workers))))
         return 0
-    options = read_options()
+    options = read_arguments(
+        __doc__,
+        "data_scale",
+        rounds=11,
+        **{
+            "--images": {"type": count, "default": 60_000, "help": "synthetic images (default: 60,000)"},
+            "--dataset": {"help": "a data set or a folder instead of synthetic images"},
+            "--work": {"type": Path, "help": "a folder for data and cache, removed at the end"},
+        },
+    )
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         save_result(options.output, measure(Path(work), options.images, options.dataset, options.rounds))
     return 0

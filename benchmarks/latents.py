@@ -8,7 +8,6 @@ that `train_unet.py` takes by default, on 256x256 pixels and on their 32x32 late
 by a VAE with the levels of Stable Diffusion's.
 """
 
-import argparse
 import resource
 import tempfile
 import time
@@ -22,7 +21,7 @@ from dia_diffusion.data.sources import DIGITS, load_dataset_splits
 from dia_diffusion.latents.encoding import encode_images
 from dia_diffusion.process.startup import tune_process
 from dia_diffusion.training.architecture import default_architecture
-from measuring import RESULTS, count, count_flops, row, save_result
+from measuring import count, count_flops, read_arguments, row, save_result
 
 SMALL = (32, 64, 64)
 # Of the VAE of Stable Diffusion, which halves height and width three times.
@@ -93,11 +92,9 @@ def _step(resolution: int, channels: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default=DIGITS, help="as train_unet.py --dataset_name (default: digits)")
-    parser.add_argument("--resolution", type=count, default=32)
-    parser.add_argument("--output", type=Path, default=RESULTS / "latents.json", help="JSON file for the result")
-    options = parser.parse_args()
+    dataset = {"default": DIGITS, "help": "as train_unet.py --dataset_name (default: digits)"}
+    size = {"type": count, "default": 32}
+    options = read_arguments(__doc__, "latents", **{"--dataset": dataset, "--resolution": size})
     tune_process()
     save_result(options.output, measure_encoding(options.dataset, options.resolution) + count_operations())
 

@@ -30,15 +30,18 @@ count = number_type(int, COUNT)
 RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
 
 
-def read_arguments(document: str, name: str, rounds: int | None = None, **flags: str) -> argparse.Namespace:
-    """Read the options of a benchmark: `output`, `rounds` where it has them, and flags by name with their help."""
+def read_arguments(document: str, name: str, rounds: int | None = None, **flags: Any) -> argparse.Namespace:
+    """Read the options of a benchmark: `output`, `rounds` where it has them, and others by name.
+
+    A switch has its help, another option the arguments of `add_argument`.
+    """
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
         parser.add_argument(
             "--rounds", type=count, default=rounds, help=f"rounds of the alternation (default: {rounds})"
         )
-    for flag, text in flags.items():
-        parser.add_argument(flag, action="store_true", help=text)
+    for flag, given in flags.items():
+        parser.add_argument(flag, **(given if isinstance(given, dict) else {"action": "store_true", "help": given}))
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="JSON file for the result")
     return parser.parse_args()
 

@@ -11,7 +11,6 @@ All samplers are compared at equal evaluations of the model: Heun's method takes
     [--num_images N] [--output RESULT.json] [--picture PICTURE.png]
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from dia_diffusion.data.pixels import PixelDataset
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_dataset_splits
 from dia_diffusion.errors import UsageError
+from dia_diffusion.files import find_folder
 from dia_diffusion.objectives import OBJECTIVES
 from dia_diffusion.pipelines.noise import NoiseKind, noise_kind
 from dia_diffusion.process.startup import tune_process
@@ -41,7 +41,7 @@ from dia_diffusion.scoring.evaluation import evaluate
 from dia_diffusion.scoring.features.named import get_extractor
 from dia_diffusion.scoring.images import PipelineImages
 from dia_diffusion.study.comparison import compare
-from measuring import RESULTS, count, row, save_result
+from measuring import RESULTS, count, read_arguments, row, save_result
 
 DATA = "digits"
 SAMPLERS = {
@@ -111,7 +111,8 @@ def best_pipelines(images: PixelDataset) -> Iterator[tuple[str, DIAUNetPipeline]
         yield name, DIAUNetPipeline(network, make_scheduler(None, network.objective.scheduler.config))
 
 
-def trained_pipelines(study: Path) -> Iterator[tuple[str, DIAUNetPipeline]]:
+def trained_pipelines(name: str) -> Iterator[tuple[str, DIAUNetPipeline]]:
+    study = find_folder("STUDY", name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (study / "model_index.json").exists():
         pipeline = load_pipeline(str(study), device=device)
@@ -201,25 +202,30 @@ def draw(curves: Curves, intervals: Curves, evaluations: Sequence[int], floor: f
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", type=Path, help="folder of a study, or of one pipeline")
-    parser.add_argument("--num_images", type=count, default=1000, help="for each point of the curves (default: 1000)")
-    parser.add_argument("--evaluations", type=count, nargs="+", default=EVALUATIONS, help="odd numbers of evaluations")
-    parser.add_argument("--output", type=Path, default=RESULTS / "objectives.json", help="JSON file")
-    parser.add_argument("--picture", type=Path, default=RESULTS / "objectives.png", help="where the picture goes")
-    options = parser.parse_args()
-    if options.study is not None and not options.study.is_dir():
-        parser.error(f"there is no folder '{options.study}': dia study studies/objectives.yaml.")
+    options = read_arguments(
+        __doc__,
+        "objectives",
+        study={"nargs": "?", "help": "folder of a study, or of one pipeline"},
+        **{
+            "--num_images": {"type": count, "default": 1000, "help": "for each point of the curves (default: 1000)"},
+            "--evaluations": {
+                "type": count,
+                "nargs": "+",
+                "default": EVALUATIONS,
+                "help": "odd numbers",
+            },
+            "--picture": {"type": Path, "default": RESULTS / "objectives.png", "help": "where the picture goes"},
+        },
+    )
     tune_process()
     train, held_out = (prepare_pixels(split, 8, 1) for split in load_dataset_splits(DATA))
     pipelines = best_pipelines(train) if options.study is None else trained_pipelines(options.study)
     try:
         curves, intervals, floor = measure(pipelines, train, held_out, options.num_images, options.evaluations)
+        if not curves:
+            raise UsageError(f"no run in '{options.study}' is finished: dia study studies/objectives.yaml.")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not curves:
-        print(f"error: no run in '{options.study}' is finished: dia study studies/objectives.yaml.", file=sys.stderr)
         return 2
     rows = [
         row(f"{name}, {sampler}, {number} evaluations", statistics.mean(point), "Fréchet distance")

@@ -25,7 +25,7 @@ def start_together(count, function, *arguments, output=os.devnull, **environment
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": 1}
     ranks = [{"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count} for rank in range(count)]
-    return [start(function, *arguments, output=output, **environment, **common, **rank) for rank in ranks]
+    return [start(function, *arguments, output=output, **common | environment | rank) for rank in ranks]
 
 
 def _call(function, arguments, output, environment):

@@ -1,5 +1,7 @@
 """A study that is small but real, for the tests of studies."""
 
+import os
+
 import yaml
 
 from dia_diffusion.study.description import load_study
@@ -34,3 +36,8 @@ def write_study(path, variants=VARIANTS, common=None, **options):
 def runs_of(path, folder):
     study = load_study(path)
     return study, study.runs(folder)
+
+
+def note_gpu(run):
+    """In a process that an engine starts: here, because it imports the module of its function."""
+    (run.folder / "gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])

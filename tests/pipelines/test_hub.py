@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from huggingface_hub import ModelCard
@@ -38,6 +39,17 @@ except ValueError as error:
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(json.dumps({"refusal": refusal, "digest": digest(pipeline), "module": type(pipeline.unet).__module__}))
 """
+COMMANDS = """
+import json, os, sys
+from dia_diffusion.cli import main
+
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    status = main(json.loads(line))
+    sys.stdout.flush(), sys.stderr.flush()
+    print(status, file=answers, flush=True)
+"""
 
 
 @pytest.fixture
@@ -61,30 +73,60 @@ def test_a_pushed_pipeline_loads_by_its_id_with_dia_diffusion_and_without(hub, t
     assert found["module"] == "diffusers_modules.local.dia_unet"
 
 
+@contextmanager
+def commands(log, environment):
+    """Runs commands of `dia` one after the other in a process of its own, for each of which it returns the status."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("w"), "text": True}
+    process = subprocess.Popen([sys.executable, "-c", COMMANDS], **pipes, env={**os.environ, **environment})
+
+    def status(*words):
+        process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+
+    try:
+        yield status
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_training_run_is_pushed_with_its_card_and_sampled_by_id(hub, tmp_path):
-    config = configure(tmp_path / "run", push_to_hub=True, hub_model_id="friend/digits", hub_private_repo=True)
-    environment = hub.client_environment(tmp_path / "home")
-    train = "import sys; from dia_diffusion.cli import train_main; sys.exit(train_main(sys.argv[1:]))"
-    run_python(train, "--config", config, "--hub_token", TOKEN, **environment)
+    log = tmp_path / "log"
+    with commands(log, hub.client_environment(tmp_path / "home")) as status:
+        # A card that the Hub refuses ends the run before it starts.
+        options = {"push_to_hub": True, "hub_model_id": "friend/digits", "hub_private_repo": True}
+        config = configure(tmp_path / "run", **options, license="mit-license")
+        assert status("train", "--config", config) == 2
+        assert "refuses the metadata of the model card, see --license: " in log.read_text()
+        assert "must be one of [apache-2.0, mit, ...]" in log.read_text()
+        assert not (tmp_path / "run").exists()
+        assert hub.repositories == {}
+
+        config = configure(tmp_path / "run", **options)
+        assert status("train", "--config", config, "--hub_token", TOKEN) == 0, log.read_text()
+        check_pushed_run(hub, tmp_path / "run")
+
+        # It is the installed code that runs.
+        for name in ("pipeline_dia_unet.py", "unet/dia_unet.py"):
+            hub.repositories["friend/digits"][name] = b"raise RuntimeError('the code of the repository was run')\n"
+        options = ["--num_images", 2, "--steps", 2, "--output_dir", tmp_path / "out", "--device", "cpu"]
+        assert status("sample", "friend/digits", *options) == 0, log.read_text()
+    assert Image.open(tmp_path / "out" / "00001.png").size == (8, 8)
+
+
+def check_pushed_run(hub, folder):
     files = hub.repositories["friend/digits"]
     assert hub.private == {"friend/digits"}
     pipeline = {"model_index.json", "pipeline_dia_unet.py", "scheduler/scheduler_config.json", "unet/config.json"}
     weights = {"unet/dia_unet.py", "unet/diffusion_pytorch_model.safetensors"}
     record = "README.md report.html samples.png curves.png metrics.json metrics.jsonl training_config.yaml".split()
     assert files.keys() == pipeline | weights | {*record}
-    assert files["samples.png"] == (tmp_path / "run" / "samples.png").read_bytes()
+    assert files["samples.png"] == (folder / "samples.png").read_bytes()
     assert not any(TOKEN.encode() in content for content in files.values())
     card = ModelCard(files["README.md"].decode())
     assert card.data.library_name == "diffusers"
     assert 'from_pretrained("friend/digits", trust_remote_code=True)' in card.text
-
-    # It is the installed code that runs.
-    for name in ("pipeline_dia_unet.py", "unet/dia_unet.py"):
-        files[name] = b"raise RuntimeError('the code of the repository was run')\n"
-    sample = "import sys; from dia_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
-    options = ["--num_images", "2", "--steps", "2", "--output_dir", tmp_path / "out", "--device", "cpu"]
-    run_python(sample, "sample", "friend/digits", *options, **environment)
-    assert Image.open(tmp_path / "out" / "00001.png").size == (8, 8)
 
 
 def test_a_repository_that_cannot_be_used_ends_the_run_before_it_starts(tmp_path):
@@ -95,17 +137,7 @@ def test_a_repository_that_cannot_be_used_ends_the_run_before_it_starts(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_card_that_the_hub_refuses_ends_the_run_before_it_starts(hub, tmp_path):
-    config = configure(tmp_path / "run", push_to_hub=True, hub_model_id="friend/digits", license="mit-license")
-    train = "import sys; from dia_diffusion.cli import train_main; sys.exit(train_main(sys.argv[1:]))"
-    command = [sys.executable, "-c", train, "--config", str(config)]
-    environment = {**os.environ, **hub.client_environment(tmp_path / "home")}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert process.returncode == 2, process.stderr
-    assert "refuses the metadata of the model card, see --license: " in process.stderr
-    assert "must be one of [apache-2.0, mit, ...]" in process.stderr
-    assert not (tmp_path / "run").exists()
-    assert hub.repositories == {}
+def test_a_licence_that_is_no_identifier_ends_the_run_before_it_starts(tmp_path):
     with pytest.raises(UsageError, match="license 'MIT License' is not an identifier of the Hub: use for example mit"):
         run(tmp_path / "run", license="MIT License")
 

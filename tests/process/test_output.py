@@ -15,12 +15,8 @@ from environments import REFERENCE, run_python
 from training_runs import configure
 
 GUARDED = "import sys; from dia_diffusion.process.output import guard_streams; guard_streams()"
-TRAIN = "dia_diffusion.train --config {config}"
+TRAIN = "dia_diffusion.cli train --config {config}"
 SAMPLE = f"dia_diffusion.cli sample {REFERENCE} --num_images 2 --steps 2 --output_dir {{folder}}"
-EVALUATE = (
-    f"dia_diffusion.cli evaluate {REFERENCE} --dataset digits --num_images 4 --steps 1 --metrics fid "
-    "--output {folder}/e.json"
-)
 
 
 def run_command(command, folder, **streams):
@@ -30,14 +26,13 @@ def run_command(command, folder, **streams):
     return process.returncode
 
 
-@pytest.mark.parametrize(("command", "result"), [(TRAIN, "model_index.json"), (EVALUATE, "e.json")])
-def test_output_that_nobody_reads_costs_nothing(tmp_path, command, result):
+def test_output_that_nobody_reads_costs_nothing(tmp_path):
     """As behind `| head -0`, with the errors in the same pipe."""
     there, away = os.pipe()
     os.close(there)
-    assert run_command(command, tmp_path / "out", stdout=away, stderr=away) == 0
+    assert run_command(TRAIN, tmp_path / "out", stdout=away, stderr=away) == 0
     os.close(away)
-    assert (tmp_path / "out" / result).exists()
+    assert (tmp_path / "out" / "model_index.json").exists()
 
 
 def close_streams():

@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 
 from dia_diffusion.process import startup
 from environments import REFERENCE
@@ -74,28 +77,35 @@ def test_a_user_without_a_home_has_one(tmp_path):
 
 
 @pytest.mark.skipif(startup.available_cores() < 2, reason="one core")
-@pytest.mark.parametrize(
-    ("arguments", "environment", "threads"),
-    [
-        ([], {}, startup.available_cores()),
-        ([], {"OMP_NUM_THREADS": "1"}, 1),
-        (["--num_cpu_threads_per_process", "1"], {}, 1),
-    ],
-)
-def test_a_number_of_threads_that_was_asked_for_counts_under_accelerate_launch(
-    tmp_path, arguments, environment, threads
-):
+def test_accelerate_launch_gives_all_cores(tmp_path):
     """accelerate itself sets one thread where nobody asked."""
     (tmp_path / "threads.py").write_text(
         "from dia_diffusion.process.startup import tune_process; tune_process()\n"
         "import torch; print(torch.get_num_threads())"
     )
-    command = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", *arguments]
+    command = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", str(tmp_path / "threads.py")]
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    process = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "threads.py")],
-        capture_output=True,
-        text=True,
-        env=clean | environment,
-    )
-    assert process.stdout.strip() == str(threads), process.stderr
+    process = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=clean)
+    assert process.stdout.strip() == str(startup.available_cores()), process.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "chosen"),
+    [
+        ([], {}, [startup.available_cores()]),
+        ([], {"OMP_NUM_THREADS": "1"}, []),
+        (["--num_cpu_threads_per_process", "1"], {}, []),
+    ],
+)
+def test_a_number_of_threads_that_was_asked_for_counts_under_accelerate_launch(monkeypatch, words, environment, chosen):
+    """The launcher, as this process finds it: its command line, and its environment when it started."""
+    command = ["python", "-m", "accelerate.commands.launch", "--num_processes", "1", *words, "train_unet.py"]
+    launcher = SimpleNamespace(cmdline=lambda: command, environ=lambda: environment)
+    monkeypatch.setattr(psutil, "Process", lambda number: launcher)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    startup.tune_process()
+    assert set_to == chosen

@@ -1,9 +1,6 @@
 """`dia evaluate` as a user meets it: what can be scored against what, by one process or several, and interruptions."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from PIL import Image
 from dia_diffusion import DIAUNet2DModel, DIAUNetPipeline
 from dia_diffusion.cli import main
 from dia_diffusion.data.sources import load_digits_dataset
+from forks import start, start_together
 
 ROOT = Path(__file__).parents[2]
 FIGURES = "fid fid_infinity kid_mean kid_std is_mean is_std precision recall num_images settings_hash".split()
@@ -109,17 +107,6 @@ def exit_status(*arguments):
         return end.code
 
 
-def launch(processes, arguments, cache):
-    command = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", str(processes), "--module"]
-    return subprocess.run(
-        [sys.executable, *command, "dia_diffusion.cli", "evaluate", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "DIA_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_two_processes_give_the_scores_of_one(models, tmp_path):
     arguments = [
         models / "dia",
@@ -135,9 +122,12 @@ def test_two_processes_give_the_scores_of_one(models, tmp_path):
         "fid,kid,is,recall",
     ]
     one = score(tmp_path, *arguments)
-    two = launch(2, [*arguments, "--output", tmp_path / "two.json", "--save_images", tmp_path / "made"], tmp_path / "c")
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("outside sampling") == 1
+    arguments += ["--output", tmp_path / "two.json", "--save_images", tmp_path / "made"]
+    log, words = tmp_path / "two.log", ["evaluate", *map(str, arguments)]
+    for process in start_together(2, main, words, output=log, DIA_CACHE=tmp_path / "c"):
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+    assert log.read_text().count("outside sampling") == 1
     assert len(list((tmp_path / "made").glob("*.png"))) == 50
     scores = json.loads((tmp_path / "two.json").read_text())
     assert {name: scores[name] for name in FIGURES} == {name: one[name] for name in FIGURES}
@@ -148,15 +138,14 @@ def test_interrupted_scoring_goes_on_with_the_images_that_it_has_written(models,
     arguments = [str(models / "dia"), *"--dataset digits --num_images 60 --steps 20 --batch_size 5".split()]
     expected = score(tmp_path, *arguments)
     made = tmp_path / "made"
-    command = [sys.executable, "-m", "dia_diffusion.cli", "evaluate", *arguments, "--save_images", str(made)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(main, ["evaluate", *arguments, "--save_images", str(made)])
     deadline = time.monotonic() + 120
     while len(list(made.glob("*.png"))) < 10:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     before = {path.name: path.stat().st_mtime_ns for path in made.glob("*.png")}
     assert len(before) < 60
     scores = score(tmp_path, *arguments, "--save_images", made)

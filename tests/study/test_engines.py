@@ -15,16 +15,12 @@ from dia_diffusion.study.description import load_study
 from dia_diffusion.study.dia_study import Cluster, run_study
 from dia_diffusion.study.engine import LocalEngine, Task, run_tasks
 from dia_diffusion.study.single_run import complete, read_result
-from small_studies import write_study
+from small_studies import note_gpu, write_study
 from training_runs import fresh_state
 
 
 def runs_of(path, folder):
     return load_study(path).runs(folder)
-
-
-def note_gpu(run):
-    (run.folder / "gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
 
 
 def test_each_run_sees_one_of_the_gpus_of_this_machine(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 """Whatever ends a run, it goes on as if it had not ended."""
 
+import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import time
 
@@ -282,20 +283,18 @@ def test_precision_may_change_to_fp16_and_back(tmp_path):
     assert torch.equal(training.unet.state_dict()["conv_in.weight"], checkpoint.tensors["unet"]["conv_in.weight"])
 
 
-KILL = """
-import os, signal, sys
-from pathlib import Path
-from dia_diffusion.cli import train_main
-config, checkpoint, word, moment = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-def watch(event, arguments):
-    global moment
-    if event in ("open", "os.rename", "os.mkdir") and word in str(arguments[0]) and checkpoint.exists():
-        moment -= 1
-        if moment < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(watch)
-train_main(["--config", config])
-"""
+def train_and_die(config, checkpoint, word, moment):
+    """SIGKILL once this checkpoint is there, at the operation of this number on files with this word in their path."""
+
+    def watch(event, arguments):
+        nonlocal moment
+        if event in ("open", "os.rename", "os.mkdir") and word in str(arguments[0]) and checkpoint.exists():
+            moment -= 1
+            if moment < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    train_main(["--config", str(config)])
 
 
 def test_a_run_killed_in_the_middle_of_saving_goes_on_bit_for_bit(tmp_path):
@@ -307,8 +306,9 @@ def test_a_run_killed_in_the_middle_of_saving_goes_on_bit_for_bit(tmp_path):
     moment = random.Random(0)
     for step, word, latest in ((2, ".writing-step", 2), (3, f"{folder.name}/.files.", 4)):
         trigger = folder / "checkpoints" / f"step-{step:08d}"
-        command = [sys.executable, "-c", KILL, str(config), str(trigger), word, str(moment.randrange(9))]
-        assert subprocess.run(command, capture_output=True).returncode == -9
+        process = start(train_and_die, config, trigger, word, moment.randrange(9))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         # The pipeline of step 2 was saved before the first kill, and is whole after each.
         DIAUNetPipeline.from_pretrained(folder)
         assert find_latest(folder / "checkpoints")[0].name == f"step-{latest:08d}"
