@@ -254,7 +254,7 @@ def test_images_that_do_not_fit_the_vae_are_refused_in_words():
 def test_latents_too_large_for_half_precision_are_refused(pixels):
     vae = random_vae()
     vae.quant_conv.bias += 1e5
-    with pytest.raises(UsageError, match=r"of the images 0 to \d+ that are not finite numbers"):
+    with pytest.raises(UsageError, match=r"of images 0 to \d+ are not finite in half precision"):
         encode_images(vae, pixels)
 
 

@@ -41,7 +41,7 @@ def cluster():
     """Two machines of one core each, as far as Ray can tell."""
     from ray import cluster_utils
 
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     yield cluster
     ray.shutdown()
