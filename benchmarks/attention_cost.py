@@ -2,8 +2,8 @@
 
 DIA is compared with the same model without attention, with SE in each block, with its gates as hooks instead of in the
 fused residual block, and with diffusers' UNet2DModel, whose residual block adds and divides in two passes more. Ratios
-are of times, so 1.03 is 3% slower; the models take turns. Also measured: the calls of operators that a gate adds, and
-the time until torch.compile has traced the model.
+are of times, so 1.03 is 3% slower; the models take turns. Also measured: the model without attention with its channels
+first in memory, the calls of operators that a gate adds, and the time until torch.compile has traced the model.
 
     python benchmarks/attention_cost.py [--families] [--rounds N] [--output RESULT.json]
 
@@ -30,12 +30,14 @@ from tqdm.auto import tqdm
 
 from dia_diffusion import DIAUNet2DModel, attach
 from dia_diffusion.models.branches import FusedResnetBlock2D
+from dia_diffusion.models.memory_format import lay_out
 from dia_diffusion.process.startup import tune_process
 from measuring import alternate, read_arguments, row, save_result, spread
 
 PLAIN = "UNet2DModel"
 FAMILY_BATCH = 4
 NONE, DIA, HOOKS, SE = "no attention", "DIA", "DIA by hooks", "SE in each block"
+CONTIGUOUS = "no attention, contiguous"
 # Arguments of DIAUNet2DModel, or none for diffusers' own class.
 SIDES = {
     PLAIN: {},
@@ -43,6 +45,7 @@ SIDES = {
     DIA: {"dia_attention": "lstm"},
     HOOKS: {"dia_attention": "lstm"},
     SE: {"dia_attention": "se", "dia_sharing": "block"},
+    CONTIGUOUS: {"dia_attention": "none"},
 }
 
 
@@ -85,7 +88,7 @@ def make_models(config: dict[str, Any], device: str, sides: Sequence[str] = SIDE
         model = DIAUNet2DModel(**config, **SIDES[side]) if SIDES[side] else UNet2DModel(**config)
         if side == HOOKS:
             gate_by_hooks(model)
-        models[side] = model.to(device).to(memory_format=torch.channels_last)
+        models[side] = model.to(device) if side == CONTIGUOUS else lay_out(model.to(device))
     return models
 
 
@@ -101,16 +104,18 @@ def count_calls(model: UNet2DModel, batch: int) -> tuple[int, int]:
     """Return the calls under `aten::` of a forward and of a backward pass that torch's profiler sees, views and all."""
     predict = make_passes(model, model, batch)["predict"]
 
-    def count(function: Callable) -> tuple[Any, int]:
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            result = function()
-        return result, sum(event.name.startswith("aten::") for event in profiler.events())
-
     for _ in range(2):
         model.zero_grad()
-        output, forward = count(predict)
-        _, backward = count(output.sum().backward)
+        output, forward = profile_calls(predict)
+        _, backward = profile_calls(output.sum().backward)
     return forward, backward
+
+
+def profile_calls(function: Callable) -> tuple[Any, int]:
+    """Return the result of a function and the number of calls under `aten::` that torch's profiler sees."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        result = function()
+    return result, sum(event.name.startswith("aten::") for event in profiler.events())
 
 
 def call_rows() -> list[dict]:
@@ -161,7 +166,8 @@ def make_passes(
     """
     size, channels = model.config.sample_size, model.config.in_channels
     images = torch.randn(batch, channels, size, size, device=model.device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    if not model.conv_out.weight.is_contiguous():
+        images = lay_out(images)
     timesteps = torch.arange(batch, device=model.device) * 1000 // batch
     noise = torch.randn_like(images)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -200,6 +206,8 @@ def measure(size: str, rounds: int, device: str) -> list[dict]:
         for other in (NONE, HOOKS, SE):
             shares = spread(times[DIA], times[other])
             rows.append(row(f"{kind}, {size}, {DIA}", value, "ms", f"time of {other}", shares))
+        value, shares = 1e3 * statistics.median(times[CONTIGUOUS]) / passes, spread(times[CONTIGUOUS], times[NONE])
+        rows.append(row(f"{kind}, {size}, {CONTIGUOUS}", value, "ms", f"time of {NONE}", shares))
     return rows
 
 

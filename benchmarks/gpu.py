@@ -1,18 +1,23 @@
 """The other benchmarks on a GPU, at the size of the CIFAR-10 DDPM with bfloat16: one table.
 
 Training step and forward pass of all models of `attention_cost.py`, and of the UNet without attention and with DIA
-compiled, and compiled with CUDA graphs, with the share of the chip's matrix rate that the step reaches; then training,
-sampling and memory, and a profile of the step: where its kernels take less time than it does, the GPU waits for the
-host. Each part is written when it is measured. Without a GPU it says so and ends.
+compiled, and compiled with CUDA graphs, with the seconds of compiling, without and with the compiler's cache, and the
+share of the chip's matrix rate that the step reaches. Then training and sampling against diffusers, eager and compiled,
+and memory. A profile of the step shows the time of its kernels alone: where it is less than the step's, the GPU waits
+for the host. Each part is written when it is measured. Without a GPU it says so and ends.
 
     python benchmarks/gpu.py [--rounds N] [--output RESULT.json]
 """
 
 import statistics
 import sys
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
+from torch._inductor.utils import fresh_cache
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
@@ -20,7 +25,7 @@ from tqdm.auto import tqdm
 import memory
 import sampling
 import training_throughput
-from attention_cost import DIA, NONE, SIDES, SIZES, make_models, make_passes
+from attention_cost import CONTIGUOUS, DIA, NONE, SIDES, SIZES, make_models, make_passes
 from measuring import alternate, count_flops, read_arguments, row, save_result, spread, write_result
 
 SIZE, BATCH = "CIFAR-10", 128
@@ -30,7 +35,9 @@ CALLS = {
     "eager": (tuple(SIDES), None),
     "compiled": ((NONE, DIA), {"mode": "default"}),
     "CUDA graphs": ((NONE, DIA), {"mode": "reduce-overhead"}),
+    "compiled with channels first": ((NONE, CONTIGUOUS), {"mode": "default"}),
 }
+SAMPLING_STEPS = 50
 # Dense bfloat16 matrix rate in FLOP/s: NVIDIA's data sheets of the H100, the H200 and the A100. The first name that the
 # name of the device holds counts.
 PEAK_RATES = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -53,6 +60,8 @@ def measure_passes(
         flops[side] = count_flops(make_passes(model, model, batch, dtype=torch.bfloat16)["step"])
         called = model if arguments is None else torch.compile(model, **arguments)
         runs[side] = make_passes(model, called, batch, dtype=torch.bfloat16)
+    if arguments is not None:
+        rows += compiling_rows(f"first step, {size}, batch {batch}, {call}", runs)
     for kind in ("step", "forward"):
         times = alternate({side: run[kind] for side, run in runs.items()}, rounds, warm_up=4)
         for side, seconds in times.items():
@@ -63,6 +72,24 @@ def measure_passes(
                 rate = flops[side] / median
                 share = "peak unknown" if peak is None else f"{rate / peak:.1%} of the peak"
                 rows.append(row(f"{case}, rate", rate / 1e12, f"TFLOP/s ({share})"))
+    return rows
+
+
+def compiling_rows(case: str, runs: Mapping[str, Mapping[str, Callable[[], Any]]]) -> list[dict]:
+    """Return the rows of the seconds of each side's first step, which compiles, and of a second start."""
+    seconds: dict[str, list[float]] = {side: [] for side in runs}
+    with fresh_cache():
+        for _ in range(2):
+            torch.compiler.reset()
+            for side, run in runs.items():
+                start = time.perf_counter()
+                run["step"]()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds[side].append(time.perf_counter() - start)
+    rows = []
+    for side, (first, again) in seconds.items():
+        rows += [row(f"{case}, {side}", first, "s"), row(f"{case}, from the compiler's cache, {side}", again, "s")]
     return rows
 
 
@@ -90,10 +117,13 @@ def profile_step(side: str, device: str, size: str = SIZE, batch: int = BATCH) -
 
 def measure_kernels(device: str, size: str = SIZE, batch: int = BATCH) -> tuple[list[dict], str]:
     """Return the rows of the busy time of a step without attention and with DIA, and the table of the latter."""
-    (without, _), (busy, table) = (profile_step(side, device, size, batch) for side in (NONE, DIA))
+    sides = (NONE, CONTIGUOUS, DIA)
+    (without, _), *others = (profile_step(side, device, size, batch) for side in sides)
     case = f"step, {size}, batch {batch}, eager, kernels alone"
-    ratio = spread([busy], [without])
-    return [row(f"{case}, {NONE}", without, "ms"), row(f"{case}, {DIA}", busy, "ms", f"time of {NONE}", ratio)], table
+    rows = [row(f"{case}, {NONE}", without, "ms")]
+    for side, (busy, _) in zip(sides[1:], others, strict=True):
+        rows.append(row(f"{case}, {side}", busy, "ms", f"time of {NONE}", spread([busy], [without])))
+    return rows, others[-1][1]
 
 
 def main() -> int:
@@ -101,13 +131,18 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here: nothing measured.")
         return 0
-    peak = peak_rate(torch.cuda.get_device_name())
+    peak, rounds = peak_rate(torch.cuda.get_device_name()), options.rounds
+    passes = {call: partial(measure_passes, call, rounds, "cuda", peak) for call in CALLS}
+    sample = partial(sampling.measure, SIZE, "DDIM", rounds, precision="bf16", steps=SAMPLING_STEPS, compiled=True)
     parts = [
-        partial(measure_passes, "eager", options.rounds, "cuda", peak),
-        partial(training_throughput.measure, SIZE, options.rounds, BATCH, "bf16"),
-        *(partial(sampling.measure, SIZE, peer, options.rounds, BATCH, "bf16") for peer in sampling.PEERS),
+        passes["eager"],
+        passes["compiled"],
+        passes["CUDA graphs"],
+        partial(training_throughput.measure, SIZE, rounds, BATCH, "bf16", compiled=True),
+        partial(sample, batch=BATCH),
+        partial(sample, batch=1),
         partial(memory.measure, SIZE, "cuda", BATCH, torch.bfloat16),
-        *(partial(measure_passes, call, options.rounds, "cuda", peak) for call in ("compiled", "CUDA graphs")),
+        passes["compiled with channels first"],
     ]
     rows, table = measure_kernels("cuda")
     for part in tqdm(parts, desc="Parts"):

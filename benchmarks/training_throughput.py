@@ -2,7 +2,8 @@
 
 Same UNet, data, batch and precision; without DIA on either side, and with DIA on this one. The plain loop decodes each
 image anew, keeps the default memory format, optimizer and memory allocation, and reads the loss at each step. Ratios
-are of speeds, so more than 1 is faster than the plain loop. Also the share of this trainer's step that waits for data.
+are of speeds, so more than 1 is faster than the plain loop. Also the share of this trainer's step that waits for data,
+and the calls of operators in an update: clipping, AdamW, moving average.
 
     python benchmarks/training_throughput.py [--rounds N] [--processes] [--output RESULT.json]
 
@@ -28,10 +29,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from attention_cost import SIZES
+from attention_cost import SIZES, profile_calls
 from dia_diffusion import DIAUNet2DModel
 from dia_diffusion.data.pixels import PixelDataset
 from dia_diffusion.data.preparation import prepare_pixels
@@ -50,9 +52,10 @@ RESOLUTION = 32
 SIZE = "32x32"
 # Steps of a process of several: first those that do not count.
 WARM_UP, STEPS = 2, 4
-PLAIN = "plain loop"
-# This trainer's sides, by `dia_attention`.
-SIDES = {"none": "this trainer, no DIA", "lstm": "this trainer, DIA"}
+PLAIN, OURS, WITH_DIA = "plain loop", "this trainer, no DIA", "this trainer, DIA"
+# The attention of a side, none at all for diffusers' UNet in the plain loop, and whether it is compiled.
+SIDES = {PLAIN: (None, False), OURS: ("none", False), WITH_DIA: ("lstm", False)}
+COMPILED = {f"{side}, compiled": (SIDES[side][0], True) for side in (PLAIN, WITH_DIA)}
 
 
 def make_images() -> datasets.Dataset:
@@ -63,7 +66,9 @@ def make_images() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": images}, datasets.Features(image=datasets.Image()))
 
 
-def plain_loop(dataset: datasets.Dataset, unet: dict[str, Any], batch_size: int, precision: str) -> Iterator[None]:
+def plain_loop(
+    dataset: datasets.Dataset, unet: dict[str, Any], batch_size: int, precision: str, compiled: bool
+) -> Iterator[None]:
     """Run the loop of the tutorial: a training step each time the generator is advanced."""
 
     def transform(examples: dict) -> dict:
@@ -78,6 +83,7 @@ def plain_loop(dataset: datasets.Dataset, unet: dict[str, Any], batch_size: int,
     accelerator = Accelerator(mixed_precision=precision)
     device = accelerator.device
     model = UNet2DModel(**unet).to(device)
+    call = torch.compile(model) if compiled else model
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, 500, 10_000)
@@ -88,7 +94,7 @@ def plain_loop(dataset: datasets.Dataset, unet: dict[str, Any], batch_size: int,
             timesteps = torch.randint(0, 1000, (len(clean),), device=device, dtype=torch.int64)
             noisy = scheduler.add_noise(clean, noise, timesteps)
             with accelerator.autocast():
-                prediction = model(noisy, timesteps, return_dict=False)[0]
+                prediction = call(noisy, timesteps, return_dict=False)[0]
             loss = F.mse_loss(prediction.float(), noise)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -131,15 +137,47 @@ def this_trainer(
         yield
 
 
+def update_rows() -> list[dict]:
+    """Return the calls of a step outside of its forward and backward pass: clipping, optimizer and moving average."""
+    unet = SIZES[SIZE][0]
+    network = DIAUNet2DModel(**unet, dia_attention="none")
+    training = TrainingState(OptimisationOptions(use_ema=True), Accelerator(cpu=True), network, 10_000)
+    model = UNet2DModel(**unet)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, 500, 10_000)
+    average = EMAModel(model.parameters())
+
+    def plain_update(_: int) -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        average.step(model.parameters())
+
+    calls = {}
+    for name, network, update in ((PLAIN, model, plain_update), (OURS, training.unet, training.update)):
+        for step in (1, 2):
+            for parameter in network.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            _, calls[name] = profile_calls(partial(update, step))
+    case, ratio = f"update with EMA, {SIZE}", spread([calls[OURS]], [calls[PLAIN]])
+    return [
+        row(f"{case}, {PLAIN}", calls[PLAIN], "calls"),
+        row(f"{case}, {OURS}", calls[OURS], "calls", f"calls of the {PLAIN}", ratio),
+    ]
+
+
 def work(side: str, size: str, batch_size: int, precision: str) -> None:
     """Measure one side, in a process of its own."""
-    unet = SIZES[size][0]
+    unet, images = SIZES[size][0], make_images()
+    attention, compiled = (SIDES | COMPILED)[side]
     waiting: list[float] = []
-    if side == PLAIN:
-        loop = plain_loop(make_images(), unet, batch_size, precision)
+    if attention is None:
+        loop = plain_loop(images, unet, batch_size, precision, compiled)
     else:
         tune_process()
-        loop = this_trainer(prepare_pixels(make_images(), RESOLUTION), unet, batch_size, precision, side, waiting)
+        data = prepare_pixels(images, RESOLUTION)
+        loop = this_trainer(data, unet, batch_size, precision, attention, waiting, compile=compiled)
 
     def run_round() -> float:
         waiting.clear()
@@ -150,7 +188,9 @@ def work(side: str, size: str, batch_size: int, precision: str) -> None:
     serve_rounds(run_round)
 
 
-def measure(size: str, rounds: int, batch_size: int | None = None, precision: str = "no") -> list[dict]:
+def measure(
+    size: str, rounds: int, batch_size: int | None = None, precision: str = "no", compiled: bool = False
+) -> list[dict]:
     """Return the rows of a size of 32x32 pixels.
 
     Args:
@@ -158,9 +198,10 @@ def measure(size: str, rounds: int, batch_size: int | None = None, precision: st
         rounds (`int`): Rounds of the alternation.
         batch_size (`int`, *optional*): Images in a batch, by default those of the size.
         precision (`str`, *optional*, defaults to `"no"`): Mixed precision, as accelerate names it.
+        compiled (`bool`, *optional*, defaults to `False`): Whether to measure both loops compiled, too.
     """
     batch_size = batch_size or SIZES[size][1]
-    waiting: dict[str, list[float]] = {side: [] for side in (PLAIN, *SIDES)}
+    waiting: dict[str, list[float]] = {side: [] for side in (*SIDES, *(COMPILED if compiled else ()))}
 
     sides = {side: [side, size, str(batch_size), precision] for side in waiting}
     with start_workers(__file__, sides) as rounds_of:
@@ -169,14 +210,15 @@ def measure(size: str, rounds: int, batch_size: int | None = None, precision: st
 
     case = f"training, {size}, batch {batch_size}"
     rows = [row(f"{case}, {PLAIN}", 1e3 * statistics.median(times[PLAIN]) / STEPS_A_ROUND, "ms/step")]
-    for side, name in SIDES.items():
-        value = 1e3 * statistics.median(times[side]) / STEPS_A_ROUND
-        rows.append(
-            row(f"{case}, {name}", value, "ms/step", f"speed of the {PLAIN}", spread(times[PLAIN], times[side]))
-        )
+    pairs = [(side, PLAIN) for side in times if side != PLAIN]
+    if compiled:
+        pairs.append(tuple(reversed(COMPILED)))
+    for side, other in pairs:
+        value, ratio = 1e3 * statistics.median(times[side]) / STEPS_A_ROUND, spread(times[other], times[side])
+        rows.append(row(f"{case}, {side}", value, "ms/step", f"speed of the {other}", ratio))
     # The first round does not count.
-    shares = [waited / seconds for waited, seconds in zip(waiting["none"][1:], times["none"], strict=True)]
-    return [*rows, row(f"{case}, {SIDES['none']}, waiting for data", 100 * statistics.median(shares), "% of the step")]
+    shares = [waited / seconds for waited, seconds in zip(waiting[OURS][1:], times[OURS], strict=True)]
+    return [*rows, row(f"{case}, {OURS}, waiting for data", 100 * statistics.median(shares), "% of the step")]
 
 
 def train_together() -> None:
@@ -241,7 +283,8 @@ def main() -> int:
     options = read_arguments(
         __doc__, "training_throughput", rounds=9, **{"--processes": "measure several processes instead"}
     )
-    save_result(options.output, (measure_processes if options.processes else partial(measure, SIZE))(options.rounds))
+    rows = measure_processes(options.rounds) if options.processes else measure(SIZE, options.rounds) + update_rows()
+    save_result(options.output, rows)
     return 0
 
 

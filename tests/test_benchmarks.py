@@ -106,9 +106,27 @@ def test_flops_of_a_step_are_three_times_those_of_a_forward_pass(benchmark):
 def test_kernels_are_a_part_of_the_step(benchmark):
     gpu = benchmark("gpu")
     rows, table = gpu.measure_kernels("cpu", "digits", 2)
-    assert [row["case"].split(", ")[-1] for row in rows] == [gpu.NONE, gpu.DIA]
-    assert rows[1]["ratio"]["median"] == pytest.approx(rows[1]["value"] / rows[0]["value"], rel=0.01)
+    assert [row["case"].split("alone, ")[-1] for row in rows] == [gpu.NONE, gpu.CONTIGUOUS, gpu.DIA]
+    assert rows[2]["ratio"]["median"] == pytest.approx(rows[2]["value"] / rows[0]["value"], rel=0.01)
     assert "aten::" in table
+
+
+def test_a_first_step_is_compiled_for_the_first_time_and_again(benchmark):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    step = torch.compile(lambda: torch.ones(2) + 1, backend=backend)
+    first, again = benchmark("gpu").compiling_rows("first step", {"DIA": {"step": step}})
+    assert len(compiled) == 2
+    assert [row["case"] for row in (first, again)] == ["first step, DIA", "first step, from the compiler's cache, DIA"]
+
+
+def test_an_update_takes_fewer_calls_than_the_tutorials(benchmark):
+    plain, ours = benchmark("training_throughput").update_rows()
+    assert ours["value"] < 0.5 * plain["value"]
 
 
 def test_the_rate_of_a_gpu_is_found_by_its_name_or_unknown(benchmark):

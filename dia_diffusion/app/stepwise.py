@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..errors import UsageError
+from ..models.memory_format import lay_out
 from ..models.unet import DIAUNet2DModel
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
 from ..sampling.generation import (
@@ -131,7 +132,7 @@ class StepwiseSampler:
         if not self.has_attention:
             raise UsageError("this model has no attention to turn off.")
         if self._plain is None:
-            unet = self.pipeline.unet.to_unet().to(memory_format=torch.channels_last).eval()
+            unet = lay_out(self.pipeline.unet.to_unet()).eval()
             self._plain = DIAUNetPipeline(**self.pipeline.components | {"unet": unet})
         return self._run(self._plain, request)
 

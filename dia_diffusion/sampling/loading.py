@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import UsageError, first_line, why_not_loaded
 from ..files import weights_digest
+from ..models.memory_format import lay_out
 from ..pipelines.noise import noise_kind
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
 from ..pipelines.weights import check_weights
@@ -55,7 +56,7 @@ def load_pipeline(
     _check_unet(name_or_path, pipeline)
     unets = [unet for name in ("unet", "guide") if isinstance(unet := getattr(pipeline, name, None), nn.Module)]
     for unet in unets:
-        unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(unet)
         if compile_mode is not None:
             unet.compile(mode=compile_mode, dynamic=False)
     if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):

@@ -19,6 +19,7 @@ from ..data.pixels import PixelDataset
 from ..errors import NotFiniteError, NotFiniteImagesError, UsageError
 from ..files import json_digest, to_json, write_json
 from ..latents.space import load_data, make_space, measure_std
+from ..models.memory_format import lay_out
 from ..objectives import make_objective
 from ..options.model import DataOptions
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
@@ -185,7 +186,7 @@ def make_step(run: StudyRun) -> Callable[[], None]:
     training = TrainingState(config.optimisation, accelerator, unet, 10_000)
     batch = data.fetch(range(config.optimisation.train_batch_size))
     batch = {name: values.to(accelerator.device) for name, values in batch.items()}
-    images = data.model_inputs(batch).contiguous(memory_format=torch.channels_last)
+    images = lay_out(data.model_inputs(batch))
     draws = draw_step(0, 0, tuple(images.shape), objective, accelerator.device)
     batches = itertools.repeat(Batch(images, draws.noise, draws.levels, batch.get("labels"), seed=0))
 

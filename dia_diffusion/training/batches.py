@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..data.pixels import EndlessShuffle, PixelDataset
 from ..latents.space import LatentDataset
+from ..models.memory_format import lay_out
 from ..objectives import Objective
 from ..options.model import DataOptions
 from ..process.signals import forks_end_with_parent, ignore_stops
@@ -175,8 +176,7 @@ def prepare_batches(
             draws, batch = whole.rows(rows), next(loaded)
             batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             drawn = None if posterior is None else posterior[rows]
-            images = data.model_inputs(batch, draws.flips if random_flip else None, drawn)
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = lay_out(data.model_inputs(batch, draws.flips if random_flip else None, drawn))
             labels = None
             if data.num_classes is not None:
                 labels = batch["labels"].masked_fill(draws.label_drops < label_dropout, data.num_classes)

@@ -13,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from ..errors import NotFiniteError, UsageError, first_line
+from ..models.memory_format import lay_out
 from ..models.unet import DIAUNet2DModel
 from ..options.objective import OptimisationOptions
 from ..options.training import TrainingConfig
@@ -100,8 +101,7 @@ class TrainingState:
                 unet.enable_xformers_memory_efficient_attention()
             except (ImportError, ValueError) as error:
                 raise UsageError(f"xformers cannot be used here: {first_line(error)}.") from error
-        # The layout in which convolutions are fastest, on every CPU measured here and for the tensor cores of GPUs.
-        unet.to(memory_format=torch.channels_last)
+        lay_out(unet)
         self.compiled = options.compile or accelerator.state.dynamo_plugin.backend is not DynamoBackend.NO
         if options.compile:
             unet.compile(backend=BACKEND, mode=options.compile_mode, dynamic=False)
