@@ -27,7 +27,7 @@ from .archives import ARCHIVES, VERSION, load_archives
 from .cache import cache_place, hash_files
 from .columns import find_image_column, recognise_images, sort_class_names
 from .decoding import LFS_POINTER, is_lfs_pointer
-from .metadata import METADATA, TABLES, read_metadata
+from .metadata import METADATA, TABLES, is_metadata, read_metadata, to_columns
 
 TRAIN_SPLIT = "train"
 _SPLITS = {
@@ -58,7 +58,8 @@ def load_folder(folder: Path, config_name: str | None = None, cache_dir: str | N
       folders that are named as splits are, these are the splits. Where everything lies in folders, each is a class;
       `metadata.jsonl`, `.csv` or `.parquet` describe images instead of classes.
     - Parquet or Arrow files: splits where all of them are named as splits are.
-    - Archives (tar, zip): the images in them; folders inside are splits and classes as above, and `.cls` files classes.
+    - Archives (tar, zip): the images in them; folders and metadata inside count as above, metadata beside a single
+      archive too. Files beside an image tell its class: `.cls`, and `.json` with a value or `label`.
     - Anything else: what `datasets` makes of it.
 
     Args:
@@ -75,14 +76,17 @@ def load_folder(folder: Path, config_name: str | None = None, cache_dir: str | N
     files = sorted(_walk(folder), key=lambda path: path.as_posix())
     if config_name is None:
         images = [path for path in files if _is_image(path)]
-        if images:
-            _report_unused(folder, sorted(set(files) - set(images)))
-            return _load_images(folder, images, [path for path in files if path.name in METADATA])
-        tables = [path for path in files if path.suffix in _TABLES]
-        if tables:
-            return _load_tables(folder, tables, cache_dir)
         archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
-        if archives and (loaded := _load_archives(folder, archives, cache_dir)):
+        metadata = [path for path in files if is_metadata(path)] if images or archives else []
+        tables = [path for path in files if path.suffix in _TABLES and path not in metadata]
+        if images:
+            _report_unused(folder, sorted(set(files) - {*images, *metadata}))
+            return _load_images(folder, images, metadata)
+        if tables:
+            _report_unused(folder, sorted(set(files) - {*tables}))
+            return _load_tables(folder, tables, cache_dir)
+        if archives and (loaded := _load_archives(archives, metadata, cache_dir)):
+            _report_unused(folder, sorted(set(files) - {*archives, *metadata}))
             return loaded
     content = hash_files(files)
     try:
@@ -150,7 +154,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _report_unused(folder: Path, others: Sequence[Path]) -> None:
-    tables = [path for path in others if path.suffix.lower() in TABLES and path.name not in METADATA]
+    tables = [path for path in others if path.suffix.lower() in TABLES]
     unused = [path for path in others if path.suffix.lower() not in _COMPANIONS | TABLES]
     if unused:
         print_main(
@@ -215,7 +219,7 @@ def _load_images(folder: Path, images: list[Path], metadata: list[Path]) -> Data
     features: dict[str, Any] = {"image": datasets.Image()}
     names: list[str] = []
     if metadata:
-        more, of_them = read_metadata(metadata, images)
+        more, of_them = to_columns(read_metadata({path: path.read_bytes() for path in metadata}, images))
         columns, features = columns | more, features | of_them
     else:
         names = _class_names(folders, splits)
@@ -256,13 +260,20 @@ def _class_names(folders: list[str | None], splits: list[str]) -> list[str]:
     return sort_class_names(trained) + sort_class_names(known - trained)
 
 
-def _load_archives(folder: Path, archives: list[Path], cache_dir: str | None) -> DatasetDict | None:
+def _load_archives(archives: list[Path], metadata: list[Path], cache_dir: str | None) -> DatasetDict | None:
     """Load archives. Without archives named as splits, folders inside of them are splits and classes, as elsewhere."""
     splits, loaded = _splits_of(archives), {}
-    content = hash_files(archives, VERSION)
+    if metadata and len(archives) > 1:
+        print_main(
+            f"not read: '{metadata[0]}', which lies beside {len(archives)} archives. Put such a file into the archive "
+            "whose images it describes."
+        )
+        metadata = []
+    content = hash_files([*archives, *metadata], VERSION)
     for split in dict.fromkeys(splits):
         files = [path for path, of in zip(archives, splits, strict=True) if of == split]
-        rows = load_archives(files, _image_endings().__contains__, _cache(cache_dir, hash_files(files, VERSION)))
+        kept = _cache(cache_dir, hash_files(files, VERSION))
+        rows = load_archives(files, metadata, _image_endings().__contains__, kept)
         if rows is None:
             continue
         paths = pc.struct_field(rows.data.column("image"), "path").to_pylist()

@@ -45,8 +45,8 @@ def check_launcher() -> None:
 
 def check_processes(accelerator: Accelerator | PartialState) -> None:
     """Refuse processes that do not know each other: they would overwrite each other's files."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
+    launched = os.environ.get("WORLD_SIZE") or "1"
+    if launched != str(accelerator.num_processes):
         raise UsageError(
             f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. For several "
             "processes on a CPU: accelerate launch --cpu --num_processes N ..."

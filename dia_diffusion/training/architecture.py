@@ -22,7 +22,6 @@ _CHOICES = {
     "mid_block_type": Literal["UNetMidBlock2D"],
     "downsample_type": Literal["conv", "resnet"],
     "upsample_type": Literal["conv", "resnet"],
-    "class_embed_type": Literal["timestep", "identity"],
 }
 
 
@@ -169,12 +168,11 @@ def _check_fit(
             f"the UNet has {config.num_class_embeds} class embeddings, but the data needs {embeddings} (one for "
             "each class and one for 'no class', with --class_conditional)."
         )
-    if config.class_embed_type == "identity":
+    if config.class_embed_type is not None:
         raise UsageError(
-            "class_embed_type 'identity' takes vectors for classes, and training gives their numbers: leave it out."
+            f"class_embed_type '{config.class_embed_type}' has no embedding for each class and for 'no class': leave "
+            "it out, and train on classes with --class_conditional."
         )
-    if config.class_embed_type is not None and embeddings is None:
-        raise UsageError(f"class_embed_type '{config.class_embed_type}' needs classes: add --class_conditional.")
     if config.time_embedding_type == "fourier":
         raise UsageError(
             "time_embedding_type 'fourier' takes the logarithm of the timestep, which can be 0, and negative with some "

@@ -100,15 +100,57 @@ def test_classes_in_archives_may_be_text_and_may_be_missing(tmp_path, capsys):
     assert "1 more images of samples that have several" in capsys.readouterr().out
 
 
-def test_the_classes_of_a_zip_are_those_of_its_dataset_json(tmp_path):
-    files = {f"0000{value // 2}/{value}.png": encoded(value) for value in range(4)}
-    labels = [[name, index % 2] for index, name in enumerate(files)]
-    write_archive(tmp_path / "edm.zip", files | {"dataset.json": json.dumps({"labels": labels})})
+@pytest.mark.parametrize("place", ["folder", "a.zip", "a.tar", "beside a.zip", "beside a.tar"])
+@pytest.mark.parametrize("kind", ["dataset.json", "metadata.csv", "metadata.jsonl", "metadata.parquet"])
+def test_tables_name_the_classes_in_folders_and_archives(tmp_path, capsys, place, kind):
+    names = [f"0000{value // 2}/{value}.png" for value in range(4)]
+    table = pandas.DataFrame({"file_name": names, "label": ["a", "b", "b", "a"]})
+    written = {
+        "dataset.json": lambda: json.dumps({"labels": table.to_numpy().tolist()}).encode(),
+        "metadata.csv": lambda: table.to_csv(index=False).encode(),
+        "metadata.jsonl": lambda: table.to_json(orient="records", lines=True).encode(),
+        "metadata.parquet": table.to_parquet,
+    }
+    files = {name: encoded(value) for value, name in enumerate(names)}
+    tables = {kind: written[kind]()}
+    if place == "folder":
+        for name, content in (files | tables).items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+    elif place.startswith("beside"):
+        write_archive(tmp_path / place.split()[1], files)
+        (tmp_path / kind).write_bytes(tables[kind])
+    else:
+        write_archive(tmp_path / place, files | tables)
     pixels = load(tmp_path, class_conditional=True)
-    assert (greys(pixels), pixels.class_names, pixels.labels.tolist()) == ([0, 1, 2, 3], ["0", "1"], [0, 1, 0, 1])
-    for content in ({"labels": None}, {"labels": [{"a": 1, "b": 2}]}, ["a"]):
-        write_archive(tmp_path / "edm.zip", files | {"dataset.json": json.dumps(content)})
-        assert greys(load(tmp_path)) == [0, 1, 2, 3]
+    assert (greys(pixels), pixels.class_names, pixels.labels.tolist()) == ([0, 1, 2, 3], ["a", "b"], [0, 1, 1, 0])
+    assert "not read" not in capsys.readouterr().out
+
+
+def test_a_dataset_json_of_another_kind_is_passed_over(tmp_path):
+    files = {f"{value}.png": encoded(value) for value in range(2)}
+    for content in ('{"labels": null}', '{"labels": [{"a": 1, "b": 2}]}', '["a"]', "{"):
+        write_archive(tmp_path / "edm.zip", files | {"dataset.json": content})
+        assert greys(load(tmp_path)) == [0, 1]
+
+
+@pytest.mark.parametrize("ending", ["tar", "zip"])
+def test_json_beside_an_image_of_an_archive_tells_its_class(tmp_path, ending):
+    said = [b'{"label": 10, "kind": "cat", "box": [1, 2]}', b"2", b'{"label": 2, "kind": "dog"}', b'{"label": "10"}']
+    files = {f"{v}.{kind}": c for v, text in enumerate(said) for kind, c in (("png", encoded(v)), ("json", text))}
+    write_archive(tmp_path / f"a.{ending}", files)
+    pixels = load(tmp_path, class_conditional=True)
+    assert (pixels.class_names, pixels.labels.tolist()) == (["2", "10"], [1, 0, 0, 1])
+    kinds = load(tmp_path, class_conditional=True, label_column="kind", on_bad_image="skip")
+    assert (kinds.class_names, greys(kinds)) == (["cat", "dog"], [0, 2])
+
+
+def test_a_table_beside_several_archives_is_named(tmp_path, capsys):
+    for number in range(2):
+        write_archive(tmp_path / f"{number}.zip", {f"{number}.png": encoded(number)})
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,b\n")
+    assert greys(load(tmp_path)) == [0, 1]
+    assert "metadata.csv', which lies beside 2 archives. Put such a file into" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tgz", "a.zip"])

@@ -82,7 +82,7 @@ def test_mistakes_are_named(tmp_path, changes, words):
         ({"init_from": "nowhere"}, "variant 'bad': cannot load a UNet from 'nowhere'"),
         ({"image_column": "label"}, "variant 'bad': 'label' is not a column of images"),
         ({"ddpm_num_inference_steps": 61}, "variant 'bad': ddpm_num_inference_steps 61 goes below"),
-        ({"class_embed_type": "identity"}, "variant 'bad': class_embed_type 'identity' takes vectors"),
+        ({"class_embed_type": "identity"}, "variant 'bad': class_embed_type 'identity' has no embedding"),
         ({"mixed_precision": "fp16"}, "variant 'bad': mixed_precision 'fp16' needs a GPU"),
         ({"channels": 3, "dataset_name": None, "train_data_dir": "images"}, "variant 'bad': a study needs held-out"),
         ({"features": "nonsense"}, "variant 'plain': 'nonsense' is neither the name of features"),

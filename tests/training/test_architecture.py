@@ -280,7 +280,7 @@ def test_a_model_that_learned_the_variance_or_is_of_another_class_is_refused(tmp
             "knows 10 timesteps .*fewer than --ddpm_num_steps 1000",
         ),
         ({"unet_arguments": {"center_input_sample": "perhaps"}}, "must be true or false"),
-        ({"unet_arguments": {"class_embed_type": "timestep"}}, "needs classes: add --class_conditional"),
+        ({"unet_arguments": {"class_embed_type": "timestep"}}, "class_embed_type 'timestep' has no"),
     ],
 )
 def test_a_unet_that_cannot_be_is_refused(options, words):
