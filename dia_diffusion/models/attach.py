@@ -2,83 +2,20 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ..attention.forward_pass import GatedBlocks, record_maps
-from ..attention.sharing import AttentionState, SharedAttention, joins_somewhere
-from ..errors import UsageError, why_not_loaded
+from ..attention.sharing import joins_somewhere
+from ..errors import UsageError
 from ..options.attention import with_attention_options
+from .attached import AttachedAttention, description_of, fit, load_attention, saved_backbone
 from .branches import Branch
-from .families import FOUND, NAMED, Backbone, ContextPlace, find_backbone, find_joins, named_backbone
+from .families import FOUND, NAMED, Backbone, find_backbone, find_joins, named_backbone
 from .find import FoundBranches, find_branches, find_named
 from .hooks import NAME, ModelHooks, has_gates, hooks_of
-
-
-class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
-    """Shared attention for the residual branches of one kind of model, as a model of its own: it can be saved, loaded
-    and pushed to the Hub without the model that it is attached to. `attach` makes it.
-
-    Args:
-        family (`str`), names, ends (lists of `str`), widths (list of `int`), levels (list of `str`):
-            The model that it is made for: see `Backbone` and `Branch`.
-        joins (`dict[str, str]`), channel_dim (`int` or list of `int`), context_size (`int`, *optional*):
-            See `SharedAttention`.
-        elements (list of `int` or `None`, *optional*): For each branch its number in the output of its module.
-        context (list, *optional*): Where the context passes: module, argument and index of `ContextPlace`.
-        attention, sharing, bridge, hidden_size, reduction, init, gate_slope: See `SharedAttention`.
-    """
-
-    config_name = "config.json"
-    # The branches of the model that it is attached to.
-    _blocks: GatedBlocks | None = None
-
-    @register_to_config
-    @with_attention_options
-    def __init__(
-        self,
-        family: str,
-        names: Sequence[str],
-        ends: Sequence[str],
-        widths: Sequence[int],
-        levels: Sequence[str],
-        joins: dict[str, str],
-        channel_dim: int | Sequence[int],
-        context_size: int | None,
-        elements: Sequence[int | None] | None = None,
-        context: Sequence[Any] | None = None,
-        **options: Any,
-    ):
-        place = {"context_size": context_size, "levels": levels, "joins": joins, "channel_dim": channel_dim}
-        SharedAttention.__init__(self, widths, **place, **options)
-
-    def forward(
-        self, branch: Tensor, state: AttentionState | None = None, maps: dict[int, Tensor] | None = None
-    ) -> tuple[Tensor, AttentionState]:
-        """See `SharedAttention`."""
-        if state is None:
-            raise UsageError(
-                f"the model calls all of its submodules, and so the attention '{NAME}' too: put it into a module of "
-                "your own whose forward calls it, and attach to that."
-            )
-        return super().forward(branch, state, maps)
-
-    def record(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """Return a context with a dictionary: after each forward pass of the model in it, the channel gates `(B, C)`
-        of the branches by name, in order of execution.
-
-        Raises:
-            UsageError: if the attention is not attached to a model.
-        """
-        if self._blocks is None:
-            raise UsageError("this attention is not attached to a model, so it has no maps: call attach first.")
-        return record_maps(self._blocks)
 
 
 @with_attention_options
@@ -128,10 +65,10 @@ def attach(
     dia = None
     if pretrained is not None:
         own = {"time_conditioned": time_conditioned, "context": context}
-        dia = _load(str(pretrained), [*options, *(name for name, value in own.items() if value is not None)])
+        dia = load_attention(str(pretrained), [*options, *(name for name, value in own.items() if value is not None)])
     backbone = _choose_branches(model, branches, inputs, context, dia)
     if dia is not None:
-        backbone = _fit(dia, model, backbone, str(pretrained))
+        backbone = fit(dia, model, backbone, str(pretrained))
     else:
         dia = _make_attention(model, backbone, time_conditioned, options)
     dia.train(model.training)
@@ -195,7 +132,7 @@ def _choose_branches(
             raise UsageError(_nothing_found(model, found))
         backbone = Backbone(FOUND, list(found), find_joins(found), getattr(found, "context", None))
     elif dia is not None and dia.config.family in (FOUND, NAMED):
-        backbone = _saved_backbone(dia)
+        backbone = saved_backbone(dia)
     else:
         backbone = find_backbone(model)
     if context is None:
@@ -241,7 +178,7 @@ def _make_attention(
             stacklevel=3,
         )
     with torch.random.fork_rng(devices=[]), torch.device("meta" if _home(model).type == "meta" else "cpu"):
-        return AttachedAttention(**_made_for(backbone), context_size=size, **options)
+        return AttachedAttention(**description_of(backbone), context_size=size, **options)
 
 
 def _check_kind(model: nn.Module) -> None:
@@ -282,69 +219,3 @@ def _check_free(model: nn.Module) -> None:
             f"{type(model).__name__} is a part of a model that has attention, which gates its branches: detach that "
             "first, or attach to another part."
         )
-
-
-def _load(source: str, given: Sequence[str]) -> AttachedAttention:
-    """Load a saved attention; refuse options beside it, for it has its own."""
-    if given:
-        raise UsageError(f"the attention in '{source}' brings its own {', '.join(given)}: leave that out.")
-    try:
-        return AttachedAttention.from_pretrained(source, use_safetensors=True)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = why_not_loaded(source, error)
-        if isinstance(error, TypeError):
-            reason = "it holds another model. Give the folder that dia.save_pretrained wrote."
-        raise UsageError(f"cannot load an attention from '{source}': {reason}") from error
-
-
-def _made_for(backbone: Backbone) -> dict[str, Any]:
-    """Return the entries of a configuration that describe the model, ready for JSON."""
-    names, ends, widths, levels, dims, elements = (list(column) for column in zip(*backbone.branches, strict=True))
-    seen = backbone.family in (FOUND, NAMED)
-    return {
-        "family": backbone.family,
-        "names": names,
-        "ends": ends,
-        "widths": widths,
-        "levels": levels,
-        "joins": backbone.joins,
-        "channel_dim": dims[0] if len(set(dims)) == 1 else dims,
-        "elements": elements if any(element is not None for element in elements) else None,
-        "context": list(backbone.context[:3]) if seen and backbone.context is not None else None,
-    }
-
-
-def _saved_backbone(dia: AttachedAttention) -> Backbone:
-    """Return the branches that a saved attention was made for, as its configuration has them."""
-    made, count = dia.config, len(dia.config.names)
-    elements = made.get("elements") or [None] * count
-    columns = zip(made.names, made.ends, made.widths, made.levels, dia.channel_dims, elements, strict=True)
-    place = made.get("context")
-    context = None if place is None else ContextPlace(*place, made.context_size)
-    return Backbone(made.family, [Branch(*column) for column in columns], dict(made.joins), context)
-
-
-def _fit(dia: AttachedAttention, model: nn.Module, backbone: Backbone, source: str) -> Backbone:
-    """Return the branches of a model with the ends of a saved attention; refuse one made for another kind of model."""
-    made, here = _saved_backbone(dia), backbone
-    modules = {name for name, _ in model.named_modules()}
-    pairs = list(zip(made.branches, here.branches, strict=False))
-    other = next((pair for pair in pairs if pair[0].name != pair[1].name or pair[0].width != pair[1].width), None)
-    absent = next((branch.end for branch in here.branches if branch.end not in modules), None)
-    size = None if backbone.context is None else backbone.context.size
-    if made.family != here.family:
-        reason = f"it was made for {made.family}, and {type(model).__name__} is of {here.family}"
-    elif len(made.branches) != len(here.branches):
-        reason = f"it was made for {len(made.branches)} branches, and {type(model).__name__} has {len(here.branches)}"
-    elif other is not None:
-        then, now = other
-        reason = f"it was made for '{then.end}' of {then.width} channels, here is '{now.end}' of {now.width}"
-    elif absent is not None:
-        reason = f"it was made for a branch that ends at '{absent}', and {type(model).__name__} has no such module"
-    elif dia.config.context_size not in (None, size):
-        reason = f"it starts from a time embedding of width {dia.config.context_size}, here it is {size}"
-    else:
-        # An earlier version may have gated another module of the same block.
-        ends = [then.end if then.end in modules else now.end for then, now in pairs]
-        return here._replace(branches=[b._replace(end=end) for b, end in zip(here.branches, ends, strict=True)])
-    raise UsageError(f"the attention in '{source}' does not fit: {reason}.")

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, LatteTransformer3DModel, UNet2DConditionMod
 from dia_diffusion import DIAUNet2DModel, attach, detach
 from dia_diffusion.attention.forward_pass import GatedBlocks
 from dia_diffusion.errors import UsageError
-from dia_diffusion.models.attach import AttachedAttention
+from dia_diffusion.models.attached import AttachedAttention
 from tiny_unets import TINY, open_gates
 
 ENDS = ["first.1", "second", "third"]
