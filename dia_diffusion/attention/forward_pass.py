@@ -63,6 +63,7 @@ class ForwardPass:
         state (`AttentionState`, *optional*): The state for the first block; by default that of the start.
         maps (`dict[int, Tensor]`, *optional*):
             Filled with the channel gates by position; by default where `record_maps` asks for them.
+        samples (`int`, *optional*): The number of samples, where rows of a branch are not samples.
 
     Attributes:
         state (`AttentionState`): The state for the next block.
@@ -74,8 +75,10 @@ class ForwardPass:
         attention: SharedAttention,
         state: AttentionState | None = None,
         maps: dict[int, Tensor] | None = None,
+        samples: int | None = None,
     ):
         self.blocks = blocks
+        self.samples = samples
         self.attention = attention
         self.state = AttentionState() if state is None else state
         self.recording = _recording(blocks) if state is None else None
@@ -223,14 +226,14 @@ class _CheckpointedPart:
 
     def __init__(self, current: ForwardPass, module: Callable):
         self.blocks, self.attention, self.module = current.blocks, current.attention, module
-        self.record = current.maps is not None
+        self.record, self.samples = current.maps is not None, current.samples
         self.values, self.form = pytree.tree_flatten(current.state)
         self.form_after = self.form
 
     def __call__(self, *values: Any) -> tuple:
         number = self.form.num_leaves
         state = pytree.tree_unflatten(values[:number], self.form)
-        with ForwardPass(self.blocks, self.attention, state, {} if self.record else None) as current:
+        with ForwardPass(self.blocks, self.attention, state, {} if self.record else None, self.samples) as current:
             output = self.module(*values[number:])
         values_after, self.form_after = pytree.tree_flatten((current.state, current.maps))
         return output, *values_after

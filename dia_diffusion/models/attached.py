@@ -1,5 +1,6 @@
 """Attached attention as a model of its own: saved, loaded, and fitted to another model of the same kind."""
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +13,7 @@ from ..attention.forward_pass import GatedBlocks, record_maps
 from ..attention.sharing import AttentionState, SharedAttention
 from ..errors import UsageError, why_not_loaded
 from ..options.attention import with_attention_options
-from .branches import Branch
+from .branches import Branch, Samples
 from .families import FOUND, NAMED, Backbone, ContextPlace
 from .hooks import NAME
 
@@ -28,6 +29,7 @@ class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
             See `SharedAttention`.
         elements (list of `int` or `None`, *optional*): For each branch its number in the output of its module.
         context (list, *optional*): Where the context passes: module, argument and index of `ContextPlace`.
+        samples (list of lists or `None`, *optional*): For each branch its `Samples`.
         attention, sharing, bridge, hidden_size, reduction, init, gate_slope: See `SharedAttention`.
     """
 
@@ -49,8 +51,13 @@ class AttachedAttention(SharedAttention, ModelMixin, ConfigMixin):
         context_size: int | None,
         elements: Sequence[int | None] | None = None,
         context: Sequence[Any] | None = None,
+        samples: Sequence[Sequence[Any] | None] | None = None,
         **options: Any,
     ):
+        if samples is not None:
+            # Their gates get them with the samples first and the channels last.
+            dims = itertools.repeat(channel_dim) if isinstance(channel_dim, int) else channel_dim
+            channel_dim = [dim if place is None else -1 for dim, place in zip(dims, samples, strict=False)]
         place = {"context_size": context_size, "levels": levels, "joins": joins, "channel_dim": channel_dim}
         SharedAttention.__init__(self, widths, **place, **options)
 
@@ -92,7 +99,8 @@ def load_attention(source: str, given: Sequence[str]) -> AttachedAttention:
 
 def description_of(backbone: Backbone) -> dict[str, Any]:
     """Return the entries of a configuration that describe the model, ready for JSON."""
-    names, ends, widths, levels, dims, elements = (list(column) for column in zip(*backbone.branches, strict=True))
+    columns = (list(column) for column in zip(*backbone.branches, strict=True))
+    names, ends, widths, levels, dims, elements, samples = columns
     seen = backbone.family in (FOUND, NAMED)
     return {
         "family": backbone.family,
@@ -104,22 +112,28 @@ def description_of(backbone: Backbone) -> dict[str, Any]:
         "channel_dim": dims[0] if len(set(dims)) == 1 else dims,
         "elements": elements if any(element is not None for element in elements) else None,
         "context": list(backbone.context[:3]) if seen and backbone.context is not None else None,
+        "samples": [place and list(place) for place in samples] if any(samples) else None,
     }
 
 
 def saved_backbone(dia: AttachedAttention) -> Backbone:
     """Return the branches that a saved attention was made for, as its configuration has them."""
-    made, count = dia.config, len(dia.config.names)
+    made: Any = dia.config
+    count = len(made.names)
+    dims = [made.channel_dim] * count if isinstance(made.channel_dim, int) else made.channel_dim
     elements = made.get("elements") or [None] * count
-    columns = zip(made.names, made.ends, made.widths, made.levels, dia.channel_dims, elements, strict=True)
+    samples = [place and Samples(*place) for place in made.get("samples") or [None] * count]
+    columns = zip(made.names, made.ends, made.widths, made.levels, dims, elements, samples, strict=True)
     place = made.get("context")
-    context = None if place is None else ContextPlace(*place, made.context_size)
+    context = None if place is None else ContextPlace(*[*place, made.context_size])
     return Backbone(made.family, [Branch(*column) for column in columns], dict(made.joins), context)
 
 
 def fit(dia: AttachedAttention, model: nn.Module, backbone: Backbone, source: str) -> Backbone:
     """Return the branches of a model with the ends of a saved attention; refuse one made for another kind of model."""
     made, here = saved_backbone(dia), backbone
+    config: Any = dia.config
+    context_size = config.context_size
     modules = {name for name, _ in model.named_modules()}
     pairs = list(zip(made.branches, here.branches, strict=False))
     other = next((pair for pair in pairs if pair[0].name != pair[1].name or pair[0].width != pair[1].width), None)
@@ -134,10 +148,9 @@ def fit(dia: AttachedAttention, model: nn.Module, backbone: Backbone, source: st
         reason = f"it was made for '{then.end}' of {then.width} channels, here is '{now.end}' of {now.width}"
     elif absent is not None:
         reason = f"it was made for a branch that ends at '{absent}', and {type(model).__name__} has no such module"
-    elif dia.config.context_size not in (None, size):
-        reason = f"it starts from a time embedding of width {dia.config.context_size}, here it is {size}"
+    elif context_size not in (None, size):
+        reason = f"it starts from a time embedding of width {context_size}, here it is {size}"
     else:
         # An earlier version may have gated another module of the same block.
-        ends = [then.end if then.end in modules else now.end for then, now in pairs]
-        return here._replace(branches=[b._replace(end=end) for b, end in zip(here.branches, ends, strict=True)])
+        return here._replace(branches=[then if then.end in modules else now for then, now in pairs])
     raise UsageError(f"the attention in '{source}' does not fit: {reason}.")

@@ -46,6 +46,16 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return self.norm2(branch + time)
 
 
+class Samples(NamedTuple):
+    """Where a branch holds its samples, if these are not its first dimension."""
+
+    dim: int  # its dimension that holds them, alone or folded with windows, frames or tokens
+    contiguous: bool  # whether the rows of a sample follow each other; else the samples take turns
+    argument: str  # of the model, by name and by place: the input that tells the number of samples
+    place: int
+    input_dim: int  # the dimension of this input that holds the samples
+
+
 class Branch(NamedTuple):
     """A residual branch that is gated."""
 
@@ -55,6 +65,7 @@ class Branch(NamedTuple):
     level: str  # of the part of the network that it belongs to
     channel_dim: int = 1  # the dimension that holds the channels
     element: int | None = None  # its number where the submodule puts out several tensors
+    samples: Samples | None = None  # where they are, if not in the first dimension
 
 
 def resnet_branches(model: nn.Module, levels: Sequence[str]) -> list[Branch]:

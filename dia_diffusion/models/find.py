@@ -5,20 +5,22 @@ other. That one is the branch F(x) of x + F(x) (arXiv 2210.16101, eq. 1); the ot
 with one, a projection. From the addition the search walks back to the module that put out the branch.
 """
 
-import heapq
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 from torch import nn
 
 from ..errors import UsageError
+from .additions import ResidualAdditions
 from .branches import Branch
 from .channels import TRANSPARENT, channel_dim
 from .families import ContextPlace, with_levels
-from .watch import Addition, ForwardWatch, Output, Step, watch_forward
+from .samples import LEAK, Place, find_places
+from .watch import Addition, Output, Step, watch_forward
+
+_DIFFERENT = "give inputs of at least two samples that differ, to show whose the rows are"
 
 
 class FoundBranches(Sequence[Branch]):
@@ -63,6 +65,7 @@ class FoundBranches(Sequence[Branch]):
         width = max((len(branch.name) for branch in self), default=0)
         for branch in self:
             place = f"{branch.width} channels in dimension {branch.channel_dim}"
+            place += "" if branch.samples is None else f", samples in dimension {branch.samples.dim}"
             lines.append(f"  {branch.name:{width}}  {place}, level {branch.level}")
         if self.context is not None:
             lines.append(f"  Context: {self.context.describe()}, of width {self.context.size}.")
@@ -79,13 +82,14 @@ def find_branches(model: nn.Module, *args: Any, **kwargs: Any) -> FoundBranches:
     Args:
         model (`nn.Module`): Any model whose forward pass calls functions and modules of torch from Python.
         args, kwargs:
-            Inputs for its `forward`. The batch must be the first dimension of the largest one (by its number of
-            dimensions).
+            Inputs for its `forward`, best of at least two samples that differ: then two more passes show which rows
+            belong to which sample. The batch is the first dimension of the largest input (by its number of
+            dimensions), or the second one where that alone keeps the samples apart.
 
     Returns:
         [`FoundBranches`]: a sequence of `Branch` with `not_gated`, the additions that cannot be gated and why.
     """
-    return _Search(model, *watch_forward(model, args, kwargs)).find()
+    return _search(model, args, kwargs, _Search.find)
 
 
 def find_named(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> FoundBranches:
@@ -94,7 +98,22 @@ def find_named(model: nn.Module, names: Sequence[str], args: Sequence[Any], kwar
     Raises:
         UsageError: for a module that does not run once, or whose output shows no channels.
     """
-    return _Search(model, *watch_forward(model, args, kwargs)).named(names)
+    found = _search(model, args, kwargs, lambda search: search.named(names))
+    if found.not_gated:
+        raise UsageError(f"a branch of {type(model).__name__} cannot be gated: {found.not_gated[0]}.")
+    return found
+
+
+def _search(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], find: Callable[["_Search"], FoundBranches]
+) -> FoundBranches:
+    """Search with the samples in the first dimension of the inputs, and if they mix, in the second one."""
+    search = _Search(model, args, kwargs, 0)
+    found = find(search)
+    if search.leak > LEAK:
+        second = find(_Search(model, args, kwargs, 1))
+        return second if len(second) > len(found) else found
+    return found
 
 
 class _Found(NamedTuple):
@@ -102,8 +121,8 @@ class _Found(NamedTuple):
 
     branch: Branch
     order: int  # of the end of the call of its module
-    modules: tuple[str, ...]  # that were running at the addition
-    tokens: int  # pixels or tokens of one sample
+    addition: Addition
+    shape: tuple[int, ...]  # of the output that is gated
 
 
 class _Reason(Exception):
@@ -114,23 +133,22 @@ class _Search:
     """The search for branches in the notes of one forward pass.
 
     Args:
-        model (`nn.Module`), watch (`ForwardWatch`), batch (`int`): What ran, the notes, and the number of samples.
+        model (`nn.Module`), args, kwargs: The model and its inputs.
+        batch_dim (`int`): The dimension of the inputs that holds the samples.
     """
 
-    def __init__(self, model: nn.Module, watch: ForwardWatch, batch: int):
-        self.model, self.watch, self.batch = model, watch, batch
-        self.steps = watch.steps
-        self.dimensions = 3
-        # How often a tensor goes into a call, and how often into an addition.
-        self.uses = Counter(source for step in self.steps for source in set(step.inputs))
-        self.added = Counter(side for addition in watch.additions for side in addition.sides)
-        # Sums of two sides with layers, by number: neither is a shortcut, but both may be branches of a later addition.
-        self.sums: dict[int, tuple[Addition, str]] = {}
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch_dim: int):
+        self.model, self.args, self.kwargs, self.batch_dim = model, args, kwargs, batch_dim
+        self.watch, self.main = watch_forward(model, args, kwargs, batch_dim)
+        self.batch, self.steps = self.watch.batch, self.watch.steps
+        # The largest share of a change in other samples that a sample shows.
+        self.leak = 0.0
         # Layers of torch that hold the samples in dimension 1.
         self.second = {
             name.rpartition(".")[0]
             for name, module in model.named_modules()
-            if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first and watch.calls[name]
+            if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first
+            if self.watch.calls[name]
         }
 
     def find(self) -> FoundBranches:
@@ -138,10 +156,7 @@ class _Search:
         if not found and not reasons:
             # A network of vectors (B, C).
             found, reasons = self._search(2)
-        not_gated = [self._line(addition, reason) for addition, reason in reasons]
-        branches = with_levels(self.model, [(item.branch, item.modules[-1], item.tokens) for item in found])
-        name = type(self.model).__name__
-        return FoundBranches(name, branches, not_gated, self._context(found), self._embeddings(found))
+        return self._result(found, reasons)
 
     def named(self, names: Sequence[str]) -> FoundBranches:
         """Return the outputs of these modules as branches."""
@@ -156,129 +171,82 @@ class _Search:
                 if output.module == name
             )
             try:
-                found.append(self._end(number, [output], (name.rpartition(".")[0],)))
+                found.append(self._end(number, [output], Addition((number,) * 2, number, (name.rpartition(".")[0],))))
             except _Reason as reason:
                 raise UsageError(f"'{name}' cannot be gated: {reason}.") from reason
-        branches = with_levels(self.model, [(item.branch, item.modules[-1], item.tokens) for item in found])
-        kind = type(self.model).__name__
-        return FoundBranches(kind, branches, [], self._context(found), self._embeddings(found))
+        return self._result(found, [])
 
     def _search(self, dimensions: int) -> tuple[list[_Found], list[tuple[Addition, str]]]:
         """Return the branches in order, and the additions that cannot be gated, of at least this many dimensions."""
-        self.dimensions, self.sums = dimensions, {}
+        self.residual = ResidualAdditions(self.model, self.watch, dimensions)
         found: dict[tuple[str, int | None], _Found] = {}
         reasons = []
         for addition in self.watch.additions:
             try:
-                branch = self._branch_side(addition)
-                if branch is not None and self._is_embedded(branch, addition):
-                    continue
+                branch = self.residual.branch_side(addition)
                 for item in self._walk_back(branch, addition) if branch is not None else ():
                     found.setdefault((item.branch.end, item.branch.element), item)
             except _Reason as reason:
                 reasons.append((addition, str(reason)))
         in_order = sorted(found.values(), key=lambda item: (item.order, item.branch.element or 0))
-        return in_order, sorted([*reasons, *self.sums.values()], key=lambda pair: pair[0].total)
+        return in_order, [*reasons, *self.residual.sums.values()]
+
+    def _result(self, found: Sequence[_Found], reasons: Sequence[tuple[Addition, str]]) -> FoundBranches:
+        """Return the branches with their samples, levels and context."""
+        ends = [(item.branch.end, item.branch.element, item.branch.channel_dim) for item in found]
+        places = find_places(self.model, self.args, self.kwargs, self.main, self.batch_dim, ends)
+        kept, not_gated = [], [*reasons]
+        for item, place in zip(found, places or [None] * len(found), strict=True):
+            self.leak = max(self.leak, place.leak if place is not None else 0.0)
+            if (reason := self._refusal(item, place)) is not None:
+                not_gated.append((item.addition, reason))
+            else:
+                kept.append(item._replace(branch=item.branch._replace(samples=place and place.samples)))
+        blocks = [
+            (item.branch, item.addition.modules[-1], math.prod(item.shape) // self.batch // item.branch.width)
+            for item in kept
+        ]
+        lines = [self._line(*pair) for pair in sorted(not_gated, key=lambda pair: pair[0].total)]
+        context, embeddings = self._context(kept), self._embeddings(kept)
+        return FoundBranches(type(self.model).__name__, with_levels(self.model, blocks), lines, context, embeddings)
+
+    def _refusal(self, item: _Found, place: Place | None) -> str | None:
+        """Return the reason why a gate of a branch would not belong to one sample, or None."""
+        if place is not None:
+            return None if place.leak <= LEAK else f"'{item.branch.end}' mixes the samples: one changes with another"
+        if any(name in self.second for name in item.addition.modules):
+            return f"its samples are in dimension 1 (batch_first=False): {_DIFFERENT}"
+        if item.shape[0] != self.batch:
+            return f"'{item.branch.end}' puts out {item.shape[0]} rows for {self.batch} samples: {_DIFFERENT}"
+        return None
 
     def _line(self, addition: Addition, reason: str) -> str:
         shape = tuple(self.steps[addition.total].shape)
         return f"{addition.modules[-1] or type(self.model).__name__}, sum of shape {shape}: {reason}"
 
-    def _branch_side(self, addition: Addition) -> int | None:
-        """Return the side of an addition that is a residual branch; None if neither is.
-
-        Both sides are followed back to what they have in common. The tensors are numbered in the order in which they
-        were made, so the highest number is always taken next, and all that depends on it has been seen.
-        """
-        if not self._is_features(addition.total) or self._in_adapter(addition):
-            return None
-        one, two = addition.sides
-        colours, layers, common = {one: 1}, [0, 0, 0, 0], set()
-        colours[two] = colours.get(two, 0) | 2
-        heap = [-number for number in colours]
-        heapq.heapify(heap)
-        apart = sum(colour != 3 for colour in colours.values())
-        while heap and apart:
-            number = -heapq.heappop(heap)
-            colour, step = colours[number], self.steps[number]
-            apart -= colour != 3
-            common |= {number} if colour == 3 else set()
-            layers[colour] += step.weight
-            # A mask or an index carries no features.
-            for source in step.inputs if step.floating else ():
-                before = colours.get(source, 0)
-                colours[source] = before | colour
-                apart += (colours[source] != 3) - (before in (1, 2))
-                if not before:
-                    heapq.heappush(heap, -source)
-        common |= {-number for number in heap}
-        # Two embeddings of one number have that in common, and no features.
-        if layers[1] == layers[2] == 0 or not any(map(self._is_features, common)):
-            return None
-        fewer, more = sorted(layers[1:3])
-        if fewer > 1 or fewer == more:
-            # A side that holds the common input itself is a shortcut, whatever was added to it before.
-            least = [self._least_layers(side, common) for side in (one, two)]
-            if min(least) > 0 or max(least) == 0:
-                words = f"both sides come through layers ({layers[1]} and {layers[2]}), so neither is a shortcut"
-                self.sums[addition.total] = (addition, words)
-                return None
-            return one if least[0] > 0 else two
-        return one if layers[1] > layers[2] else two
-
-    def _least_layers(self, side: int, common: set[int]) -> float:
-        """Return the number of layers on the shortest way to the common input, through tensors of full size."""
-        heap, best, size = [-side], math.inf, math.prod(self.steps[side].shape)
-        least: dict[int, float] = {side: 0}
-        while heap:
-            number = -heapq.heappop(heap)
-            if number in common:
-                best = min(best, least[number])
-                continue
-            step = self.steps[number]
-            for source in step.inputs:
-                if math.prod(self.steps[source].shape) >= size:
-                    if source not in least:
-                        heapq.heappush(heap, -source)
-                    least[source] = min(least.get(source, math.inf), least[number] + step.weight)
-        return best
-
-    def _is_features(self, number: int) -> bool:
-        """Tell features from embeddings: by their dimensions, or by the tokens of all samples in the first."""
-        shape = self.steps[number].shape
-        folded = len(shape) == 2 and shape[0] > self.batch and shape[0] % self.batch == 0
-        return folded or len(shape) >= self.dimensions
-
-    def _is_embedded(self, branch: int, addition: Addition) -> bool:
-        """Tell whether features are given positions, as DETR does in each layer: the other side is added to more than
-        these, and these go on without it."""
-        other = sum(addition.sides) - branch
-        return self.uses[branch] > 1 and self.added[other] > 1
-
-    def _in_adapter(self, addition: Addition) -> bool:
-        """Tell whether a layer of peft adds its update to the layer that it wraps."""
-        return hasattr(self.model.get_submodule(addition.modules[-1]), "base_layer")
-
     def _walk_back(self, number: int, addition: Addition) -> list[_Found]:
         """Return the ends of the branch that this side of an addition is: one, or several that were added before."""
-        if any(name in self.second for name in addition.modules):
-            raise _Reason("its samples are in dimension 1 (batch_first=False)")
-        seen = None
+        seen, folded = None, None
         while True:
             step = self.steps[number]
             outputs = [output for output in self.watch.outputs.get(number, ()) if output.module not in addition.modules]
             once = [output for output in outputs if self.watch.calls[output.module] == 1]
             if once and step.shape[0] == self.batch:
-                return [self._end(number, once, addition.modules, addition.total)]
+                return [self._end(number, once, addition)]
+            if once and folded is None:
+                folded = (number, once, addition)
             if outputs and not once:
                 last = outputs[-1].module
                 seen = f"'{last}' runs {self.watch.calls[last]} times in a forward pass"
-            elif once:
-                seen = f"'{once[-1].module}' puts out {step.shape[0]} rows for {self.batch} samples"
-            if number in self.sums:
-                del self.sums[number]
+            if number in self.residual.sums:
+                del self.residual.sums[number]
                 return [found for source in step.inputs for found in self._walk_back(source, addition)]
-            number = self._source(step, seen)
+            try:
+                number = self._source(step, seen)
+            except _Reason:
+                if folded is None:
+                    raise
+                return [self._end(*folded)]
 
     def _source(self, step: Step, seen: str | None) -> int:
         """Return the tensor that a gate may stand at as well as at this one."""
@@ -294,21 +262,20 @@ class _Search:
             raise _Reason(seen or "its branch is a product of tensors of full size")
         return full[0]
 
-    def _end(self, number: int, outputs: list[Output], modules: tuple[str, ...], total: int | None = None) -> _Found:
+    def _end(self, number: int, outputs: list[Output], addition: Addition) -> _Found:
         # The outermost module that puts out this tensor alone, or else the one nearest to the layer.
         output = next((output for output in reversed(outputs) if output.element is None), outputs[0])
         shape = self.steps[number].shape
         dim = channel_dim(self.steps, number)
-        if dim is None and total is not None and self.steps[total].shape == shape:
+        if dim is None and self.steps[addition.total].shape == shape:
             # The shortcut has the same channels.
-            dim = channel_dim(self.steps, total)
+            dim = channel_dim(self.steps, addition.total)
         if dim is None:
             raise _Reason(f"no layer tells which dimension of the output of '{output.module}' holds channels")
         label = output.module if output.element is None else f"{output.module}[{output.element}]"
         last = dim == len(shape) - 1 and dim != 1
         branch = Branch(label, output.module, shape[dim], "", -1 if last else dim, output.element)
-        tokens = math.prod(shape[1:]) // shape[dim]
-        return _Found(branch, output.order, modules, tokens)
+        return _Found(branch, output.order, addition, shape)
 
     def _embeddings(self, found: Sequence[_Found]) -> dict[str, ContextPlace]:
         """Return the vectors `(B, E)` that modules put out once, before the first branch ends."""
@@ -324,7 +291,7 @@ class _Search:
 
     def _context(self, found: Sequence[_Found]) -> ContextPlace | None:
         """Find the context: the one vector that layers compute and all blocks receive. Return its place, or None."""
-        given = [{n for name in item.modules[1:] for n in self.watch.given.get(name, ())} for item in found]
+        given = [{n for name in item.addition.modules[1:] for n in self.watch.given.get(name, ())} for item in found]
         shared = [number for number in set.intersection(*given) if self._is_embedding(number)] if given else []
         if len(shared) != 1:
             return None
@@ -332,7 +299,7 @@ class _Search:
         for output in reversed(self.watch.outputs.get(shared[0], ())):
             if self.watch.calls[output.module] == 1:
                 return ContextPlace(output.module, None, output.element, size)
-        block = next(name for name in found[0].modules[1:] if shared[0] in self.watch.given.get(name, ()))
+        block = next(name for name in found[0].addition.modules[1:] if shared[0] in self.watch.given.get(name, ()))
         given_as = self.watch.given[block][shared[0]]
         return ContextPlace(block, given_as.argument, given_as.place, size)
 

@@ -8,8 +8,9 @@ from torch.utils import _pytree as pytree
 
 from ..attention.forward_pass import CarryState, ContextHook, ForwardPass, Gate, GatedBlocks, current_pass
 from ..errors import UsageError
-from .branches import FusedResnetBlock2D, fuse_resnets, gate_branches
+from .branches import Branch, FusedResnetBlock2D, fuse_resnets, gate_branches
 from .families import FOUND, NAMED, Backbone
+from .samples import count_samples, rejoin, separate
 
 # The submodule of a model that is its attention.
 NAME = "dia"
@@ -58,27 +59,30 @@ class CheckedGate(Gate):
 
     Args:
         blocks (`GatedBlocks`), position (`int`): See `Gate`.
-        element (`int`, *optional*): The branch's number where its module puts out several tensors.
+        branch (`Branch`): The branch.
 
     Raises:
         UsageError: in a forward pass in which the branch runs twice or out of order or has another shape.
     """
 
-    def __init__(self, blocks: GatedBlocks, position: int, element: int | None = None):
+    def __init__(self, blocks: GatedBlocks, position: int, branch: Branch):
         super().__init__(blocks, position)
-        self.element = element
+        self.branch = branch
 
     def __call__(self, branch: Tensor) -> Tensor | None:
-        current = current_pass(self.blocks)
+        current, samples, dim = current_pass(self.blocks), self.branch.samples, self.branch.channel_dim
         if current is not None:
             self._check(branch, current)
-        return super().__call__(branch)
+        if current is None or samples is None:
+            return super().__call__(branch)
+        gate = super().__call__(separate(branch, samples, current.samples, dim))
+        return rejoin(gate, branch, samples, dim)
 
     def hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if self.element is None:
+        if self.branch.element is None:
             return super().hook(module, args, output)
         values, form = pytree.tree_flatten(output)
-        values[self.element] = super().hook(module, args, values[self.element])
+        values[self.branch.element] = super().hook(module, args, values[self.branch.element])
         return pytree.tree_unflatten(values, form)
 
     def _check(self, branch: Tensor, current: ForwardPass) -> None:
@@ -88,7 +92,7 @@ class CheckedGate(Gate):
         again = self.position == first and (before > first or len(self.blocks.names) == 1)
         if self.position <= before and not again:
             raise UsageError(f"the branch '{name}' ran after '{self.blocks.names[before]}': list branches in order.")
-        width, dim = current.attention.widths[self.position], current.attention.channel_dims[self.position]
+        width, dim = self.branch.width, self.branch.channel_dim
         if not isinstance(branch, Tensor) or branch.ndim < 2 or branch.shape[dim] != width:
             found = tuple(branch.shape) if isinstance(branch, Tensor) else type(branch).__name__
             raise UsageError(f"the branch '{name}' should have {width} channels in dimension {dim}, but is {found}.")
@@ -108,7 +112,7 @@ class ModelHooks:
         self.complete = backbone.family == NAMED
 
         def make_gate(blocks: GatedBlocks, position: int) -> Gate:
-            return CheckedGate(blocks, position, backbone.branches[position].element)
+            return CheckedGate(blocks, position, backbone.branches[position])
 
         checked = backbone.family in (FOUND, NAMED)
         self.blocks, self.handles = gate_branches(model, backbone.branches, make_gate if checked else Gate, EndHook)
@@ -119,21 +123,23 @@ class ModelHooks:
             else:
                 self.handles.append(module.register_forward_pre_hook(hook.of_arguments, with_kwargs=True))
         self.ends = [handle for handle in self.handles if isinstance(handle, EndHook)]
+        self.folded = next((branch.samples for branch in backbone.branches if branch.samples is not None), None)
         self.gated = {model.get_submodule(branch.end.rpartition(".")[0]) for branch in backbone.branches}
         self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self.handles += [
-            model.register_forward_pre_hook(self.begin),
+            model.register_forward_pre_hook(self.begin, with_kwargs=True),
             model.register_forward_hook(self.end, always_call=True),
         ]
 
-    def begin(self, model: nn.Module, args: tuple) -> None:
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for end in self.ends:
             end.follow()
         for module in self.checkpointed:
             # Looked at each time, since it can be switched on later.
             if module.gradient_checkpointing and not isinstance(module._gradient_checkpointing_func, CarryState):
                 module._gradient_checkpointing_func = CarryState(self.blocks, module._gradient_checkpointing_func)
-        ForwardPass(self.blocks, getattr(model, NAME)).__enter__()
+        samples = None if self.folded is None else count_samples(self.folded, args, kwargs)
+        ForwardPass(self.blocks, getattr(model, NAME), samples=samples).__enter__()
 
     def end(self, model: nn.Module, args: tuple, output: Any) -> None:
         current = current_pass(self.blocks)

@@ -166,9 +166,7 @@ class ForwardWatch(TorchFunctionMode):
         name = self._names[module]
         self._running.append(name)
         self.calls[name] += 1
-        names = [*inspect.signature(module.forward).parameters][: len(args)]
-        names += [str(index) for index in range(len(names), len(args))]
-        named = [*zip(names, args, strict=True), *kwargs.items()]
+        named = [*zip(_names_of(module, args), args, strict=True), *kwargs.items()]
         given = [(Given(key, index), value) for index, (key, value) in enumerate(named)]
         vectors = [(place, value) for place, value in given if isinstance(value, Tensor) and value.ndim == 2]
         numbered = {self.number(value): place for place, value in vectors if value.is_floating_point()}
@@ -197,27 +195,66 @@ class ForwardWatch(TorchFunctionMode):
                 handle.remove()
 
 
-def watch_forward(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[ForwardWatch, int]:
-    """Run a model once in evaluation mode, leave it as it was, and return the notes and the number of samples."""
+class MainInput(NamedTuple):
+    """The input of a forward pass with the most dimensions, which tells the number of samples."""
+
+    argument: str  # its name; "" where only its place is known
+    place: int
+
+    def tensor(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the tensor, from the arguments of a forward pass.
+
+        Raises:
+            UsageError: if the argument is not there or holds no tensor.
+        """
+        value = kwargs[self.argument] if self.argument in kwargs else args[self.place : self.place + 1]
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim]
+        if not tensors:
+            raise UsageError(f"the input '{self.argument or self.place}' must hold a tensor, to count the samples by.")
+        most = max([tensor.ndim for tensor in tensors])
+        return next(tensor for tensor in tensors if tensor.ndim == most)
+
+
+def watch_forward(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch_dim: int = 0
+) -> tuple[ForwardWatch, MainInput]:
+    """Run a model once in evaluation mode, leave it as it was, and return the notes and the input that tells the number
+    of samples, in dimension `batch_dim`."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UsageError(
             f"{type(model).__name__} is compiled by torch.jit, which shows neither its functions nor its modules: take "
             "the model before torch.jit.script or torch.jit.trace."
         )
-    batch = batch_size(args, kwargs)
-    watch = ForwardWatch(model, batch)
-    # Compiled code would hide what it calls.
-    with torch.compiler.set_stance("force_eager"), _restored(model), torch.no_grad(), watch.watching():
+    main = _main_input(model, args, kwargs)
+    watch = ForwardWatch(model, main.tensor(args, kwargs).shape[batch_dim])
+    with undisturbed(model), watch.watching():
         model(*args, **kwargs)
-    return watch, batch
+    return watch, main
 
 
-def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Return the number of samples in the inputs of a forward pass: the first dimension of the largest tensor."""
-    tensors = [value for value in tree_leaves((tuple(args), dict(kwargs))) if isinstance(value, Tensor) and value.ndim]
-    if not tensors:
+def _main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> MainInput:
+    names = [*inspect.signature(model.forward).parameters]
+    given = [(MainInput(name, place), args[place]) for place, name in enumerate(_names_of(model, args))]
+    given += [(MainInput(key, names.index(key) if key in names else len(names)), kwargs[key]) for key in kwargs]
+    sizes = [max((leaf.ndim for leaf in tree_leaves(v) if isinstance(leaf, Tensor)), default=0) for _, v in given]
+    if not any(sizes):
         raise UsageError("the inputs hold no tensor: give what the model's forward pass takes.")
-    return max(tensors, key=lambda tensor: tensor.ndim).shape[0]
+    return given[sizes.index(max(sizes))][0]
+
+
+def _names_of(module: nn.Module, args: Sequence[Any]) -> list[str]:
+    """Return the names of the arguments that are given by place; "" for those of `*args`."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [*names, *[""] * len(args)][: len(args)]
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode in this context, without gradients and uncompiled, and leave it as it was."""
+    # Compiled code would hide what it calls.
+    with torch.compiler.set_stance("force_eager"), _restored(model), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager

@@ -443,7 +443,7 @@ NETWORKS = {
         BACKBONES["ControlNetModel"].make, BACKBONES["ControlNetModel"].inputs, 4 + 2 * 4, context="time_embedding"
     ),
     "UNet3DConditionModel": Network(
-        lambda: strong(BACKBONES["UNet3DConditionModel"].make()), BACKBONES["UNet3DConditionModel"].inputs, 8, 44
+        lambda: strong(BACKBONES["UNet3DConditionModel"].make()), BACKBONES["UNet3DConditionModel"].inputs, 8 + 44
     ),
     "UNet1DModel": Network(
         of_diffusers(
@@ -655,6 +655,19 @@ NETWORKS = {
     "BERT": Network(of_transformers("BertModel", vocab_size=50, **SMALL), words, 2 * 2),
     "GPT-2": Network(of_transformers("GPT2Model", vocab_size=50, n_embd=16, n_layer=2, n_head=2), words, 2 * 2),
     "Llama": Network(of_transformers("LlamaModel", vocab_size=50, num_key_value_heads=1, **SMALL), words, 2 * 2),
+    "OPT": Network(
+        of_transformers(
+            "OPTModel",
+            vocab_size=50,
+            hidden_size=16,
+            word_embed_proj_dim=16,
+            num_hidden_layers=2,
+            ffn_dim=32,
+            num_attention_heads=2,
+        ),
+        words,
+        2 * 2,
+    ),
     "T5 encoder": Network(
         of_transformers("T5EncoderModel", vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2),
         words,

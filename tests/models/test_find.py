@@ -1,5 +1,6 @@
 """Small networks of each kind: the branches that `find_branches` finds, and why it does not gate others."""
 
+import copy
 import warnings
 
 import diffusers
@@ -164,16 +165,8 @@ NOT_GATED = {
     "an activation as a function": (lambda m, x: x + m.first(x).sin(), "'sin' stands between its last module"),
     "a layer that is no module": (lambda m, x: x + F.linear(x, m.first.weight), "no module puts out its branch"),
     "two layers": (lambda m, x: m.first(x) + m.second(x), r"both sides come through layers \(1 and 1\)"),
-    "windows": (
-        lambda m, x: (x.reshape(-1, 2, 8) + m.first(x.reshape(-1, 2, 8))).reshape(x.shape),
-        "'first' puts out 9 rows for 3 samples",
-    ),
-    "rows of tokens": (
-        lambda m, x: (x.reshape(-1, 8) + m.first(x.reshape(-1, 8))).reshape(x.shape),
-        "'first' puts out 18 rows for 3 samples",
-    ),
-    "samples in dimension 1": (
-        lambda m, x: x + m.attention(x, x, x, need_weights=False)[0], "its samples are in dimension 1"
+    "nodes of a graph": (
+        lambda m, x: x + m.first(x.flip(0, 1)), "'first' mixes the samples: one changes with another"
     ),
 }  # fmt: skip
 
@@ -188,6 +181,75 @@ def test_what_cannot_be_gated_is_told(name):
     with pytest.raises(UsageError, match=f"no residual branches of Small can be gated.*{words}"):
         attach(model, inputs=noise(3, 6, 8))
     assert not hasattr(model, "dia")
+
+
+def windows(m, x):
+    x = x.reshape(-1, 2, 8)
+    return (x + m.first(x)).reshape(-1, 6, 8)
+
+
+def windows_in_turn(m, x):
+    """The first windows of all samples, then their second ones."""
+    parts = torch.cat(x.chunk(3, 1))
+    return torch.cat((parts + m.first(parts)).chunk(3), 1)
+
+
+def sequence_first(m, x):
+    x = x.transpose(0, 1)
+    x = x + m.attention(x, x, x, need_weights=False)[0]
+    return (x + m.second(m.first(x).relu())).transpose(0, 1)
+
+
+def frames(m, x):
+    """Six frames of eight channels with 2 x 2 pixels, in the batch; the shortcut has a layer."""
+    x = x.flatten(0, 1)[:, :, None, None].expand(-1, -1, 2, 2)
+    return (x + m.conv(x)).mean((2, 3)).view(-1, 6, 8)
+
+
+FOLDED = {
+    "windows": (windows, ["first"]),
+    "windows in turn": (windows_in_turn, ["first"]),
+    "rows of tokens": (lambda m, x: (x.reshape(-1, 8) + m.first(x.reshape(-1, 8))).view(x.shape), ["first"]),
+    "frames": (frames, ["conv"]),
+    "samples in dimension 1": (sequence_first, ["attention[0]", "second"]),
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("name", FOLDED)
+def test_samples_that_are_not_in_the_first_dimension_have_gates_of_their_own(name, dim, tmp_path):
+    """A sample has the output that it has alone; the gates are of the pooled branch; with gates of 0 nothing is added.
+    The inputs may hold the samples in dimension 1, too."""
+    block, ends = FOLDED[name]
+    given = (lambda m, x: block(m, x.transpose(0, 1)).transpose(0, 1)) if dim else block
+
+    # Tokens see each other, so that one is no sample.
+    def mixed(m, x):
+        return given(m, x + m.mixer(x.movedim(1 - dim, -1)).movedim(-1, 1 - dim))
+
+    layers = {"attention": nn.MultiheadAttention(8, 2), "conv": nn.Conv2d(8, 8, 1), "mixer": nn.Linear(6, 6)}
+    model, x = Small(mixed, **layers).eval(), noise(3, 6, 8).transpose(0, dim)
+    plain, expected = copy.deepcopy(model), model(x)
+    found = find_branches(model, x)
+    assert [branch.name for branch in found] == ["mixer", *ends], found
+    dia = attach(model, branches=found, hidden_size=4)
+    assert torch.equal(model(x), expected)
+    open_gates(model)
+    with dia.record() as maps:
+        output = model(x)
+    assert {gate.shape for gate in maps.values()} == {(3, 8), (3, 6)} - ({(3, 6)} if "mixer" not in maps else set())
+    output.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in dia.parameters())
+    for sample in range(3):
+        torch.testing.assert_close(model(x.narrow(dim, sample, 1)), output.narrow(dim, sample, 1))
+    if (name, dim) == ("windows in turn", 1):
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x=x), output)
+        torch._dynamo.reset()
+    dia.save_pretrained(tmp_path)
+    attach(plain, pretrained=tmp_path)
+    assert torch.equal(plain(x=x), output)
+    with pytest.raises(UsageError, match="the input 'x' must hold a tensor"):
+        plain(x=None)
 
 
 def test_compiled_code_is_watched_as_it_was_written():
@@ -238,7 +300,7 @@ class Timed(nn.Module):
 
     def forward(self, x, t):
         embedding, other = self.embed(t), self.other(t)
-        x = x + other.mean()
+        x = x + other.mean(1)[:, None, None]
         for block in self.blocks:
             x = block(x, embedding)
         return x

@@ -1,0 +1,151 @@
+"""Samples that are not the first dimension of a branch: windows, frames or tokens folded into the batch, and sequences
+whose first dimension is time.
+
+A gate belongs to one sample and is pooled over all that belongs to it. Whose a row is, is no guess: the model runs
+twice, once with all samples but the first one changed, and the rows that stay are those of the first.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import UsageError
+from .branches import Samples
+from .watch import MainInput, undisturbed
+
+# The share of a change in the others that may appear in a sample: activations may be quantized for all samples at once.
+LEAK = 0.05
+
+
+class Place(NamedTuple):
+    """Where the samples of a branch were found."""
+
+    samples: Samples | None  # None if they are the first dimension
+    leak: float  # the largest change of the first sample, relative to that of the others
+
+
+def separate(branch: Tensor, samples: Samples, number: int, channel_dim: int) -> Tensor:
+    """Return a branch as `(B, ..., C)`, with a dimension for its samples alone.
+
+    Raises:
+        UsageError: if its rows cannot be divided among this number of samples.
+    """
+    rows = branch.shape[samples.dim]
+    if rows % number:
+        raise UsageError(f"{rows} rows in dimension {samples.dim} of a branch are not those of {number} samples.")
+    sizes = (number, rows // number) if samples.contiguous else (rows // number, number)
+    own, channels = samples.dim + (not samples.contiguous), channel_dim % branch.ndim
+    return branch.unflatten(samples.dim, sizes).movedim((own, channels + (channels > samples.dim)), (0, -1))
+
+
+def rejoin(gate: Tensor, branch: Tensor, samples: Samples, channel_dim: int) -> Tensor:
+    """Return the gates `(B, 1, ..., C)` of the samples in the layout of a branch, to multiply it with."""
+    own, channels = samples.dim + (not samples.contiguous), channel_dim % branch.ndim
+    gate = gate.movedim((0, -1), (own, channels + (channels > samples.dim)))
+    sizes = [-1] * gate.ndim
+    folded = samples.dim + samples.contiguous
+    sizes[folded] = branch.shape[samples.dim] // gate.shape[own]
+    return gate.expand(sizes).flatten(samples.dim, samples.dim + 1)
+
+
+def count_samples(samples: Samples, args: tuple, kwargs: Mapping[str, Any]) -> int:
+    """Return the number of samples in the inputs of a forward pass."""
+    return MainInput(samples.argument, samples.place).tensor(args, kwargs).shape[samples.input_dim]
+
+
+def find_places(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    main: MainInput,
+    dim: int,
+    branches: Sequence[tuple[str, int | None, int]],
+) -> list[Place | None] | None:
+    """Find the samples of branches by running the model twice, with the first sample alone the same.
+
+    Args:
+        model (`nn.Module`), args, kwargs: The model and its inputs.
+        main (`MainInput`), dim (`int`): The input that tells the number of samples, and the dimension that holds them.
+        branches: For each branch its module, its number among the outputs of that, and the dimension of its channels.
+
+    Returns:
+        For each branch its place, or `None` if its values do not depend on the sample. `None` for all if the inputs
+        cannot tell: one sample, equal samples, no values (`meta`), or a model that does not run on the changed ones.
+    """
+    number = main.tensor(args, kwargs).shape[dim]
+    tensors = [value for value in tree_leaves((tuple(args), dict(kwargs))) if isinstance(value, Tensor)]
+    if number < 2 or any(type(value) is not Tensor or value.is_meta for value in (*tensors, *model.buffers())):
+        return None
+    changed: Any = tree_map(lambda value: _changed(value, dim, number), (tuple(args), dict(kwargs)))
+    if all(map(torch.equal, tensors, (value for value in tree_leaves(changed) if isinstance(value, Tensor)))):
+        return None
+    # Layers that start at zero would hide what is before them.
+    with torch.random.fork_rng():
+        zero = {name: torch.randn_like(p) / 10 for name, p in _plain_parameters(model) if not p.any()}
+    try:
+        before = _outputs(model, zero, tuple(args), dict(kwargs), branches)
+        after = _outputs(model, zero, changed[0], changed[1], branches)
+    except Exception:  # whatever a model raises for inputs that are not those that it was given
+        return None
+    return [
+        _place(was, now, number, channel_dim, (*main, dim))
+        for was, now, (_, _, channel_dim) in zip(before, after, branches, strict=True)
+    ]
+
+
+def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta:
+            yield name, parameter
+
+
+def _changed(value: Any, dim: int, number: int) -> Any:
+    """Return an input with its first sample in place of all others."""
+    if not isinstance(value, Tensor):
+        return value
+    # In sequences that begin with time, a mask or a timestep may still begin with the batch.
+    where = next((d for d in (dim, 0) if value.ndim > d and value.shape[d] == number), None)
+    if where is None:
+        return value
+    return torch.cat([value.narrow(where, 0, 1)] * number, where)
+
+
+def _outputs(
+    model: nn.Module, weights: dict[str, Tensor], args: tuple, kwargs: dict[str, Any], branches: Sequence[tuple]
+) -> list[Tensor]:
+    """Return copies of the outputs of some modules in one forward pass."""
+    values: dict[tuple[str, int | None], Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        for name, element, _ in branches:
+
+            def keep(module: nn.Module, given: Any, output: Any, key: tuple = (name, element)) -> None:
+                values[key] = tree_leaves(output)[key[1] or 0].detach().clone()
+
+            stack.callback(model.get_submodule(name).register_forward_hook(keep).remove)
+        torch.func.functional_call(model, weights, args, kwargs)
+    return [values[name, element] for name, element, _ in branches]
+
+
+def _place(before: Tensor, after: Tensor, number: int, channel_dim: int, given: tuple[str, int, int]) -> Place | None:
+    """Return the layout in which the first sample changes least."""
+    change = (after - before).abs().float() if before.shape == after.shape else torch.zeros(1)
+    if not change.isfinite().all() or not change.any():
+        return None
+    places = []
+    for dim in range(before.ndim):
+        if dim == channel_dim % before.ndim or before.shape[dim] % number:
+            continue
+        for contiguous in (True, False)[: 1 + (before.shape[dim] > number)]:
+            samples = Samples(dim, contiguous, *given)
+            parts = separate(change, samples, number, channel_dim)
+            leak = parts[0].max() / parts[1:].max()
+            plain = dim == 0 and before.shape[0] == number
+            places.append(Place(None if plain else samples, float(leak.nan_to_num(math.inf))))
+    possible = [place for place in places if place.leak <= LEAK]
+    return min(places, key=lambda place: place.leak, default=Place(None, math.inf)) if len(possible) < 2 else None
