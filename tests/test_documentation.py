@@ -25,12 +25,14 @@ OTHERS = {
 
 
 def documented_commands():
-    """Each command of a fenced block, with its page; comments are left out."""
+    """Each command of a fenced or an indented block, with its page; comments and variables before it are left out."""
     for page in PAGES:
-        for block in re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.M | re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                if words := shlex.split(line, comments=True):
-                    yield pytest.param(words, id=f"{page.name}: {' '.join(words)[:70]}")
+        text = page.read_text()
+        lines = "".join(re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)).replace("\\\n", " ").splitlines()
+        lines += re.findall(r"^    ((?:[A-Z_]+=\S+ )*(?:dia|python|pip) .*)$", text, re.M)
+        for line in lines:
+            if words := [word for word in shlex.split(line, comments=True) if not re.match("[A-Z_]+=", word)]:
+                yield pytest.param(words, id=f"{page.name}: {' '.join(words)[:70]}")
 
 
 COMMANDS = list(documented_commands())
@@ -69,6 +71,13 @@ def read_dia(arguments):
         read_training(arguments[1:])
     else:
         make_parser().parse_args(arguments)
+        assert_there(arguments)
+
+
+def assert_there(arguments):
+    """What lies in the repository: a command writes nothing there."""
+    for word in arguments:
+        assert not word.startswith(("docs/", "studies/", "tests/")) or (ROOT / word).exists(), word
 
 
 def read_launch(arguments):
@@ -87,9 +96,9 @@ def read_script(arguments):
     """A script of the repository: it is there, and knows the options."""
     if arguments[0] == "-m":
         assert arguments[1] == "pytest"
-        assert all((ROOT / word).exists() for word in arguments[2:] if word.startswith("tests/"))
-        return
+        return assert_there(arguments)
     text = (ROOT / arguments[0]).read_text()
+    assert_there(arguments)
     # Behind `--` come options of another command.
     arguments = arguments[: arguments.index("--")] if "--" in arguments else arguments
     assert all(f'"{word.partition("=")[0]}"' in text for word in arguments[1:] if word.startswith("--"))
