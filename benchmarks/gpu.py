@@ -110,7 +110,7 @@ def profile_step(side: str, device: str, size: str = SIZE, batch: int = BATCH) -
         key = "self_device_time_total"
     else:
         of_device, key = events, "self_cpu_time_total"
-    # Microseconds.
+    # Profilers count microseconds.
     busy = sum(getattr(event, key) for event in of_device) / 1e3
     return busy, events.table(sort_by=key, row_limit=12, max_name_column_width=60)
 

@@ -24,7 +24,7 @@ from dia_diffusion.training.architecture import default_architecture
 from measuring import count, count_flops, read_arguments, row, save_result
 
 SMALL = (32, 64, 64)
-# Of the VAE of Stable Diffusion, which halves height and width three times.
+# The widths of Stable Diffusion's VAE, which halves height and width three times.
 LARGE = (128, 256, 512, 512)
 
 

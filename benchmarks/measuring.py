@@ -25,7 +25,7 @@ from dia_diffusion.files import write_json
 from dia_diffusion.options.fields import COUNT, number_type
 from dia_diffusion.page import markdown_table
 
-# The type of a flag.
+# The type of options that take a whole number from 1.
 count = number_type(int, COUNT)
 RESULTS = Path(__file__).parent.parent / "runs" / "benchmarks"
 

@@ -62,7 +62,7 @@ LEVELS: dict[str, Callable[[Tensor], Tensor]] = {
     # Some samplers round timesteps down, to 0 at last.
     "flow": lambda timestep: (timestep / 1000).clamp(min=1e-4),
 }
-# As the demo has it, and with what the images have.
+# The settings of the demo; edm and flow have only defaults.
 OPTIONS = {
     "ddpm": {"prediction_type": "v_prediction", "ddpm_beta_schedule": "squaredcos_cap_v2"},
     "edm": {},
@@ -120,7 +120,7 @@ def trained_pipelines(name: str) -> Iterator[tuple[str, DIAUNetPipeline]]:
         return
     for variant in sorted(path for path in study.iterdir() if path.is_dir()):
         for folder in sorted(variant.glob("seed-*")):
-            # Of a run that is not finished there is none.
+            # Only finished runs have a pipeline.
             if (folder / "result.json").exists():
                 yield variant.name, load_pipeline(str(folder), device=device)
 
@@ -208,12 +208,7 @@ def main() -> int:
         study={"nargs": "?", "help": "folder of a study, or of one pipeline"},
         **{
             "--num_images": {"type": count, "default": 1000, "help": "for each point of the curves (default: 1000)"},
-            "--evaluations": {
-                "type": count,
-                "nargs": "+",
-                "default": EVALUATIONS,
-                "help": "odd numbers",
-            },
+            "--evaluations": {"type": count, "nargs": "+", "default": EVALUATIONS, "help": "odd numbers"},
             "--picture": {"type": Path, "default": RESULTS / "objectives.png", "help": "where the picture goes"},
         },
     )

@@ -50,7 +50,7 @@ from measuring import alternate, read_arguments, row, save_result, serve_rounds,
 IMAGES, STEPS_A_ROUND = 512, 2
 RESOLUTION = 32
 SIZE = "32x32"
-# Steps of a process of several: first those that do not count.
+# Steps of each process: the warm-up, and those that are timed.
 WARM_UP, STEPS = 2, 4
 PLAIN, OURS, WITH_DIA = "plain loop", "this trainer, no DIA", "this trainer, DIA"
 # The attention of a side, none at all for diffusers' UNet in the plain loop, and whether it is compiled.

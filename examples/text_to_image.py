@@ -167,7 +167,7 @@ def train(options: argparse.Namespace) -> list[float]:
     scheduler = (FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler).from_config(pipe.scheduler.config)
     data = encode(pipe, options)
     shift, scale = getattr(pipe.vae.config, "shift_factor", None) or 0.0, pipe.vae.config.scaling_factor
-    # They have done their part.
+    # The encoders are no longer needed.
     for name, part in pipe.components.items():
         if name == "vae" or name.startswith("text_encoder"):
             part is None or part.to("cpu")

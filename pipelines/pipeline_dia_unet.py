@@ -185,7 +185,7 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
         # 2. denoise
         self._interrupt, self._guidance_scale = False, guidance_scale
         self._num_timesteps = len(self.scheduler.timesteps)
-        # Clipping would hide from the images what the model gives.
+        # Check before the scheduler clips: clipped values always look finite.
         finite = torch.ones((), dtype=torch.bool, device=self._execution_device)
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             # A flow does not scale.

@@ -144,7 +144,7 @@ def draw_matrices(
     size = 2.2 + 0.3 * len(blocks)
     figure = Figure(figsize=(len(matrices) * size, size + 0.4), layout="constrained")
     axes = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
-    # Both are perceptually uniform; the second has a neutral middle, for what has a sign.
+    # Both colour maps are perceptually uniform; the second has a neutral middle, for signed values.
     colours = "viridis" if limits[0] == 0 else "coolwarm"
     for axis, (view, matrix) in zip(axes, matrices.items(), strict=True):
         image = axis.imshow(matrix, cmap=colours, vmin=limits[0], vmax=limits[1])

@@ -112,7 +112,7 @@ def load_classifier(name_or_path: str, attention: str, device: str | torch.devic
     import transformers
 
     try:
-        # The class that was saved, for the names of its modules must be those of the attention.
+        # Load the saved class: the attention names its modules.
         saved = (transformers.AutoConfig.from_pretrained(name_or_path).architectures or [""])[0]
         model_class = getattr(transformers, saved, transformers.AutoModelForImageClassification)
         model = model_class.from_pretrained(name_or_path)
@@ -131,7 +131,7 @@ def read_processor(name_or_path: str, config: Any) -> tuple[int, Tensor, Tensor]
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
     except OSError:
-        # Saved without one: images are taken to be in [-1, 1], of the size in the configuration.
+        # Without a processor, assume images in [-1, 1] of the size in the configuration.
         processor = {}
     size = processor.get("size", getattr(config, "image_size", 224))
     if isinstance(size, dict):

@@ -144,7 +144,7 @@ class StepwiseSampler:
             try:
                 self._sample(pipeline, request, snapshots.put, stop)
                 snapshots.put(None)
-            except BaseException as error:  # Raised again in the thread that reads the snapshots.
+            except BaseException as error:  # The thread that reads the snapshots raises it again.
                 snapshots.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
@@ -183,7 +183,7 @@ class StepwiseSampler:
 
             def follow(_: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 latents, steps = tensors["latents"], len(pipeline.scheduler.timesteps)
-                # With guidance the batch is there twice, first with its classes.
+                # With guidance the batch holds each image twice: first with its class, then without.
                 gates = {name: gate[: len(latents)].float() for name, gate in maps.items()}
                 spread = {name: (gate.mean().item(), gate.std(correction=0).item()) for name, gate in gates.items()}
                 pipeline._interrupt = stop.is_set()

@@ -292,7 +292,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _read(layer: Linear, like: Tensor) -> Affine:
-    # Copies: sharded weights may be gone when the next block runs.
+    # Copy: sharded weights may be freed before the next block runs.
     return Affine(layer.weight.t().to(like, copy=True), layer.bias.to(like, copy=True))
 
 
@@ -301,7 +301,7 @@ def _apply(affine: Affine | None, layer: nn.Module, x: Tensor) -> Tensor:
     if affine is not None:
         return torch.addmm(affine.offset, x, affine.matrix)
     y = layer(x)
-    # Past the largest number of half precision is infinity, which later would become NaN.
+    # Values above the largest float16 would become infinite, and then NaN.
     return y if y.dtype == x.dtype else y.to(x.dtype).clamp(-_LARGE, _LARGE)
 
 

@@ -26,7 +26,7 @@ VERSION = "archives 4"
 _CLASS, _MORE = ".cls", ".json"
 _FEATURES = datasets.Features(
     image=datasets.Image(),
-    # JSON: what stands beside an image.
+    # The metadata of an image, as JSON.
     about=datasets.Value("string"),
     # More images of the sample; -1 for a row that is a table of metadata.
     unused=datasets.Value("int32"),
@@ -100,7 +100,7 @@ def _read_samples(files: Sequence[Path], is_image: Callable[[str], bool]) -> Ite
                 yield sample | {"archive": number}
         except UsageError:
             raise
-        except Exception as error:  # Of tarfile's, zipfile's and the decompressors' kinds.
+        except Exception as error:  # tarfile, zipfile and the decompressors raise errors of many kinds.
             reason = LFS_POINTER if is_lfs_pointer(file) else first_line(error).rstrip(":")
             raise UsageError(f"the archive '{file}' cannot be read: {reason}.") from error
 

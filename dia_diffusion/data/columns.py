@@ -13,7 +13,7 @@ from ..errors import UsageError, nearest
 from .decoding import UNREADABLE, open_header
 
 _DEFAULT_IMAGE_COLUMNS = ("image", "img")
-# The last one is that of WebDataset.
+# `cls` is the name in WebDataset.
 _DEFAULT_LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 _NO_CLASSES = "Name a column of classes with --label_column, or train without --class_conditional."
 
@@ -145,7 +145,7 @@ def name_classes(dataset: Dataset, column: str) -> Dataset:
     names = sort_class_names(set(found.values()))
     numbers = {name: number for number, name in enumerate(names)}
     labels = [None if value is None else numbers[found[value]] for value in values]
-    # `datasets` has no classes without names.
+    # A ClassLabel of `datasets` needs names.
     feature = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
     return dataset.remove_columns(column).add_column(column, labels, feature=feature)
 

@@ -21,7 +21,7 @@ DTYPES = {8: np.uint8, 16: np.uint16}
 _DEEP_FORMATS = {None, "PNG", "TIFF", "PPM", "JPEG2000"}
 _DEEP_IN_32_BITS = {"PNG", "PPM"}
 _MOST_PIXELS = 1 << 28
-# What undoes an orientation tag (Exif 2.32, 4.6.4).
+# The transposition that undoes each orientation tag (Exif 2.32, 4.6.4).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -53,7 +53,7 @@ def open_header(encoded: dict[str, Any] | None) -> Image.Image:
     if encoded["bytes"] is not None:
         return _open(BytesIO(encoded["bytes"]))
     if "://" in encoded["path"] and not Path(encoded["path"]).exists():
-        # Inside of an archive, as data sets of the Hub may have them.
+        # A path inside of an archive, as in data sets of the Hub.
         with fsspec.open(encoded["path"], "rb") as file:
             return _open(BytesIO(file.read()))
     return _open(encoded["path"])
@@ -113,7 +113,7 @@ def _count_pictures(image: Image.Image) -> int:
     try:
         return getattr(image, "n_frames", 1)
     except Exception:
-        # The first can be whole where later ones are broken.
+        # Broken later frames do not matter: the first one is used.
         return 1
 
 
@@ -147,7 +147,7 @@ def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
         white = Image.fromarray(np.where(clear, 65535, pixels).astype(np.uint16))
         return white, bool(clear.any())
     has_colour = image.mode not in GREY_MODES
-    # Pillow converts premultiplied grey to nothing else.
+    # Pillow converts premultiplied grey (La) to LA only.
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     transparent = bool(np.asarray(image.getchannel("A")).min() < 255)
     white = Image.new("RGBA", image.size, "white")
@@ -181,7 +181,7 @@ def image_to_pixels(image: Image.Image, resolution: int, channels: int, bits: in
         pixels = np.repeat(resized[None], channels, axis=0) / (1 if bits == 16 else 257)
         return np.rint(pixels).astype(DTYPES[bits])
     if channels == 1 and image.mode == "LAB":
-        # Which Pillow converts to colour only.
+        # Pillow converts this mode to colour only.
         image = image.convert("RGB")
     image = image.convert("L" if channels == 1 else "RGB")
     pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR) if size != image.size else image)

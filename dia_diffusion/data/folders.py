@@ -45,7 +45,7 @@ _SHARD = re.compile(r"([a-z]+)([-_.]\d+)?(-of-\d+)?")
 _NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 # Formats that say what they are in their first bytes, so that their names do not matter.
 _RECOGNISED = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "JPEG2000", "AVIF")
-# Files that come with images and are none.
+# Files that often lie beside images: they are left out without a message.
 _COMPANIONS = {".txt", ".md", ".json", ".jsonl", ".csv", ".yaml", ".yml", ".html", ".py"}
 _DICT, _STATE = "dataset_dict.json", "state.json"
 
@@ -121,7 +121,7 @@ def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"the folder '{folder}' cannot be read: {error.strerror}.") from error
     if above and (folder / CONFIG).is_file():
-        # Its pictures of samples and curves are no data.
+        # Pictures of samples and curves are no training images.
         print_main(f"not used: '{folder}', which is the output of a run.")
         return
     for entry in entries:
@@ -336,7 +336,7 @@ def _load_saved(folder: Path) -> DatasetDict:
             loaded = DatasetDict({TRAIN_SPLIT: loaded})
         loaded = DatasetDict({name: recognise_images(rows) for name, rows in loaded.items()})
     except Exception as error:
-        # What `datasets` makes of a data set without a file of rows.
+        # `datasets` raises these for a saved data set without rows.
         reason = "it holds no rows" if isinstance(error, IndexError) else first_line(error)
         raise UsageError(f"cannot load the data set that was saved to '{folder}': {reason}.") from error
     files = [file["filename"] for rows in loaded.values() for file in rows.cache_files]

@@ -11,7 +11,7 @@ from .pixels import PixelDataset, describe_images
 from .preparation import BadImageError, prepare_pixels
 from .sources import load_dataset_splits
 
-# Of the images that --validation_split holds out: the same for runs of any seed, which are compared on them.
+# The seed of --validation_split: runs of all seeds are compared on the same held-out images.
 _SPLIT_SEED = 0
 
 

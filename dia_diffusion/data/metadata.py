@@ -62,7 +62,7 @@ def read_metadata(files: Mapping[Path, bytes], images: Sequence[Path]) -> list[d
             name = str(row.pop(_NAME))
             place = normpath(file.parent / name)
             if place not in known:
-                # Written on Windows.
+                # A path that was written on Windows.
                 place = normpath(file.parent / name.replace("\\", "/"))
             if place not in known:
                 raise UsageError(f"'{file}' names '{place}', which is no image in that folder: correct or remove it.")
@@ -98,7 +98,7 @@ def _read(file: Path, content: bytes) -> list[dict[str, Any]]:
     try:
         table = _READERS[file.suffix](io.BytesIO(content))
         if file.suffix == ".csv" and len(table.column_names) == 1:
-            # As spreadsheets write it in many countries.
+            # Spreadsheets in many countries separate cells with semicolons.
             table = pyarrow.csv.read_csv(io.BytesIO(content), parse_options=pyarrow.csv.ParseOptions(delimiter=";"))
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"'{file}' cannot be read: {first_line(error)}.") from error

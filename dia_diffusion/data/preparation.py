@@ -28,9 +28,9 @@ from .pixels import PixelDataset, list_names
 
 # Part of the cache key: raise it whenever the same image would give other pixels.
 _PREPROCESSING_VERSION = 3
-# A process is worth starting for so many.
+# The least number of images for which a further process is started.
 _IMAGES_A_PROCESS = 1000
-# What a process gathers before it writes.
+# The bytes that a process gathers before it writes.
 _BYTES_A_WRITE = 2**26
 _ROWS = "rows.arrow"
 # The columns of prepared images: pixels, and properties of their files.
@@ -196,7 +196,7 @@ def _decode(raw: Dataset, settings: dict[str, Any], name: str, place: Path, num_
             )
     except Exception as error:
         if isinstance(error.__context__, KeyboardInterrupt):
-            # What `datasets` makes of Ctrl-C while processes are at work.
+            # `datasets` raises this for Ctrl-C while its processes run.
             raise KeyboardInterrupt from error
         if isinstance(error, OSError):
             raise UsageError(
@@ -217,7 +217,7 @@ def _files_of(raw: Dataset, image_column: str) -> list[str]:
     for chunk in raw.data.column(image_column).chunks:
         outside = pc.is_null(pc.struct_field(chunk, "bytes"))
         files += pc.drop_null(pc.struct_field(chunk, "path").filter(outside)).to_pylist()
-    # What lies in archives came from the Hub, and does not change.
+    # Images in archives came from the Hub and do not change.
     return [path for path in files if "://" not in path or Path(path).exists()]
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..files import cache_dir, temporary_cache
 
-# By the folder in the cache of `datasets`, and by the name in the cache of this package. Nothing else is touched.
+# Folders in the cache of `datasets`, and names in the cache of this package. Nothing else is removed.
 _OF_DATA = {"dia_pixels": "prepared images", "dia_latents": "latents", "dia_folders": "tables of image folders"}
 _OF_SCORES = {"references": "statistics of real images", "inception-*.pt": "networks of scores"}
 

@@ -29,7 +29,7 @@ from .autoencoder import VAE, encode_posterior, vae_digest
 _VERSION = 1
 # The encoder's memory grows with the pixels: four images of 256x256 at a time, or 256 of 32x32.
 _PIXELS_AT_A_TIME, _IMAGES_AT_A_TIME = 2**18, 256
-# Each is an open file while a run lasts, and what a kill costs at most.
+# Images in a part. Each part is an open file during a run, and a kill loses one part at most.
 _MOST_PARTS = 64
 _SCHEMA = pa.schema({"posterior": pa.large_binary()})
 

@@ -177,7 +177,7 @@ class LatentSpace:
 
     def describe(self, count: int) -> str:
         channels, size = self.shape
-        # A mean and a standard deviation of two bytes each.
+        # Mean and standard deviation, two bytes each.
         size_in_bytes = count * 4 * channels * size**2
         times = "once"
         if self.options.random_flip:

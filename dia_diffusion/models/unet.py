@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..options.attention import ATTENTION_OPTIONS, attention_parameters
 from .branches import Branch, fuse_resnets, gate_branches, resnet_branches
 
-# Of weights, and of arguments.
+# The prefixes of the attention's weights and arguments.
 _DIA_WEIGHTS, _DIA_ARGUMENTS = "dia.", "dia_"
 DOWN_BLOCK_TYPES = tuple(
     "DownBlock2D ResnetDownsampleBlock2D AttnDownBlock2D SkipDownBlock2D AttnSkipDownBlock2D KDownBlock2D".split()

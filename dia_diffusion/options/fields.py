@@ -37,7 +37,7 @@ class Range:
 
 COUNT = Range(least=1)
 NATURAL = Range(least=0)
-# The seeds that torch takes.
+# The range of torch's seeds.
 SEED = Range(least=0, most=2**64 - 1)
 
 # Marks of types: a path, in which `~` is the home; names separated by commas; a name that may be a number.

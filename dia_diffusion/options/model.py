@@ -101,7 +101,7 @@ class ModelOptions(Options):
         super().__post_init__()
         given = {name: value for name, value in self.dia_options().items() if value is not None}
         if self.init_from is not None or self.model_config_name_or_path is not None:
-            # That model may have an attention of its own: what was not given stays open.
+            # The loaded model may have an attention of its own: leave options open that were not given.
             for name in given.keys() - {"dia_time_conditioned"}:
                 if given[name] != "none":
                     check_choice(name.removeprefix("dia_"), given[name])

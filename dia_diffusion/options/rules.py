@@ -49,7 +49,7 @@ def _with(name: str, *values: object) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def _not_with(name: str, *values: object) -> Callable[[Mapping[str, Any]], bool]:
-    # What is left to a model that is named may be anything.
+    # Values that the named model decides are not checked here.
     return lambda options: options[name] is not None and options[name] not in values
 
 

@@ -99,7 +99,7 @@ class TrainOptions(SourceOptions, DataOptions, ModelOptions, ObjectiveOptions, O
     """All options of training side by side, as `dia train` and `train` take them."""
 
 
-# Those of the attention and of the objectives stand for the `None` of their options.
+# Options of the attention and the objectives are None until these defaults replace it.
 DEFAULTS = {item.name: item.default for part in PARTS.values() for item in fields(part)} | DIA_DEFAULTS
 for _defaults in OBJECTIVE_DEFAULTS.values():
     DEFAULTS |= _defaults
@@ -155,7 +155,7 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
     options = chosen | {name: value for name, value in given.items() if name in OPTION_NAMES}
     if given.get("num_epochs") is not None:
         if given.get("max_train_steps") is None:
-            options["max_train_steps"] = None  # That of the file or the recipe.
+            options["max_train_steps"] = None  # The objective of the file or the recipe.
         else:
             remarks.append(
                 f"max_train_steps {given['max_train_steps']} counts, and not num_epochs {given['num_epochs']}."
@@ -226,7 +226,7 @@ def _choose_recipe(given: Mapping[str, Any], filed: Mapping[str, Any]) -> tuple[
             f"{nearest(recipe, known)}"
         )
     settings = load_options(known.get(recipe, recipe))
-    # What a recipe says of its data or its model is not said of others that were named.
+    # A recipe's options of data and model hold for its own data and model only.
     dropped = set(sources) if named else set()
     if any(given.get(name) or filed.get(name) for name in ("init_from", "model_config_name_or_path")):
         dropped |= MODEL_OPTION_NAMES

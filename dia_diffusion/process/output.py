@@ -30,7 +30,7 @@ def guard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        # Whoever has replaced a stream already (a notebook, a test) looks after it.
+        # Leave a stream alone that a notebook or a test has replaced.
         if stream is None or stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, _guarded(stream, descriptor))
 
@@ -84,7 +84,7 @@ def _in_notebook() -> bool:
 
 def progress_bar(*args: Any, **kwargs: Any) -> "text_tqdm":
     """Return a tqdm bar with these arguments. Outside of terminals and notebooks it prints a line every ten seconds."""
-    # Not before `quiet_dependencies` has set tqdm's defaults, which it reads when it is imported.
+    # Import tqdm late: it reads the defaults that `quiet_dependencies` sets when it is imported.
     from tqdm.auto import tqdm
     from tqdm.std import tqdm as text_tqdm
 

@@ -96,7 +96,7 @@ def _follow_parent() -> None:
     if parent is not None and threading.get_ident() == _Forks.thread:
         end_with_parent()
         if os.getppid() != parent:
-            # It ended before the kernel knew.
+            # The parent ended before prctl was called.
             os._exit(1)
 
 

@@ -47,7 +47,7 @@ def ensure_home() -> None:
     home = Path(tempfile.gettempdir()) / f"dia-diffusion-{os.getuid()}"
     home.mkdir(exist_ok=True)
     os.environ["HOME"] = str(home)
-    # Libraries ask for it when there is no account of this number.
+    # Libraries look for HOME where the user has no account.
     os.environ.setdefault("USER", str(os.getuid()))
     print(f"there is no home directory: caches are kept in '{home}'. Set HOME to keep them.", file=sys.stderr)
 
@@ -189,7 +189,7 @@ def _use_all_cores() -> None:
 def _asked_for_threads() -> bool:
     """Tell whether the environment or the command line of `accelerate launch` names a number of threads."""
     try:
-        # As it was when the launcher started.
+        # The environment with which the launcher was started.
         if "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ():
             return True
     except (psutil.Error, OSError):

@@ -87,7 +87,7 @@ def _from_pretrained(name_or_path: str, variant: str | None) -> DiffusionPipelin
         return pipeline
     except (MemoryError, Interrupted):
         raise
-    except Exception as error:  # Whatever a configuration that was edited makes diffusers and its schedulers do.
+    except Exception as error:  # An edited configuration makes diffusers and its schedulers raise errors of any kind.
         others = sorted(filter(None, variants))
         reason = why_not_loaded(name_or_path, error)
         if folder.is_file():

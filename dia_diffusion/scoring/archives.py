@@ -24,7 +24,7 @@ from ..files import file_digest
 
 SAMPLES = "arr_0"
 STATISTICS = ("mu", "sigma")
-# What zipfile and numpy raise at a file that is cut off, broken, or none.
+# zipfile and numpy raise these for truncated, broken and other files.
 UNREADABLE_ARCHIVE = (
     OSError,
     ValueError,
@@ -117,7 +117,7 @@ class ArchiveImages:
             self.array, self.fingerprint = _map(path, name)
         shape = self.array.shape
         if len(shape) == 4 and shape[3] not in (1, 3) and shape[1] in (1, 3):
-            # As torch has them: channels first.
+            # Channels first, as in torch.
             self.array = self.array.transpose(0, 2, 3, 1)
             shape = self.array.shape
         if self.array.dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)) or 0 in shape:

@@ -177,7 +177,7 @@ def _make_images(options: EvaluateOptions, pipeline: DiffusionPipeline, real: Re
         if options.class_proportions is not None:
             raise UsageError("--class_proportions needs a class-conditional pipeline, which this is not.")
     else:
-        # Other classes than the model's say nothing.
+        # The classes of other data say nothing about the model's.
         known = real is not None and real.class_shares is not None and len(real.class_shares) == pipeline.null_class
         shares = real.class_shares if real is not None and known and not even else None
         unknown = "" if even or known else ", since the reference does not say how often it has each of them"
@@ -230,7 +230,7 @@ def _shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
     if {name for name, part in pipeline.components.items() if part is not None} - {"guide"} == {"unet", "scheduler"}:
         size = pipeline.unet.config.sample_size
         return size if isinstance(size, int) else min(size), pipeline.unet.config.in_channels
-    # With a decoder behind the UNet, only an image tells.
+    # With a VAE, only a decoded image shows the size and the channels.
     image = sample_batch(pipeline, [0], steps=1)
     return min(image.shape[2:]), image.shape[1]
 

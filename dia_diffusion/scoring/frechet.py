@@ -42,7 +42,7 @@ class Moments:
         self.counts = torch.zeros(groups, dtype=torch.double)
         self.sums = torch.zeros(groups, num_features, dtype=torch.double)
         self.products = torch.zeros(groups, 0, 0, dtype=torch.double)
-        # Around the first image, and the group of each.
+        # Images relative to the first one, and the group of each.
         self.rows = torch.zeros(0, num_features, dtype=torch.double)
         self.row_groups = torch.zeros(0, dtype=torch.long)
         self.origin = torch.zeros(num_features, dtype=torch.double)

@@ -67,7 +67,7 @@ class PipelineImages:
         self.seed = seed
         self.guidance_scale = guidance_scale
         self.folder = folder
-        # Classes that come up alike are taken in turn.
+        # Classes that are drawn equally often are taken in turn.
         self.class_shares = list(class_shares) if class_shares and len(set(class_shares)) > 1 else None
         if folder is not None:
             self._adopt(folder)
@@ -126,7 +126,7 @@ class PipelineImages:
 
     def _adopt(self, folder: Path) -> None:
         """Refuse a folder with images of another model or other settings, and record those of this one."""
-        # As they will be read again.
+        # As JSON gives them back when they are read.
         mine = json.loads(to_json({"sampling": self.settings, "origin": self.origin}))
         record = folder / _RECORD
         if record.is_file():
@@ -223,7 +223,7 @@ def check_one_size(dataset: Dataset) -> None:
             with Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]) as image:
                 size = image.size[::-1] if image.getexif().get(_ORIENTATION) in _TURNED else image.size
         except UNREADABLE:
-            continue  # It is named when it is decoded.
+            continue  # The error names the file when it is decoded.
         name = encoded["path"] or f"image {number}"
         first = first or (size, name)
         if size != first[0]:
@@ -244,4 +244,4 @@ def _load(record: Path) -> Any:
     try:
         return json.loads(record.read_text())
     except ValueError:
-        return None  # A broken record is nobody's.
+        return None  # A broken record belongs to no earlier scoring.

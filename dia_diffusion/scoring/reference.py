@@ -186,7 +186,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError):
-        # Not there, or broken: it is computed anew.
+        # Absent or broken: compute it again.
         return None
 
 

@@ -150,7 +150,7 @@ class Study:
                     check(options | {"seed": self.seeds[0], "output_dir": "run"})
             except UsageError as error:
                 raise UsageError(f"variant '{variant}': {error}") from error
-            except Exception as error:  # Of a trainer of one's own.
+            except Exception as error:  # The options of a user's own trainer.
                 raise UsageError(
                     f"variant '{variant}': check() of the trainer fails: {type(error).__name__}: {first_line(error)}."
                 ) from error

@@ -83,7 +83,7 @@ def _check_start(runs: list[StudyRun], here: bool) -> None:
             if (key := repr((data, run.scoring))) not in images:
                 images[key] = load_scored_images(data, run.scoring)
             _, unet = make_model(config, *images[key])
-            if not visible_gpus():  # On one the memory that this takes would stay taken.
+            if not visible_gpus():  # A GPU would not release the memory of this.
                 with open_accelerator(str(config.optimisation.mixed_precision), config.output) as accelerator:
                     TrainingState(config.optimisation, accelerator, unet, run.steps)
         except UsageError as error:

@@ -22,9 +22,9 @@ from ..files import replace_files
 from .engine import Ended, Task, last_words, work
 from .single_run import RESULT
 
-# A task whose machine is lost, or is told to stop, is started again elsewhere so often: Ray's own default.
+# How often Ray starts a task again whose machine is lost or stops: its own default.
 _RETRIES = 3
-# What a machine may take to answer.
+# The seconds that a machine may take to answer.
 _PATIENCE_SECONDS = 30
 _NOT_SHARED = (
     "Not all of them see the study's folder: there the results of a run are brought back when it ends, and a run that "
@@ -77,7 +77,7 @@ class RayEngine:
     def cancel(self) -> None:
         refs = list(self._running)
         for ref in refs:
-            # As Ctrl-C in the process of the task.
+            # Stop the task as Ctrl-C in its process would.
             ray.cancel(ref)
         if refs:
             ray.wait(refs, num_returns=len(refs))
@@ -216,5 +216,5 @@ def _write_files(folder: Path, files: Files, before: Files | None = None) -> Non
     for name in (before or {}).keys() - files.keys():
         (folder / name).unlink(missing_ok=True)
         with suppress(OSError):
-            # Folders of which it was the last file.
+            # Remove folders that are empty now.
             os.removedirs((folder / name).parent)

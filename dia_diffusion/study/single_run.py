@@ -86,7 +86,7 @@ def read_result(run: StudyRun) -> dict[str, Any] | None:
     result = _read_json(run.folder / RESULT)
     if result is not None and run.trainer is not None:
         if "asked_for" not in result:
-            return None  # A file of the trainer, which was stopped.
+            return None  # A file of a trainer that was stopped.
         if result["asked_for"] != json.loads(to_json(run.options)):
             raise UsageError(
                 f"'{run.folder}' was trained with other options: remove it, or choose another --output_dir."

@@ -232,7 +232,7 @@ def save_figure(summary: dict[str, Any], scores: Mapping[str, Score], path: Path
                 unit * figures["difference"], row, "D", color=colour, markersize=7, fillstyle="none" if few else "full"
             )
         axis.axvline(0, color="black", linewidth=1)
-        # The wide intervals of few pairs run out of the picture.
+        # Wide intervals of few pairs may leave the picture.
         margin = 0.1 * (max(shown) - min(shown)) or 1.0
         axis.set_xlim(min(shown) - margin, max(shown) + margin)
         better = "← better" if score.better == "lower" else "better →"

@@ -22,7 +22,7 @@ from ..options.output import OutputOptions
 from ..process.distributed import PATIENCE, check_launcher, check_processes
 
 _SECONDS_BETWEEN_CHECKS = 2.0
-# Steps may become slower.
+# Steps may grow slower during a run.
 _MOST_STEPS_BETWEEN_CHECKS = 100
 
 

@@ -16,7 +16,7 @@ from ..models.unet import DIAUNet2DModel
 from ..options.fields import convert
 from ..options.model import ModelOptions
 
-# What diffusers takes, or ignores, where its signature says `str`.
+# Values that diffusers takes where its signature says `str`.
 _CHOICES = {
     "time_embedding_type": Literal["positional", "fourier", "learned"],
     "mid_block_type": Literal["UNetMidBlock2D"],
@@ -119,7 +119,7 @@ def _try(
             unet(sample, zeros, zeros if from_data["num_class_embeds"] else None)
     except UsageError:
         raise
-    except Exception as error:  # Whatever the arguments made diffusers or torch do.
+    except Exception as error:  # Wrong arguments make diffusers and torch raise errors of any kind.
         raise UsageError(
             f"no UNet can be built as asked: {first_line(error)}. Look at --block_out_channels (multiples of "
             f"norm_num_groups, {arguments.get('norm_num_groups', 32)} here), and at --unet_arguments or the "

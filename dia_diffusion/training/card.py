@@ -159,7 +159,7 @@ def check_card(config: TrainingConfig) -> None:
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"the Hub refuses the metadata of the model card, see --license: {reason}") from error
-    except Exception:  # Of several libraries' kinds.
+    except Exception:  # Several libraries raise errors of their own here.
         # No connection, which the next call to the Hub reports, or a Hub without this check.
         return
 

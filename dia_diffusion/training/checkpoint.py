@@ -78,7 +78,7 @@ def clean_checkpoints(folder: Path) -> None:
     for replaced in folder.glob(f"{_REPLACED}*"):
         final = folder / replaced.name.removeprefix(_REPLACED)
         if not final.exists():
-            # Killed after the old one made way, and before the new one took its place.
+            # A kill came between moving the old checkpoint away and the new one into place.
             replaced.rename(final)
     for kind in (_PARTIAL, _REPLACED, _REMOVING):
         for stale in folder.glob(f"{kind}*"):
@@ -90,7 +90,7 @@ def _remove(path: Path) -> None:
     try:
         shutil.rmtree(path.rename(path.with_name(f"{_REMOVING}{path.name}")))
     except OSError as error:
-        # The new one is written: a disk that does not let go of an old one is no reason to stop.
+        # The new checkpoint is complete: an old one that cannot be removed is no reason to stop.
         warnings.warn(f"the old checkpoint '{path}' could not be removed: {error}.", stacklevel=2)
 
 

@@ -17,7 +17,7 @@ from .log import METRICS_LOG
 
 SAMPLES = "samples"
 BEST = "best"
-# What a killed run had started may hold the lock for a moment longer.
+# Processes that a killed run started may hold the lock for a moment.
 _PATIENCE_SECONDS = 3
 
 

@@ -66,7 +66,7 @@ def check_scores(features: str, data: PixelDataset, held_out: PixelDataset | Non
     for kind, images in (("training", data), ("held-out", held_out)):
         if images is not None and len(images) < 2:
             raise UsageError(f"there is only 1 {kind} image, and scores need 2 or more: add images, or ask for none.")
-    # A network that does not take such images says so.
+    # A network that cannot take such images raises an error here.
     get_extractor(features, data.resolution, data.channels)(data.images_at(range(1)))
 
 

@@ -120,7 +120,7 @@ class VisionModelFeatures(FeatureExtractor):
 
         self.name = name_or_path
         try:
-            # The one that needs no torchvision, everywhere: the two differ in how they resize.
+            # Always the slow processor, which needs no torchvision: the fast one resizes differently.
             self.processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil")
             self.model = AutoModel.from_pretrained(name_or_path)
         except (OSError, ValueError, ImportError) as error:
