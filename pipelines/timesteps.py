@@ -87,7 +87,7 @@ def _near_numbers(scheduler: SchedulerMixin, steps: int, most: int) -> list[int]
         dividers = [number for number in dividers if number <= steps][::-1] + dividers
     others = [number for offset in range(1, 9) for number in (steps + offset, steps - offset)]
     tried = (dividers[:3] if steps > 60 else []) + others + [10, 25, 50, 100]
-    return [number for number in dict.fromkeys(tried) if 1 <= number <= max(most, 100 * (most == steps))]
+    return [number for number in dict.fromkeys(tried) if 2 <= number <= max(most, 100 * (most == steps))]
 
 
 @torch.no_grad()
@@ -126,8 +126,10 @@ def _rehearse(scheduler: SchedulerMixin, steps: int, shape: tuple[int, int, int]
         return f"it takes the variance that the UNet predicts for further channels of {shape[0]}"
     if not sample.isfinite().all():
         return "its own arithmetic gives values that are not finite, whatever the model" + _options_in_words(scheduler)
+    if "Inverse" in type(scheduler).__name__:
+        return None
     if scheduler.timesteps[-1] > scheduler.timesteps[0]:
-        return None  # It goes from images to noise.
+        return "it leads from images to noise" + _options_in_words(scheduler)
     missed = (sample[0] - _GREY).square().mean().sqrt().item()
     contrast = sample[1].std().item() / _WIDTHS[1]
     if missed > max(_TOLERANCE, 2 * _last_level(scheduler)):
@@ -194,8 +196,12 @@ def _explain(scheduler: SchedulerMixin, steps: int, error: Exception) -> str:
         return f"its own arithmetic gives values that are not finite, whatever the model{options}"
     if isinstance(error, NotImplementedError) or "prediction_type" in text:
         return text
-    if options:
+    if options and isinstance(error, IndexError | AssertionError):
         return f"its noise levels do not fit its own table of timesteps{options} ({type(error).__name__}: {text})"
+    if isinstance(error, TypeError) and str(scheduler.config.get("variance_type")).startswith("learned"):
+        return (
+            f"it takes the variance (variance_type '{scheduler.config.variance_type}'), which the UNet does not predict"
+        )
     return text if isinstance(error, ValueError) else f"diffusers fails ({type(error).__name__}: {text})"
 
 

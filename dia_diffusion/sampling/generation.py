@@ -1,5 +1,6 @@
 """Images from a pipeline by number: image i is a function of the seed and i alone, whatever the batch size."""
 
+import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
-from ..errors import NotFiniteImagesError, UsageError
+from ..errors import NotFiniteImagesError, UsageError, first_line
 from ..pipelines.inputs import class_number
 from ..pipelines.noise import find_misfit
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
@@ -145,6 +146,12 @@ def check_sampling(pipeline: DiffusionPipeline, steps: int) -> None:
     if (size := config.get("sample_size")) and find_misfit(pipeline.scheduler) is None:
         shape = (channels, *((size, size) if isinstance(size, int) else size))
         check_steps(pipeline.scheduler, steps, shape, config.get("out_channels") == 2 * channels)
+        return
+    try:
+        copy.deepcopy(pipeline.scheduler).set_timesteps(steps)
+    except ValueError as error:
+        name = type(pipeline.scheduler).__name__
+        raise UsageError(f"{steps} steps do not fit {name}: {first_line(error)}.") from error
 
 
 def check_pictures(pipeline: DiffusionPipeline) -> None:
@@ -233,6 +240,10 @@ def check_inputs(pipeline: DiffusionPipeline) -> None:
     if conditional and "class_labels" not in accepted:
         raise UsageError(
             f"the UNet needs class labels, which {name} does not give; DIAUNetPipeline(unet, scheduler) does."
+        )
+    if conditional and (kind := pipeline.unet.config.class_embed_type) is not None:
+        raise UsageError(
+            f"the UNet takes embeddings of classes (class_embed_type '{kind}') and no numbers: call {name} in Python."
         )
 
 

@@ -59,7 +59,7 @@ def load_pipeline(
         lay_out(unet)
         if compile_mode is not None:
             unet.compile(mode=compile_mode, dynamic=False)
-    if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
+    if hasattr(getattr(pipeline, "vae", None), "use_slicing"):
         # One image at a time: the memory of a decoder does not grow with the batch, and it takes no longer.
         pipeline.vae.enable_slicing()
     try:
@@ -171,7 +171,8 @@ def _compare(pipeline: DIAUNetPipeline, other: DiffusionPipeline) -> list[tuple[
     """Return the properties that a model and its guide must share: name, and value in each."""
     pairs = [(part.scheduler.config, part.unet.config) for part in (pipeline, other)]
     (noise, unet), (other_noise, other_unet) = pairs
-    compared = [("kind of noise", noise_kind(noise), noise_kind(other_noise))]
+    kinds = [kind.name if kind is not None else "unknown" for kind in (noise_kind(noise), noise_kind(other_noise))]
+    compared: list[tuple[str, object, object]] = [("kind of noise", *kinds)]
     # Not all schedulers have all of them.
     known = [key for key in find_family(noise).of_the_model if key in noise and key in other_noise]
     compared += [(key, noise[key], other_noise[key]) for key in known]

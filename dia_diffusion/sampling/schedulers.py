@@ -163,7 +163,7 @@ def _find_sampler(family: Family, name: str) -> tuple[str, dict[str, Any]]:
         if name == sampler[0]:
             return sampler
     fitting = ", ".join(family.samplers)
-    if any(name in other.samplers for other in FAMILIES.values()):
+    if any(name in (short, kind) for other in FAMILIES.values() for short, (kind, _) in other.samplers.items()):
         raise UsageError(f"scheduler '{name}' does not fit this model, which has another kind of noise: use {fitting}.")
     raise UsageError(f"unknown scheduler '{name}'. Choose one of: {fitting}.{nearest(name, family.samplers)}")
 

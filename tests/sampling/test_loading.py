@@ -16,6 +16,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
     UNet2DModel,
+    VQModel,
 )
 from safetensors.torch import load_file, save_file
 
@@ -177,6 +178,24 @@ def test_steps_that_a_scheduler_cannot_take_are_refused_for_any_pipeline():
         pipeline.scheduler = make_scheduler("kdpm2_ancestral", config)
         with pytest.raises(UsageError, match=r"num_inference_steps 5 does not fit KDPM2Anc.*not finite, whatever the"):
             check_sampling(pipeline, 5)
+    rising = EulerDiscreteScheduler(use_karras_sigmas=True, sigma_min=1.0, sigma_max=0.1)
+    embedded = UNet2DModel(**GREY | {"num_class_embeds": 3, "class_embed_type": "identity"})
+    for pipeline, words in (
+        (DIAUNetPipeline(unet, rising), "it leads from images to noise with use_karras_sigmas"),
+        (DDPMPipeline(unet, DDPMScheduler(variance_type="learned")), "'learned'.*, which the UNet does not predict"),
+        (ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler()), "41 steps do not fit CMStoch.* than .*: 40"),
+        (DIAUNetPipeline(embedded, DDIMScheduler()), r"embeddings of classes \(class_embed_type 'identity'\)"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            check_sampling(pipeline, 41)
+
+
+def test_latents_of_a_vq_model_are_decoded(tmp_path):
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    vae = VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=1, num_vq_embeddings=4, **blocks).eval()
+    pipeline = DIAUNetPipeline(UNet2DModel(**GREY).eval(), DDIMScheduler(clip_sample=False), vae=vae)
+    pipeline.save_pretrained(tmp_path)
+    assert sample_batch(load_pipeline(str(tmp_path)), [0], 2).tolist() == sample_batch(pipeline, [0], 2).tolist()
 
 
 def test_a_compiled_model_is_compiled_once_for_all_batches():
