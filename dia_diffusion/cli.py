@@ -102,7 +102,9 @@ def _run(prepare: Callable[[Given], Any], work: Callable[[Any], None], given: Gi
         tune_process()
         work(options)
     except (UsageError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What Python says of a working directory that was removed.
+        gone = isinstance(error, FileNotFoundError) and error.filename is None
+        print(f"error: {'the working directory is gone: change to another' if gone else error}", file=sys.stderr)
         return 2
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)

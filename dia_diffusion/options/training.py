@@ -19,6 +19,7 @@ from .output import OutputOptions
 from .parser import OptionParser, rename_aliases
 from .rules import DIFFUSERS_OPTIONS, TRAINING_RULES, check_effect
 
+_SOURCES = ("dataset_name", "dataset_config_name", "train_data_dir")
 # The file that holds the record of a run, in its folder.
 CONFIG = "training_config.yaml"
 
@@ -149,7 +150,7 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
         UsageError: for an unknown option, a value that cannot be, or an option without effect.
     """
     given = check_names(given, "train")
-    filed = load_options(given["config"]) if given.get("config") is not None else {}
+    filed = without_other_data(load_options(given["config"]) if given.get("config") is not None else {}, given)
     recipe, settings = _choose_recipe(given, filed)
     chosen, remarks = _for_objective(settings | filed, given.get("objective"))
     options = chosen | {name: value for name, value in given.items() if name in OPTION_NAMES}
@@ -203,6 +204,13 @@ def check_names(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     return rename_aliases(options, parts, lambda unknown: f"{where} has no option '{unknown[0]}'.")
 
 
+def without_other_data(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the data that options name where `given`, which comes before them, names other data."""
+    named = [name for name in ("dataset_name", "train_data_dir") if given.get(name) is not None]
+    dropped = _SOURCES if any(given[name] != options.get(name) for name in named) else ()
+    return {name: value for name, value in options.items() if name not in dropped}
+
+
 def _for_objective(options: dict[str, Any], objective: str | None) -> tuple[dict[str, Any], list[str]]:
     """Drop the objective options of a file or recipe if another objective than theirs was given, with a remark."""
     others = [] if objective is None else [name for name in options_of_other_objectives(objective) if name in options]
@@ -213,8 +221,7 @@ def _for_objective(options: dict[str, Any], objective: str | None) -> tuple[dict
 
 def _choose_recipe(given: Mapping[str, Any], filed: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     """Return the name of the recipe of a run and the options that it sets, or `None` and nothing."""
-    sources = ("dataset_name", "dataset_config_name", "train_data_dir")
-    named = [name for name in sources if given.get(name, filed.get(name)) is not None]
+    named = [name for name in _SOURCES if given.get(name, filed.get(name)) is not None]
     recipe = given.get("recipe")
     if recipe is None and (given.get("config") is not None or (named and given.get("dataset_name") != "digits")):
         return None, {}
@@ -227,7 +234,7 @@ def _choose_recipe(given: Mapping[str, Any], filed: Mapping[str, Any]) -> tuple[
         )
     settings = load_options(known.get(recipe, recipe))
     # A recipe's options of data and model hold for its own data and model only.
-    dropped = set(sources) if named else set()
+    dropped = set(_SOURCES) if named else set()
     if any(given.get(name) or filed.get(name) for name in ("init_from", "model_config_name_or_path")):
         dropped |= MODEL_OPTION_NAMES
     return recipe, {name: value for name, value in settings.items() if name not in dropped}

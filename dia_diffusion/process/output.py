@@ -38,11 +38,12 @@ def guard_streams() -> None:
 def _guarded(stream: TextIO | None, descriptor: int) -> TextIO:
     raw = io.BufferedWriter(_Forgiving(descriptor, "wb", closefd=False))
     if not isinstance(stream, io.TextIOWrapper):
-        return io.TextIOWrapper(raw, encoding="utf-8", line_buffering=True)
+        return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
     return io.TextIOWrapper(
         raw,
         encoding=stream.encoding,
-        errors=stream.errors,
+        # Names of files need not be text.
+        errors="backslashreplace",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

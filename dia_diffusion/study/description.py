@@ -18,7 +18,7 @@ from diffusers import UNet2DModel
 from ..errors import UsageError, first_line, nearest
 from ..options.fields import COUNT, NATURAL, SEED, convert_mapping, to_number
 from ..options.rules import TRAINING_RULES, check_effect
-from ..options.training import CONFIG, OPTION_NAMES, TrainingConfig, load_options, read_yaml
+from ..options.training import CONFIG, OPTION_NAMES, TrainingConfig, load_options, read_yaml, without_other_data
 from .comparison import KNOWN_SCORES, Score
 from .trainers import load_trainer
 
@@ -177,6 +177,7 @@ class Study:
         """Return the options of a variant, those that all have included."""
         options: dict[str, Any] = {} if self.trainer is not None else {"unet_arguments": {}, **_DEFAULTS}
         for given in (self.common or {}, self.variants[variant] or {}):
+            options = without_other_data(options, given) if self.trainer is None else options
             for name, value in given.items():
                 if name in _RESERVED and (self.trainer is None or name in ("seed", "output_dir")):
                     raise UsageError(f"'{name}' cannot be set for the runs of a study: {_RESERVED[name]}.")

@@ -105,7 +105,8 @@ def explain_end(config: TrainingConfig, figures: Mapping[str, Any]) -> str:
         figures (`dict`): The content of its metrics.json.
     """
     folder, features = config.output.folder, figures.get("features")
-    model = shlex.quote(str(folder))
+    # A command would take a leading dash for an option.
+    model = shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
     made = ["the pipeline", "its card (README.md)", "samples.png", *(["scores (metrics.json)"] if features else [])]
     if (folder / BEST / "model_index.json").exists():
         made.append(f"the best pipeline on the way ({BEST}/)")

@@ -57,8 +57,8 @@ def test_a_full_disk_for_the_log_costs_nothing():
 
 
 def test_what_is_printed_arrives_unchanged():
-    code = f"{GUARDED}; print('ä', sys.stdout.fileno(), sys.stdout.isatty()); print('x' * 100_000)"
-    assert run_python(code) == "ä 1 False\n" + "x" * 100_000 + "\n"
+    code = f"{GUARDED}; print('ä', sys.stdout.fileno(), sys.stdout.isatty(), '\\udce9'); print('x' * 100_000)"
+    assert run_python(code) == "ä 1 False \\udce9\n" + "x" * 100_000 + "\n"
 
 
 class Terminal(io.StringIO):

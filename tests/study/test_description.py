@@ -76,7 +76,7 @@ def test_mistakes_are_named(tmp_path, changes, words):
     [
         ({"block_out_channels": [8] * 6}, "variant 'bad': resolution .* does not fit a UNet"),
         ({"norm_num_groups": 5}, "variant 'bad': no UNet can be built as asked"),
-        ({"dataset_name": None, "train_data_dir": "none"}, "variant 'bad': --train_data_dir 'none' is not a folder"),
+        ({"train_data_dir": "none"}, "variant 'bad': --train_data_dir 'none' is not a folder"),
         ({"dataset_name": "nowhere"}, "variant 'bad': cannot load images from 'nowhere'"),
         ({"vae": "nowhere"}, "variant 'bad': cannot load a VAE from 'nowhere'"),
         ({"init_from": "nowhere"}, "variant 'bad': cannot load a UNet from 'nowhere'"),
@@ -84,7 +84,7 @@ def test_mistakes_are_named(tmp_path, changes, words):
         ({"ddpm_num_inference_steps": 61}, "variant 'bad': ddpm_num_inference_steps 61 goes below"),
         ({"class_embed_type": "identity"}, "variant 'bad': class_embed_type 'identity' has no embedding"),
         ({"mixed_precision": "fp16"}, "variant 'bad': mixed_precision 'fp16' needs a GPU"),
-        ({"channels": 3, "dataset_name": None, "train_data_dir": "images"}, "variant 'bad': a study needs held-out"),
+        ({"channels": 3, "train_data_dir": "images"}, "variant 'bad': a study needs held-out"),
         ({"features": "nonsense"}, "variant 'plain': 'nonsense' is neither the name of features"),
     ],
 )

@@ -349,6 +349,8 @@ def test_a_file_counts_more_than_a_recipe_and_a_flag_more_than_a_file(tmp_path):
     assert (config.optimisation.learning_rate, config.optimisation.adam_beta1) == (1e-2, 0.6)
     assert config.optimisation.use_ema
     assert config.data.dataset_name == "mnist5k"
+    data = parse_arguments([*arguments, "--train_data_dir", "x"]).data
+    assert (data.dataset_name, data.train_data_dir) == (None, "x")
 
 
 def test_names_of_the_data_and_ways_to_write_a_flag():
