@@ -4,8 +4,6 @@ import collections
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import time
 
 import datasets
@@ -19,6 +17,7 @@ from dia_diffusion.data.pixels import EndlessShuffle
 from dia_diffusion.data.preparation import prepare_pixels
 from dia_diffusion.data.sources import load_dataset_splits, load_digits_dataset
 from dia_diffusion.errors import UsageError
+from forks import start
 
 
 @pytest.fixture(autouse=True)
@@ -173,20 +172,17 @@ def test_endless_shuffle_is_a_function_of_seed_and_position():
     assert not torch.equal(EndlessShuffle(pixels, 4, True).__getitems__(range(9))["images"], everything[:9])
 
 
-PREPARE = """
-import hashlib, sys
-from dia_diffusion.data.sources import load_dataset_splits
-from dia_diffusion.data.preparation import prepare_pixels
-train, _ = load_dataset_splits(train_data_dir=sys.argv[1], cache_dir=sys.argv[2])
-pixels = prepare_pixels(train, 64, cache_dir=sys.argv[2])
-digest = hashlib.sha256(pixels.images_at(range(len(pixels))).numpy().tobytes())
-print(len(pixels), digest.hexdigest(), pixels.rows.cache_files[0]["filename"])
-"""
+def prepare(root, cache):
+    train, _ = load_dataset_splits(train_data_dir=str(root), cache_dir=str(cache))
+    pixels = prepare_pixels(train, 64, cache_dir=str(cache))
+    digest = hashlib.sha256(pixels.images_at(range(len(pixels))).numpy().tobytes())
+    print(f"\n{len(pixels)} {digest.hexdigest()} {pixels.rows.cache_files[0]['filename']}", flush=True)
 
 
-def start_preparing(root, cache):
-    command = [sys.executable, "-c", PREPARE, str(root), str(cache)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def answer_of(process, log):
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
+    return log.read_text().splitlines()[-1]
 
 
 def test_two_runs_share_a_cache_and_a_killed_build_leaves_none_that_looks_finished(tmp_path):
@@ -195,18 +191,19 @@ def test_two_runs_share_a_cache_and_a_killed_build_leaves_none_that_looks_finish
     expected = np.stack([image_to_pixels(image, 64, 3) for image in images.values()]).tobytes()
     answer = f"600 {hashlib.sha256(expected).hexdigest()}"
 
-    together = [start_preparing(root, tmp_path / "shared") for _ in range(2)]
-    first, second = [process.communicate(timeout=120)[0].strip() for process in together]
+    logs = [tmp_path / f"{name}.log" for name in ("first", "second", "killed", "again")]
+    together = [start(prepare, root, tmp_path / "shared", output=log) for log in logs[:2]]
+    first, second = map(answer_of, together, logs)
     assert first.startswith(answer)
     assert second == first
 
-    killed = start_preparing(root, tmp_path / "killed")
+    killed = start(prepare, root, tmp_path / "killed", output=logs[2])
     deadline = time.monotonic() + 60
     # `datasets` writes to a file named tmp* first. os.walk, since folders come and go while it looks.
     while not any(name.startswith("tmp") for _, _, files in os.walk(tmp_path / "killed") for name in files):
         assert time.monotonic() < deadline
-        assert killed.poll() is None
+        assert killed.is_alive()
     killed.kill()
-    killed.wait()
-    again, _ = start_preparing(root, tmp_path / "killed").communicate(timeout=120)
+    killed.join()
+    again = answer_of(start(prepare, root, tmp_path / "killed", output=logs[3]), logs[3])
     assert again.startswith(answer)
