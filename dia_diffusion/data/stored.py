@@ -52,9 +52,10 @@ def clean_caches(data_cache: str | None = None) -> str:
 
 
 def _places(data_cache: str | None) -> Iterator[tuple[str, Path]]:
-    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    hub = Path(os.environ.get("HF_HOME") or user / "huggingface").expanduser()
-    data = Path(data_cache or os.environ.get("HF_DATASETS_CACHE") or hub / "datasets").expanduser()
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    hub = os.environ.get("HF_HOME") or f"{user}/huggingface"
+    # Unlike `Path.expanduser` it has no error for a user without a home directory.
+    data = Path(os.path.expanduser(data_cache or os.environ.get("HF_DATASETS_CACHE") or f"{hub}/datasets"))  # noqa: PTH111
     for name, kind in _OF_DATA.items():
         # The second takes the place of a cache that cannot be written.
         yield from ((kind, folder / name) for folder in (data, temporary_cache()))

@@ -30,7 +30,9 @@ _RESERVED = {
     "resume_from_checkpoint": "a study always goes on where it stopped",
     "score_features": "set 'features' of the study",
     "score_num_images": "set 'num_images' of the study",
-    "push_to_hub": "the runs of a study are not published",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_token", "hub_model_id", "hub_private_repo"), "the runs of a study are not published"
+    ),
 }
 # Pictures and pipelines on the way cost time and are not looked at; a finished run needs no checkpoint.
 _NEVER = 10**9
@@ -123,6 +125,8 @@ class Study:
         if not isinstance(self.variants, dict) or self.baseline not in list(self.variants):
             raise UsageError(f"the baseline '{self.baseline}' must be one of the study's variants.")
         _check_names(self.variants)
+        if not isinstance(self.trainer, str | None):
+            raise UsageError(f"trainer must be the name of a Python file, but is {self.trainer}.")
         for name, options in {"common": self.common, **self.variants}.items():
             if not isinstance(options, dict | None):
                 raise UsageError(f"'{name}' must list options, each with its value, but is {options}.")

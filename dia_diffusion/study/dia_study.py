@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from ..data.pixels import PixelDataset
 from ..errors import UsageError
+from ..files import check_output_folder
 from ..options.training import check_folder_of_images
 from ..process.output import progress_bar
 from ..process.startup import available_cores
@@ -51,6 +52,7 @@ def run_study(
         Interrupted: after SIGTERM or Ctrl-C; the same call goes on.
     """
     study, folder = load_study(path), Path(output_dir)
+    check_output_folder(folder)
     runs = study.runs(folder)
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs must be at least 1, but is {jobs}.")

@@ -92,7 +92,7 @@ def read_result(run: StudyRun) -> dict[str, Any] | None:
                 f"'{run.folder}' was trained with other options: remove it, or choose another --output_dir."
             )
         return result
-    if result is None or ("diverged_at_step" not in result and result["scoring"] != _scoring(run)):
+    if result is None or ("diverged_at_step" not in result and result.get("scoring") != _scoring(run)):
         return None
     return result
 
@@ -108,7 +108,7 @@ def read_timing(run: StudyRun, baseline: StudyRun) -> float | None:
     timing = _read_json(run.folder / TIMING)
     if timing is None or timing.get("baseline") != _identity(baseline):
         return None
-    return timing["step_time_ratio"]
+    return timing.get("step_time_ratio")
 
 
 def _identity(run: StudyRun) -> dict[str, str]:
@@ -126,7 +126,7 @@ def count_spikes(losses: Sequence[float]) -> int:
 
 def _is_trained(run: StudyRun) -> bool:
     figures = _read_json(run.folder / "metrics.json")
-    return figures is not None and figures["step"] == run.config.optimisation.max_train_steps
+    return figures is not None and figures.get("step") == run.config.optimisation.max_train_steps
 
 
 def _score(run: StudyRun) -> dict[str, Any]:
@@ -222,8 +222,9 @@ def _seconds(step: Callable[[], None]) -> float:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return what a file holds, or None where it is not there or is no JSON."""
+    """Return the mapping that a file holds, or None where it is not there or is of another kind."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
         return None
+    return found if isinstance(found, dict) else None

@@ -48,6 +48,8 @@ def check_output_dir(options: OutputOptions, checkpoint: Path | None) -> None:
         UsageError: if the folder holds files that the run would overwrite, of another run than the one it resumes.
     """
     folder = options.folder
+    if (folder / options.logging_dir) in (*_traces(folder), folder / "model_index.json", folder / CONFIG):
+        raise UsageError(f"--logging_dir '{options.logging_dir}' has the name of a file of the run: choose another.")
     if options.overwrite_output_dir or _resumes_there(folder, checkpoint):
         return
     found = [path for path in _valuables(folder) if path.exists()]

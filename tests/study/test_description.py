@@ -60,6 +60,7 @@ def test_unet_arguments_of_common_and_of_a_variant_are_merged(tmp_path):
         ({"num_images": "many"}, "num_images must be a whole number, but is 'many'"),
         ({"num_images": True}, "num_images must be a whole number, but is 'True'"),
         ({"variants": {"plain": {}, "idle": {"lr_power": 2}}}, "variant 'idle': lr_power has no effect"),
+        ({"variants": {"plain": {"hub_token": "secret"}}}, "'hub_token' cannot be set for the runs of a study"),
         ({"num_images": 1}, "num_images is 1, and a distance needs 2"),
         ({"loss_draws": 0}, "loss_draws must be at least 1, but is 0"),
         ({"sedes": [1]}, "must have the keys baseline, seeds, variants"),

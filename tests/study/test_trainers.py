@@ -87,6 +87,8 @@ def test_a_score_that_is_not_finite_is_a_run_that_diverged(write, tmp_path):
     [
         ({"trainer": "nowhere.py"}, "there is no trainer '.*nowhere.py'"),
         ({"trainer": "beside.py"}, r"beside.py' must define train\(options\), which returns figures, and SCORES"),
+        ({"trainer": "scores.py"}, r"scores.py' must define train\(options\)"),
+        ({"trainer": ["a.py"]}, r"trainer must be the name of a Python file, but is \['a.py'\]"),
         ({"trainer": "broken.py"}, "broken.py' cannot be imported: SyntaxError"),
         ({"variants": VARIANTS | {"bad": {"width": -1}}}, "width must be at least 0, but is -1"),
         ({"variants": {"plain": {}}}, r"variant 'plain': check\(\) of the trainer fails: KeyError: 'width'"),
@@ -95,6 +97,7 @@ def test_a_score_that_is_not_finite_is_a_run_that_diverged(write, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_the_work(write, tmp_path, changes, words):
+    (tmp_path / "scores.py").write_text("SCORES = {'a': ['lower']}\n\ndef train(options):\n    return {}\n")
     (tmp_path / "broken.py").write_text("def train(:\n")
     with pytest.raises(UsageError, match=words):
         load_study(write(**changes))

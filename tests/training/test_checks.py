@@ -32,6 +32,7 @@ def fresh_accelerator():
         ),
         ({"ddpm_num_steps": 1000, "ddpm_num_inference_steps": 61}, "ddpm_num_inference_steps 61 goes below"),
         ({"logging_dir": "taken"}, "--logger tensorboard cannot start"),
+        ({"logging_dir": "README.md"}, "README.md. has the name of a file of the run"),
     ],
 )
 def test_what_cannot_work_at_the_end_is_refused_at_the_start(tmp_path, options, message):
