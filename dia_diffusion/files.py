@@ -159,7 +159,9 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, patience: float = 0) -> Iterator[None]:
-    """Make a folder and lock it for one command, until the process ends at the latest, even if it is killed.
+    """Make a folder, lock it for one command, and remove the temporary files that a killed one left there.
+
+    The end of the process releases the lock, even if it is killed.
 
     Args:
         folder (`Path`): The folder. If it is new and nothing was put into it, it is removed again.
@@ -183,6 +185,7 @@ def lock_folder(folder: Path, patience: float = 0) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"the folder '{folder}' cannot be locked: {error}.") from error
     try:
+        remove_temporaries(folder)
         yield
     finally:
         with suppress(OSError):

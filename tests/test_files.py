@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from dia_diffusion.errors import UsageError, first_line, why_not_loaded
 from dia_diffusion.files import (
+    LOCK,
     check_output_file,
     check_output_folder,
     file_digest,
@@ -119,6 +120,9 @@ def test_a_folder_belongs_to_one_command_at_a_time_and_goes_if_it_is_empty(tmp_p
     assert list(tmp_path.iterdir()) == []
     with lock_folder(folder):
         (folder / "x").touch()
+    # As a kill leaves them.
+    (folder / f".x.{16 * 'a'}.tmp").touch()
+    (folder / LOCK).touch()
     with lock_folder(folder):
         pass
     assert [path.name for path in folder.iterdir()] == ["x"]

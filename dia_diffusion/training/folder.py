@@ -31,7 +31,6 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
         UsageError: if another run is at work there, or the folder cannot be made or written to.
     """
     with lock_folder(folder, _PATIENCE_SECONDS):
-        remove_temporaries(folder)
         remove_temporaries(folder / BEST)
         clean_checkpoints(folder / CHECKPOINTS)
         yield
