@@ -264,6 +264,8 @@ class SharedAttention(nn.Module):
 
     def _pool(self, statistic: str, branch: Tensor, position: int) -> Tensor:
         """Return a statistic `(B, C)` over all dimensions but the channels, in full precision: half would overflow."""
+        if branch.is_complex():
+            branch = branch.abs()
         if branch.ndim == 2:
             branch = branch.unsqueeze(-1)
         channels = self.channel_dims[position] % branch.ndim

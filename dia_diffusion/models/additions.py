@@ -2,11 +2,15 @@
 
 import heapq
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 
 from torch import nn
 
-from .watch import Addition, ForwardWatch
+from .channels import TRANSPARENT
+from .watch import ADDITIONS, Addition, ForwardWatch
+
+_PRODUCTS = {"softmax", "scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
+_ON_THE_WAY = TRANSPARENT | ADDITIONS | {"cat", "where"}
 
 
 class ResidualAdditions:
@@ -26,6 +30,10 @@ class ResidualAdditions:
         self.model, self.steps, self.batch, self.dimensions = model, watch.steps, watch.batch, dimensions
         # How often a tensor goes into a call, and how often into an addition.
         self.uses = Counter(source for step in self.steps for source in set(step.inputs))
+        self.readers: dict[int, list[int]] = defaultdict(list)
+        for number, step in enumerate(self.steps):
+            for source in set(step.inputs):
+                self.readers[source].append(number)
         self.added = Counter(side for addition in watch.additions for side in addition.sides)
         self.sums: dict[int, tuple[Addition, str]] = {}
 
@@ -35,7 +43,7 @@ class ResidualAdditions:
         Both sides are followed back to what they have in common. The tensors are numbered in the order in which they
         were made, so the highest number is always taken next, and all that depends on it has been seen.
         """
-        if not self._is_features(addition.total) or self._in_adapter(addition):
+        if not self._is_features(addition.total) or self._in_adapter(addition) or self._in_attention(addition.total):
             return None
         one, two = addition.sides
         colours, layers, common = {one: 1}, [0, 0, 0, 0], set()
@@ -61,16 +69,16 @@ class ResidualAdditions:
         if layers[1] == layers[2] == 0 or not any(map(self._is_features, common)):
             return None
         fewer, more = sorted(layers[1:3])
-        if fewer > 1 or fewer == more:
-            # A side that holds the common input itself is a shortcut, whatever was added to it before.
-            least = [self._least_layers(side, common) for side in (one, two)]
-            if min(least) > 0 or max(least) == 0:
-                words = f"both sides come through layers ({layers[1]} and {layers[2]}), so neither is a shortcut"
-                self.sums[addition.total] = (addition, words)
-                return None
+        # A side that holds the common input itself is a shortcut, whatever was added to it before.
+        least = [self._least_layers(side, common) if fewer else 0 for side in (one, two)]
+        if min(least) == 0 < max(least):
             branch = one if least[0] > 0 else two
-        else:
+        elif fewer < more and fewer <= 1:
             branch = one if layers[1] > layers[2] else two
+        else:
+            words = f"both sides come through layers ({layers[1]} and {layers[2]}), so neither is a shortcut"
+            self.sums[addition.total] = (addition, words)
+            return None
         return None if self._is_embedded(branch, addition) else branch
 
     def _least_layers(self, side: int, common: set[int]) -> float:
@@ -105,3 +113,22 @@ class ResidualAdditions:
     def _in_adapter(self, addition: Addition) -> bool:
         """Tell whether a layer of peft adds its update to the layer that it wraps."""
         return hasattr(self.model.get_submodule(addition.modules[-1]), "base_layer")
+
+    def _in_attention(self, number: int) -> bool:
+        """Tell whether a sum is a score, a query or a key of attention: it goes nowhere but into a softmax or a product
+        with other features."""
+        readers, seen = [number], {number}
+        while readers:
+            following = self.readers[readers.pop()]
+            if not following:
+                return False
+            for step in following:
+                kind = self.steps[step]
+                if kind.name in _PRODUCTS and not kind.weight:
+                    continue
+                if kind.weight or kind.name not in _ON_THE_WAY:
+                    return False
+                if step not in seen:
+                    seen.add(step)
+                    readers.append(step)
+        return True

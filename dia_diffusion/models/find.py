@@ -189,7 +189,10 @@ class _Search:
             except _Reason as reason:
                 reasons.append((addition, str(reason)))
         in_order = sorted(found.values(), key=lambda item: (item.order, item.branch.element or 0))
-        return in_order, [*reasons, *self.residual.sums.values()]
+        # A sum inside of a module that puts out a branch is a part of that branch.
+        ends = {item.branch.end for item in in_order}
+        sums = [pair for pair in self.residual.sums.values() if not ends.intersection(pair[0].modules)]
+        return in_order, [*reasons, *sums]
 
     def _result(self, found: Sequence[_Found], reasons: Sequence[tuple[Addition, str]]) -> FoundBranches:
         """Return the branches with their samples, levels and context."""

@@ -17,9 +17,27 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError
 
-_ADDITIONS = {"add", "radd", "iadd", "addcmul", "lerp"}
+ADDITIONS = {"add", "radd", "iadd", "sub", "rsub", "isub", "addcmul", "lerp"}
 # What a parameter does in these is to scale or to shift: a layer scale or a position embedding is no layer.
 _POINTWISE = {"add", "radd", "iadd", "mul", "rmul", "imul", "sub", "rsub", "isub", "div", "truediv", "addcmul", "cat"}
+# What these take from a tensor is its shape.
+_FRESH = {f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")}
+_FRESH |= {f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "tensor")}
+
+
+def _is_floating(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in an argument of a model: in nested containers, and in the attributes of an object."""
+    tensors = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type):
+            tensors += [part for part in tree_leaves(vars(leaf)) if isinstance(part, Tensor)]
+    return [tensor for tensor in tensors if tensor.ndim]
 
 
 def _version(tensor: Tensor) -> int:
@@ -34,7 +52,7 @@ class Step(NamedTuple):
     weight: bool  # whether a parameter of two or more dimensions took part, as in a layer
     arguments: tuple  # of the function
     shape: tuple[int, ...]
-    floating: bool  # whether it holds floating-point numbers
+    floating: bool  # whether it holds floating-point or complex numbers
 
 
 class Output(NamedTuple):
@@ -106,20 +124,21 @@ class ForwardWatch(TorchFunctionMode):
         self._numbers[id(tensor)] = len(self.steps)
         self._versions[id(tensor)] = _version(tensor)
         self._alive.append(tensor)
-        self.steps.append(Step(name, inputs, weight, arguments, tuple(tensor.shape), tensor.is_floating_point()))
+        self.steps.append(Step(name, inputs, weight, arguments, tuple(tensor.shape), _is_floating(tensor)))
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         constants = [tensor for tensor in tensors if self._is_constant(tensor)]
+        name = getattr(function, "__name__", "")
+        # An attribute such as `x.mT`.
+        name = function.__self__.__name__ if name == "__get__" else name.strip("_")
         inputs = tuple(self.number(tensor) for tensor in tensors if not self._is_constant(tensor))
+        inputs = () if name in _FRESH else inputs
         weighted = any(self._constants.get(id(tensor), tensor.ndim > 1) for tensor in constants)
         # The packed weights of a quantized layer are no tensor.
         weighted = weighted or any(isinstance(value, torch.ScriptObject) for value in args)
         result = function(*args, **kwargs)
-        name = getattr(function, "__name__", "")
-        # An attribute such as `x.mT`.
-        name = function.__self__.__name__ if name == "__get__" else name.strip("_")
         made = [args[0]] if name == "setitem" else [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         # A cast to the type that it has returns the tensor itself.
         made = [tensor for tensor in made if self._versions.get(id(tensor), -1) != _version(tensor)]
@@ -128,7 +147,7 @@ class ForwardWatch(TorchFunctionMode):
         if not inputs:
             # Learned queries, repeated for each sample, are features as an input is.
             constant = [
-                value for value in made if value.ndim < 3 or len(value) != self.batch or not value.is_floating_point()
+                value for value in made if value.ndim < 3 or len(value) != self.batch or not _is_floating(value)
             ]
             self._constants |= {id(tensor): weighted for tensor in constant}
             self._alive += constant
@@ -138,7 +157,7 @@ class ForwardWatch(TorchFunctionMode):
         for tensor in made:
             self._constants.pop(id(tensor), None)
             self._add(tensor, name, inputs, weight, (*args, *kwargs.values()))
-        if sides is not None and len(made) == 1 and made[0].is_floating_point():
+        if sides is not None and len(made) == 1 and _is_floating(made[0]):
             shapes = {self.steps[side].shape for side in sides}
             if shapes == {tuple(made[0].shape)}:
                 self.additions.append(Addition(sides, self.number(made[0]), tuple(self._running)))
@@ -147,7 +166,7 @@ class ForwardWatch(TorchFunctionMode):
     def _sides(self, name: str, args: tuple, kwargs: dict) -> tuple[int, int] | None:
         """Return the two sides of an addition that both depend on the inputs."""
         args = (*args, *(kwargs[key] for key in ("input", "other", "end") if key in kwargs))
-        if name not in _ADDITIONS or len(args) < 2:
+        if name not in ADDITIONS or len(args) < 2:
             return None
         first, second = args[:2]
         if name == "addcmul":
@@ -208,7 +227,7 @@ class MainInput(NamedTuple):
             UsageError: if the argument is not there or holds no tensor.
         """
         value = kwargs[self.argument] if self.argument in kwargs else args[self.place : self.place + 1]
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim]
+        tensors = _tensors_in(value)
         if not tensors:
             raise UsageError(f"the input '{self.argument or self.place}' must hold a tensor, to count the samples by.")
         most = max([tensor.ndim for tensor in tensors])
@@ -236,7 +255,7 @@ def _main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     names = [*inspect.signature(model.forward).parameters]
     given = [(MainInput(name, place), args[place]) for place, name in enumerate(_names_of(model, args))]
     given += [(MainInput(key, names.index(key) if key in names else len(names)), kwargs[key]) for key in kwargs]
-    sizes = [max((leaf.ndim for leaf in tree_leaves(v) if isinstance(leaf, Tensor)), default=0) for _, v in given]
+    sizes = [max((tensor.ndim for tensor in _tensors_in(value)), default=0) for _, value in given]
     if not any(sizes):
         raise UsageError("the inputs hold no tensor: give what the model's forward pass takes.")
     return given[sizes.index(max(sizes))][0]

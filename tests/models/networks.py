@@ -355,6 +355,33 @@ NETWORKS = {
         video,
         2 * 3,
     ),
+    "HiDream": Network(
+        of_diffusers(
+            "HiDreamImageTransformer2DModel",
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            caption_channels=[12, 12],
+            text_emb_dim=6,
+            num_routed_experts=2,
+            num_activated_experts=1,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(8, 8),
+            llama_layers=[0, 0],
+            **HEADS,
+        ),
+        lambda size: {
+            "hidden_states": noise(size, 4, 8, 8),
+            "timesteps": timesteps(size),
+            "encoder_hidden_states_t5": noise(size, 5, 12),
+            "encoder_hidden_states_llama3": noise(1, size, 5, 12),
+            "pooled_embeds": noise(size, 6),
+        },
+        4 + 2,
+        context="double_stream_blocks.0",
+    ),
     "CogVideoX": Network(
         of_diffusers(
             "CogVideoXTransformer3DModel",
@@ -444,6 +471,28 @@ NETWORKS = {
     ),
     "UNet3DConditionModel": Network(
         lambda: strong(BACKBONES["UNet3DConditionModel"].make()), BACKBONES["UNet3DConditionModel"].inputs, 8 + 44
+    ),
+    "UNetMotionModel": Network(
+        of_diffusers(
+            "UNetMotionModel",
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=12,
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+            num_attention_heads=2,
+            motion_num_attention_heads=2,
+            motion_max_seq_length=8,
+        ),
+        lambda size: (
+            {"sample": noise(size, 4, 3, 8, 8), "timestep": timesteps(size)}
+            # The text of each frame.
+            | {"encoder_hidden_states": noise(size, 5, 12).repeat_interleave(3, 0)}
+        ),
+        # Residual blocks, transformers of images and transformers of frames; each of these has a residual of its own.
+        8 + 4 * (3 + 1) + 7 * (3 + 1),
     ),
     "UNet1DModel": Network(
         of_diffusers(
@@ -608,6 +657,27 @@ NETWORKS = {
     "ViT-MAE": Network(
         of_transformers("ViTMAEModel", **VISION), lambda size: pixels()(size) | {"noise": noise(size, 16)}, 2 * 2
     ),
+    "Conditional DETR": Network(
+        of_transformers(
+            "ConditionalDetrModel",
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            num_queries=5,
+            use_timm_backbone=False,
+            use_pretrained_backbone=False,
+            backbone=None,
+            backbone_config=transformers.ResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+            ),
+        ),
+        pixels(64),
+        2 + 2 + 2 * 3,
+    ),
     # Transformers: sound and words
     "Whisper encoder": Network(
         lambda: (
@@ -653,6 +723,23 @@ NETWORKS = {
         of_transformers("MambaModel", vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=2), words, 2, 2
     ),
     "BERT": Network(of_transformers("BertModel", vocab_size=50, **SMALL), words, 2 * 2),
+    "DeBERTa V2": Network(
+        of_transformers(
+            "DebertaV2Model",
+            vocab_size=50,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+            position_buckets=8,
+            norm_rel_ebd="layer_norm",
+            conv_kernel_size=3,
+            conv_act="gelu",
+            position_biased_input=False,
+            **SMALL,
+        ),
+        words,
+        2 * 2,
+        1,  # the convolution beside the first layer, behind whose layer stands a function
+    ),
     "GPT-2": Network(of_transformers("GPT2Model", vocab_size=50, n_embd=16, n_layer=2, n_head=2), words, 2 * 2),
     "Llama": Network(of_transformers("LlamaModel", vocab_size=50, num_key_value_heads=1, **SMALL), words, 2 * 2),
     "OPT": Network(

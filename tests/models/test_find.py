@@ -59,6 +59,31 @@ class Several(nn.Module):
         return {"left": self.left(x), "right": (self.right(x) * 2, None)}
 
 
+class Complex(nn.Module):
+    """A layer of complex numbers on features without an imaginary part, whose own imaginary part is dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8, dtype=torch.cfloat)
+
+    def forward(self, x):
+        x = torch.complex(x, torch.zeros_like(x))
+        return x + self.layer(x)
+
+
+class Experts(nn.Module):
+    """Experts that add to a buffer, beside a shared one: their sum is the branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.some, self.shared = (nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        out[:, :3] += self.some(x[:, :3])
+        return out + self.shared(x)
+
+
 class Unknown(nn.Module):
     """As experts add up their tokens: the shortcut alone shows which dimension holds the channels."""
 
@@ -114,6 +139,18 @@ def cut(m, x):
     return torch.cat([x[:, :2] + both[:, :2], x[:, 2:] + both[:, 2:]], 1)
 
 
+def scores(m, x):
+    """Attention with relative positions, whose queries and scores are sums of what several layers put out."""
+    query = m.first(x) + m.second(x.flip(1))
+    score = query @ x.mT + m.third(x) @ x.flip(1).mT
+    return x + m.act(m.first_out(score.softmax(-1) @ x))
+
+
+def beside_a_block(m, x):
+    """A convolution beside a whole residual block, as in DeBERTa V2: the stream goes through the block."""
+    return m.norm(x + m.second(m.third(x))) + m.first(x)
+
+
 FOUND = {
     "linear layers": (lambda m, x: x + m.second(m.first(x)), ["second"]),
     "in place": (in_place, ["second"]),
@@ -133,15 +170,19 @@ FOUND = {
     "positions that are added again": (positions, ["first", "second"]),
     "learned queries": (learned_queries, ["second"]),
     "a module without attributes": (lambda m, x: x + m.act(m.first(x)), ["act"]),
+    "subtracted": (lambda m, x: x - m.first(x), ["first"]),
+    "sums in attention": (scores, ["act"]),
+    "sums in a mixture of experts": (lambda m, x: x + m.experts(x), ["experts"]),
+    "beside a block": (beside_a_block, ["second", "first"]),
+    "complex numbers": (lambda m, x: m.complex(x).real, ["complex.layer"]),
 }
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_branches_of_small_networks(name):
     block, ends = FOUND[name]
-    model = Small(
-        block, third=nn.Linear(8, 8), several=Several(), act=nn.GELU(), unknown=Unknown(), norm=nn.LayerNorm(8)
-    ).eval()
+    layers = {"third": nn.Linear(8, 8), "first_out": nn.Linear(8, 8), "several": Several(), "act": nn.GELU()}
+    model = Small(block, **layers, unknown=Unknown(), norm=nn.LayerNorm(8), complex=Complex(), experts=Experts()).eval()
     x = noise(3, 6, 8)
     found = find_branches(model, x)
     assert [branch.name for branch in found] == ends, found
@@ -155,6 +196,7 @@ def test_branches_of_small_networks(name):
         nn.init.zeros_(decoder.weight)
         nn.init.constant_(decoder.bias, -200)
     shortcuts = {"a shortcut with a layer": model.first, "a module that torch knows no layer of": model.norm}
+    shortcuts |= {"beside a block": model.norm}
     shortcuts |= {"lerp": lambda x: x / 2, "learned queries": model.first.bias.expand_as}
     shortcut = shortcuts[name](x) if name in shortcuts else x
     torch.testing.assert_close(model(x), shortcut)
@@ -269,6 +311,21 @@ def test_a_network_without_additions_is_told():
 def test_a_scripted_model_is_refused():
     with pytest.raises(UsageError, match=r"is compiled by torch\.jit, .* take the model before torch\.jit\.script"):
         find_branches(torch.jit.script(nn.Linear(8, 8)), noise(3, 6, 8))
+
+
+class Batch:
+    """Inputs of a model as attributes."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+def test_inputs_may_be_an_object_that_holds_tensors():
+    model = Small(lambda m, batch: batch.x + m.first(batch.x))
+    dia = attach(model, inputs=(Batch(noise(3, 6, 8)),))
+    with dia.record() as maps:
+        model(Batch(noise(3, 6, 8)))
+    assert maps["first"].shape == (3, 8)
 
 
 def test_a_network_of_vectors():
