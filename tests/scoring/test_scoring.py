@@ -175,7 +175,7 @@ def test_mistakes_end_before_the_work_begins(models, images, tmp_path, capsys):
             "steps and seed have no effect on images that are made already",
         ),
         ([images, *digits, "--scheduler", "ddim", "--guide", "g"], "guide does nothing at guidance_scale 1"),
-        ([images / "000.png", *digits], "000.png' is a file: name a pipeline, a folder of images, or samples"),
+        ([images / "000.png", *digits], "000.png' is a file: name a pipeline, a folder of images (or of"),
         ([images, "--dataset", images / "000.png"], "000.png' is a file: name a folder, a data set"),
         (
             [models / "dia", *digits, "--output", images / "000.png" / "e.json"],
