@@ -255,5 +255,5 @@ def test_mistakes_are_explained(scores_of, test, pipeline, tmp_path, extractor):
     with pytest.raises(UsageError, match="at least 2 generated images, but num_images is 1"):
         PipelineImages(pipeline, 1, 2)
     torch.save({}, tmp_path / "x.npz")
-    with pytest.raises(UsageError, match=r"not a readable \.npz file with the arrays 'mu' and 'sigma'"):
+    with pytest.raises(UsageError, match=r"holds neither statistics \('mu' and 'sigma'\)"):
         read_published(tmp_path / "x.npz", extractor)

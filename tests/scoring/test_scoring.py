@@ -176,13 +176,16 @@ def test_mistakes_end_before_the_work_begins(models, images, tmp_path, capsys):
         ),
         ([images, *digits, "--scheduler", "ddim", "--guide", "g"], "guide does nothing at guidance_scale 1"),
         ([images / "000.png", *digits], "000.png' is a file: name a pipeline, a folder of images (or of"),
-        ([images, "--dataset", images / "000.png"], "000.png' is a file: name a folder, a data set"),
+        ([images, "--dataset", images / "000.png"], "000.png' is a file: name a folder (of archives, too), a data set"),
         (
             [models / "dia", *digits, "--output", images / "000.png" / "e.json"],
             "000.png' is a file, and a folder is needed",
         ),
         ([models / "dia", *digits, "--class_proportions", "even"], "--class_proportions needs a class-conditional"),
-        ([models / "dia", "--dataset", tmp_path / "no.npz", "--features", "digits"], "not a readable .npz file"),
+        (
+            [models / "dia", "--dataset", tmp_path / "no.npz", "--features", "digits"],
+            "cannot be read: there is no such file",
+        ),
     ]
     for arguments, words in cases:
         assert exit_status("evaluate", *map(str, arguments)) == 2
