@@ -55,7 +55,7 @@ class PixelDataset:
 
     @property
     def pixels(self) -> "PixelDataset":
-        """The images in pixels: these. (Latents know the images that they were made of by the same name.)"""
+        """Return the images in pixels: for pixels themselves, for latents the images that were encoded."""
         return self
 
     @property

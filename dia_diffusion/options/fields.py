@@ -25,7 +25,7 @@ class Range:
     below: float | None = None
 
     def violation(self, value: float) -> str | None:
-        """Return the bound that a number does not keep, such as "at least 1", or `None`."""
+        """Return the bound that a number violates, such as "at least 1", or `None`."""
         bounds = {
             f"at least {self.least}": self.least is None or value >= self.least,
             f"at most {self.most}": self.most is None or value <= self.most,

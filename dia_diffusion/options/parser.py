@@ -77,7 +77,7 @@ _MEANINGS = {word: meant.split() for words, meant in _SYNONYMS.items() for word 
 
 
 def suggest(name: object, known: Collection[str], prefix: str = "") -> str:
-    """Suggest an option for a name that is none: ` Did you mean 'x'?`, or nothing.
+    """Suggest an option for an unknown name: ` Did you mean 'x'?`, or nothing.
 
     Args:
         name: As it was written, with dashes or underscores.

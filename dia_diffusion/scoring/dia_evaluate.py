@@ -249,7 +249,7 @@ def _write(
     reference: PixelDataset | ArchiveImages | Reference,
     extractor: FeatureExtractor,
 ) -> None:
-    """Write the files, and then print the scores: an output that nobody reads any more costs no figures."""
+    """Write the files, and then print the scores: where nobody reads what is printed, no figure is lost."""
     if options.output is not None:
         write_json(options.output, scores)
     if options.report is not None:
