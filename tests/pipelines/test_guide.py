@@ -100,7 +100,7 @@ def test_guides_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(UsageError, match=words):
             load_pipeline(model, guide=str(tmp_path / name))
     assert isinstance(load_pipeline(model, guide=str(tmp_path / "ddpm")).guide, DIAUNet2DModel)
-    with pytest.raises(UsageError, match="must be DIAUNetPipelines, but these are .*DDPMPipeline"):
+    with pytest.raises(UsageError, match=r"must be DIAUNetPipelines, but these are .*DDPMPipeline"):
         load_pipeline(str(tmp_path / "ddpm"), guide=model)
     with pytest.raises(UsageError, match="the guide has num_class_embeds 4, and the UNet None"):
         pipeline(guide=unet(**classes))(guidance_scale=2.0)
