@@ -58,7 +58,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text as `replace_file` does."""
-    replace_file(path, lambda place: place.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda place: place.write_text(text, "utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:

@@ -59,8 +59,9 @@ def test_links_and_pipes_are_written_to_and_not_replaced(tmp_path):
     pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     for name in ("link", "pipe"):
         check_output_file(tmp_path / name)
-        replace_text(tmp_path / name, "new")
-    assert os.read(pipe, 10) == (tmp_path / "folder" / "target").read_bytes() == b"new"
+        # Text with the name of a file that is not UTF-8.
+        replace_text(tmp_path / name, "new \udce9")
+    assert os.read(pipe, 20) == (tmp_path / "folder" / "target").read_bytes() == b"new \\udce9"
     assert (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "pipe"]
     with pytest.raises(UsageError, match="/dev/stdout"):

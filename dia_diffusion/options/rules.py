@@ -60,6 +60,7 @@ TRAINING_RULES = (
     Rule("eval_num_images", _without("eval_steps"), "without --eval_steps"),
     Rule("hub_token hub_model_id hub_private_repo", _without("push_to_hub"), "without --push_to_hub"),
     Rule("compile_mode", _without("compile"), "without --compile"),
+    Rule("model_config_name_or_path", lambda options: bool(options["init_from"]), "with --init_from, a whole model"),
     Rule("dataset_config_name", _with("dataset_name", *EMBEDDED_DATA), "on an embedded data set"),
     Rule("lr_warmup_steps", _with("lr_scheduler", "constant"), "with --lr_scheduler constant"),
     Rule(

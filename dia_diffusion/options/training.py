@@ -150,6 +150,7 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
         UsageError: for an unknown option, a value that cannot be, or an option without effect.
     """
     given = check_names(given, "train")
+    given |= asdict(SourceOptions(given.get("recipe"), given.get("config")))
     filed = without_other_data(load_options(given["config"]) if given.get("config") is not None else {}, given)
     recipe, settings = _choose_recipe(given, filed)
     chosen, remarks = _for_objective(settings | filed, given.get("objective"))

@@ -44,7 +44,8 @@ def _guarded(stream: TextIO | None, descriptor: int) -> TextIO:
         encoding=stream.encoding,
         # Names of files need not be text.
         errors="backslashreplace",
-        line_buffering=stream.line_buffering,
+        # Whoever follows a log sees what the work says at once.
+        line_buffering=True,
         write_through=stream.write_through,
     )
 

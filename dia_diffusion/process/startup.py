@@ -1,6 +1,7 @@
 """Start of a command: quiet dependencies, memory and threads, and the processes that `accelerate launch` forgets."""
 
 import ctypes
+import logging
 import math
 import os
 import signal
@@ -31,6 +32,8 @@ def quiet_dependencies() -> None:
             warnings.simplefilter("ignore", category)
         # diffusers passes on to huggingface_hub an argument that no longer does anything.
         warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
+    # What a UNet or a VAE cannot do is found on fake tensors, and told in words.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     if not sys.stderr.isatty():
         # The defaults of tqdm.
         for name in ("TQDM_DELAY", "TQDM_MININTERVAL"):

@@ -53,8 +53,12 @@ def load_trainer(file: Path) -> Trainer:
             f"the trainer '{file}' cannot be imported: {type(error).__name__}: {first_line(error)}."
         ) from error
     train, scores = getattr(module, "train", None), getattr(module, "SCORES", None)
-    named = isinstance(scores, dict) and scores and all(isinstance(name, str) for name in scores)
-    if not callable(train) or not named or any(better not in ("lower", "higher") for better in scores.values()):
+    if (
+        not callable(train)
+        or not isinstance(scores, dict)
+        or not scores
+        or not all(isinstance(name, str) and better in ("lower", "higher") for name, better in scores.items())
+    ):
         raise UsageError(
             f"the trainer '{file}' must define train(options), which returns figures, and SCORES, which says which of "
             'them are compared and whether lower or higher is better, for example {"accuracy": "higher"}.'

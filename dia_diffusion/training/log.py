@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from ..data.folders import readable
 from ..errors import NotFiniteError, UsageError, first_line
 from ..files import replace_text, to_json
 from ..process.output import duration, progress_bar
@@ -139,7 +140,9 @@ def start_trackers(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
         UsageError: if it cannot start.
     """
     try:
-        accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, (int, float, str))})
+        # Names of files need not be text.
+        texts = {k: readable(v) for k, v in record.items() if isinstance(v, str)}
+        accelerator.init_trackers("training", {k: v for k, v in record.items() if isinstance(v, int | float)} | texts)
     except Exception as error:  # Of several packages' kinds: a folder that refuses, no login, no connection.
         name = str(accelerator.log_with[0])
         raise UsageError(

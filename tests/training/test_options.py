@@ -8,7 +8,15 @@ import yaml
 
 from dia_diffusion.errors import UsageError
 from dia_diffusion.options.model import ModelOptions
-from dia_diffusion.options.training import OPTION_NAMES, TrainingConfig, as_yaml, load_options, parse_arguments, recipes
+from dia_diffusion.options.training import (
+    OPTION_NAMES,
+    TrainingConfig,
+    as_yaml,
+    configure,
+    load_options,
+    parse_arguments,
+    recipes,
+)
 from dia_diffusion.training.architecture import build_unet
 
 # The options of diffusers' examples/unconditional_image_generation/train_unconditional.py, each with a value.
@@ -80,6 +88,8 @@ def test_errors_say_what_to_do(tmp_path):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(UsageError, match=words):
             parse_arguments(["--config", str(tmp_path / "bad.yaml")])
+    with pytest.raises(UsageError, match="config must be text"):
+        configure({"config": {"seed": 1}})
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(["--learning_rat", "1"])
     with pytest.raises(UsageError, match="cannot read the configuration"):
