@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.loading import load_pixels
 from ..data.pixels import PixelDataset, describe_images
 from ..data.preparation import prepare_pixels
-from ..data.recorded import choose_data
+from ..data.recorded import check_outside, choose_data
 from ..data.sources import has_labels, load_dataset_splits
 from ..errors import UsageError
 from ..files import lock_folder
@@ -52,6 +52,7 @@ def _analyze(options: AnalyzeOptions) -> dict[str, Any]:
     if not isinstance(unet.config.sample_size, int):
         raise UsageError(f"only square images can be analyzed, not {unet.config.sample_size}: choose another model.")
     dataset, recorded = choose_data(options.model, options.dataset)
+    check_outside(options.output_dir, dataset)
     resolution, channels, encode = _find_images(pipeline)
     with_labels = unet.config.num_class_embeds is not None
     if recorded is not None and recorded.class_conditional == with_labels:
@@ -78,6 +79,7 @@ def analyze_classifier(options: AnalyzeOptions) -> dict[str, Any]:
     model = load_classifier(options.model, options.attention, device)
     size, mean, std = read_processor(options.model, model.config)
     dataset, _ = choose_data(options.model, options.dataset)
+    check_outside(options.output_dir, dataset)
     pixels = _prepare(dataset, size, getattr(model.config, "num_channels", 3))
     facts = _describe(options.model, model, model.dia, pixels, dataset, device)
     maps = collect_classifier_maps(model, pixels, mean, std, options.num_images, options.batch_size)

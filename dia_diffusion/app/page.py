@@ -31,6 +31,8 @@ _WITH, _WITHOUT = "With the attention", "Without it: all gates at 1"
 _ALL_CLASSES, _OWN = "every class in turn", "its own"
 _BUTTONS = ["download", "fullscreen"]
 _MOST_IMAGES = 64
+# Whole numbers that browsers know exactly.
+_MOST_SEED = 2**53 - 1
 # Seconds between pictures on the way, and between cleanings of the files that browsers were given.
 _INTERVAL, _HOUR = 0.25, 3600
 # Small images are enlarged without smoothing, to about this many pixels.
@@ -169,6 +171,8 @@ def _read(
 ) -> Request:
     if seed is None or steps is None:
         raise gr.Error(f"{'seed' if seed is None else 'steps'} must be a whole number.", print_exception=False)
+    if seed > _MOST_SEED:
+        raise gr.Error(f"seed must be at most {_MOST_SEED}, but is {seed}.", print_exception=False)
     return Request(
         numbers=tuple(range(int(number))),
         seed=seed,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..options.model import DataOptions
-from ..options.rules import is_archive
+from ..options.rules import EMBEDDED_DATA, is_archive
 from ..options.training import CONFIG, read_yaml
 
 
@@ -66,3 +66,15 @@ def choose_data(
             "--dataset digits or --dataset FOLDER."
         )
     return dataset, None
+
+
+def check_outside(output: Path | None, dataset: str) -> None:
+    """Refuse a folder for pictures among the images of a data set: the next command would take them for its images."""
+    folder = Path(dataset)
+    if output is None or dataset in EMBEDDED_DATA or not folder.is_dir():
+        return
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"'{output}' lies in '{dataset}', the folder of the images, and pictures there would become images of the "
+            "data set: choose another folder."
+        )

@@ -147,6 +147,7 @@ class EvaluateOptions(SamplingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.metrics is not None:
+            self.metrics = [name.lower() for name in self.metrics]
             check_metric_names(self.metrics)
 
 

@@ -90,7 +90,7 @@ def _from_pretrained(name_or_path: str, variant: str | None) -> DiffusionPipelin
     except Exception as error:  # An edited configuration makes diffusers and its schedulers raise errors of any kind.
         others = sorted(filter(None, variants))
         reason = why_not_loaded(name_or_path, error)
-        if folder.is_file():
+        if folder.exists() and not folder.is_dir():
             reason = f"it is a file: name the folder with the {DiffusionPipeline.config_name}."
         elif folder.is_dir() and not (folder / DiffusionPipeline.config_name).is_file():
             reason = f"the folder has no {DiffusionPipeline.config_name}; {_find_pipeline_near(folder)}."

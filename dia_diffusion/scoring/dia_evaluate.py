@@ -13,13 +13,13 @@ from torch import nn
 from ..data.loading import load_pixels
 from ..data.pixels import PixelDataset, describe_images
 from ..data.preparation import prepare_at_own_size, prepare_pixels
-from ..data.recorded import choose_data
+from ..data.recorded import check_outside, choose_data
 from ..data.sources import DIGITS, load_all_images, load_dataset_splits
 from ..errors import UsageError
 from ..files import check_output_file, lock_folder, write_json
 from ..options.commands import EvaluateOptions
 from ..options.model import DataOptions
-from ..options.rules import is_archive, is_images
+from ..options.rules import EMBEDDED_DATA, is_archive, is_images
 from ..process.distributed import find_device, make_state
 from ..process.output import print_main
 from ..sampling.generation import check_sampling, describe_guidance, find_advice, sample_batch
@@ -76,6 +76,11 @@ def _score(options: EvaluateOptions, command: str | None, state: PartialState) -
         if state.is_main_process and (advice := find_advice(pipeline, options.steps)):
             print(advice, file=sys.stderr)
     dataset, recorded = choose_data(options.what, options.dataset, options.dataset_config_name, options.image_column)
+    check_outside(options.save_images, dataset)
+    if dataset in EMBEDDED_DATA and (given := options.dataset_config_name or options.image_column):
+        raise UsageError(
+            f"'{dataset}' is an embedded data set, in which there is no '{given}' to choose: leave it out."
+        )
     archive = Path(dataset) if is_archive(dataset) else None
     published = archive if archive is not None and not _holds_images(archive) else None
     metrics = options.metrics or list(DEFAULT_METRICS if published is None else ("fid",))

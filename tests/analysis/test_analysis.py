@@ -206,8 +206,9 @@ def test_analyze_leaves_figures_and_pictures(tmp_path, capsys):
         assert main(["analyze", str(tmp_path / "model"), "--dataset", "digits", *options, *wrong]) == 2
         assert words in capsys.readouterr().err
     assert (tmp_path / "model" / "report.html").read_text() == "of the run"
-    Image.new("L", (8, 8)).save(tmp_path / "out" / "channels.png")
-    assert main(["analyze", str(tmp_path / "model"), "--dataset", str(out), *options]) == 2
+    (tmp_path / "bare").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "bare" / "0.png")
+    assert main(["analyze", str(tmp_path / "model"), "--dataset", str(tmp_path / "bare"), *options]) == 2
     assert "is class-conditional, and the images of" in capsys.readouterr().err
     plain = DIAUNet2DModel(**SMALL, dia_attention="none")
     DIAUNetPipeline(plain, DDPMScheduler()).save_pretrained(tmp_path / "plain")

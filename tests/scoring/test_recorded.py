@@ -92,6 +92,20 @@ def test_data_that_moved_is_named_before_the_work(pictures, tmp_path, capsys):
     assert score(tmp_path, run, *FEW, "--dataset", tmp_path / "moved")["floor"]["num_images"] == 2
 
 
+def test_pictures_are_not_written_among_the_images_of_the_data(pictures, tmp_path, capsys):
+    run = save_run(tmp_path / "run", pictures)
+    for place in (pictures, pictures / "test" / "made"):
+        assert main(["evaluate", str(run), *FEW, "--save_images", str(place)]) == 2
+        assert "the folder of the images, and pictures there would become images" in capsys.readouterr().err
+        assert main(["analyze", str(run), "--output_dir", str(place)]) == 2
+        assert "the folder of the images, and pictures there would become images" in capsys.readouterr().err
+    assert {path.name for path in pictures.iterdir()} == {"train", "test"}
+    assert not (pictures / "test" / "made").exists()
+    (run / CONFIG).write_text("dataset_name: digits\n")
+    assert main(["evaluate", str(run), *FEW, "--dataset_config_name", "x"]) == 2
+    assert "an embedded data set, in which there is no 'x' to choose" in capsys.readouterr().err
+
+
 def test_a_record_of_another_version_is_read_as_far_as_it_is_known(tmp_path):
     (tmp_path / CONFIG).write_text("dataset_name: digits\nresolution: 8\nof_tomorrow: 3\n")
     assert find_recorded_data(str(tmp_path)).dataset_name == "digits"

@@ -92,7 +92,7 @@ def test_a_folder_is_scored_against_published_statistics(images, tmp_path):
 
 
 def test_a_folder_of_images_and_the_pipeline_that_made_them_have_the_same_scores(models, tmp_path):
-    options = ["--dataset", "digits", "--num_images", 100, "--steps", 2, "--metrics", "fid,is,recall"]
+    options = ["--dataset", "digits", "--num_images", 100, "--steps", 2, "--metrics", "FID,is,recall"]
     made = score(tmp_path, models / "dia", *options, "--save_images", tmp_path / "made")
     read = score(tmp_path, tmp_path / "made", "--dataset", "digits", "--metrics", "fid,is,recall")
     for name in ("fid", "is_mean", "recall", "num_images"):
