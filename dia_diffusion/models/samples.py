@@ -1,11 +1,12 @@
-"""Samples that are not the first dimension of a branch: windows, frames or tokens folded into the batch, and sequences
-whose first dimension is time.
+"""Samples in the inputs of a model and in its branches, which may hold windows, frames or tokens in the batch, or time
+in the first dimension.
 
 A gate belongs to one sample and is pooled over all that belongs to it. Whose a row is, is no guess: the model runs
 twice, once with all samples but the first one changed, and the rows that stay are those of the first.
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,10 +17,40 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import UsageError
 from .branches import Samples
-from .watch import MainInput, undisturbed
 
 # The share of a change in the others that may appear in a sample: activations may be quantized for all samples at once.
 LEAK = 0.05
+
+
+class MainInput(NamedTuple):
+    """The input of a forward pass with the most dimensions, which tells the number of samples."""
+
+    argument: str  # its name; "" where only its place is known
+    place: int
+
+    def tensor(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the tensor, from the arguments of a forward pass.
+
+        Raises:
+            UsageError: if the argument is not there or holds no tensor.
+        """
+        value = kwargs[self.argument] if self.argument in kwargs else args[self.place : self.place + 1]
+        tensors = tensors_in(value)
+        if not tensors:
+            raise UsageError(f"the input '{self.argument or self.place}' must hold a tensor, to count the samples by.")
+        most = max([tensor.ndim for tensor in tensors])
+        return next(tensor for tensor in tensors if tensor.ndim == most)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in an argument of a model: in nested containers, and in the attributes of an object."""
+    tensors = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type):
+            tensors += [part for part in tree_leaves(vars(leaf)) if isinstance(part, Tensor)]
+    return [tensor for tensor in tensors if tensor.ndim]
 
 
 class Place(NamedTuple):
@@ -149,3 +180,60 @@ def _place(before: Tensor, after: Tensor, number: int, channel_dim: int, given: 
             places.append(Place(None if plain else samples, float(leak.nan_to_num(math.inf))))
     possible = [place for place in places if place.leak <= LEAK]
     return min(places, key=lambda place: place.leak, default=Place(None, math.inf)) if len(possible) < 2 else None
+
+
+def main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> MainInput:
+    """Return the place of the main input among the arguments of a forward pass.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    names = [*inspect.signature(model.forward).parameters]
+    given = [(MainInput(name, place), args[place]) for place, name in enumerate(names_of(model, args))]
+    given += [(MainInput(key, names.index(key) if key in names else len(names)), kwargs[key]) for key in kwargs]
+    sizes = [max((tensor.ndim for tensor in tensors_in(value)), default=0) for _, value in given]
+    if not any(sizes):
+        raise UsageError("the inputs hold no tensor: give what the model's forward pass takes.")
+    return given[sizes.index(max(sizes))][0]
+
+
+def names_of(module: nn.Module, args: Sequence[Any]) -> list[str]:
+    """Return the names of the arguments that are given by place; "" for those of `*args`."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [*names, *[""] * len(args)][: len(args)]
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode in this context, without gradients and uncompiled, and leave it as it was."""
+    # Compiled code would hide what it calls.
+    with torch.compiler.set_stance("force_eager"), _restored(model), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; afterwards restore all that belongs to it, and the random state."""
+    scripted = [(part, part.training) for part in model.modules() if isinstance(part, torch.jit.ScriptModule)]
+    attributes = [(part, dict(vars(part))) for part in model.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    registries = [
+        (registry, dict(registry))
+        for _, own in attributes
+        for registry in (own["_parameters"], own["_buffers"], own["_modules"])
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng():
+        try:
+            model.eval()
+            yield
+        finally:
+            for current, saved in [*((vars(module), own) for module, own in attributes), *registries]:
+                current.clear()
+                current.update(saved)
+            for part, training in scripted:
+                part.training = training
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if buffer.device.type != "meta" and not torch.equal(buffer, value):
+                        buffer.copy_(value)

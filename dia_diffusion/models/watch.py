@@ -1,21 +1,23 @@
 """Watch one forward pass: how each tensor was made, through which weights, and which module put it out.
 
-Two things see everything: a `TorchFunctionMode` sees every call of a function of torch, and hooks see every call of a
-module. Nothing is computed again and no value is read, so tensors on `meta` and fake tensors serve as well.
+A `TorchFunctionMode` sees every call of a function of torch, and hooks see every call of a module; what functions do
+that torch.jit has compiled, a `TorchDispatchMode` sees. Nothing is computed again and no value is read, so tensors on
+`meta` and fake tensors serve as well.
 """
 
 import contextlib
-import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError
+from .samples import MainInput, main_input, names_of, tensors_in, undisturbed
 
 ADDITIONS = {"add", "radd", "iadd", "sub", "rsub", "isub", "addcmul", "lerp"}
 # What a parameter does in these is to scale or to shift: a layer scale or a position embedding is no layer.
@@ -27,17 +29,6 @@ _FRESH |= {f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "tensor"
 
 def _is_floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in an argument of a model: in nested containers, and in the attributes of an object."""
-    tensors = []
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type):
-            tensors += [part for part in tree_leaves(vars(leaf)) if isinstance(part, Tensor)]
-    return [tensor for tensor in tensors if tensor.ndim]
 
 
 def _version(tensor: Tensor) -> int:
@@ -110,9 +101,14 @@ class ForwardWatch(TorchFunctionMode):
         self._constants = {id(buffer): False for buffer in model.buffers()}
         self._constants |= {id(parameter): parameter.ndim > 1 for parameter in model.parameters()}
 
+        # Whether features came from nowhere: functions that torch.jit has compiled show their operations alone.
+        self.unseen = False
+        self._depth = 0
+
     def number(self, tensor: Tensor) -> int:
         """Return the number of a tensor's current version."""
         if id(tensor) not in self._numbers:
+            self.unseen |= tensor.ndim > 1 and _is_floating(tensor)
             self._add(tensor, "", (), False, ())
         return self._numbers[id(tensor)]
 
@@ -127,18 +123,27 @@ class ForwardWatch(TorchFunctionMode):
         self.steps.append(Step(name, inputs, weight, arguments, tuple(tensor.shape), _is_floating(tensor)))
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        constants = [tensor for tensor in tensors if self._is_constant(tensor)]
+        if self.is_inside:
+            return function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
         # An attribute such as `x.mT`.
         name = function.__self__.__name__ if name == "__get__" else name.strip("_")
+        return self.note(function, name, args, kwargs or {})
+
+    def note(self, function: Callable, name: str, args: tuple, kwargs: dict) -> Any:
+        """Call a function of torch, note what it made, and return that."""
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        constants = [tensor for tensor in tensors if self._is_constant(tensor)]
         inputs = tuple(self.number(tensor) for tensor in tensors if not self._is_constant(tensor))
         inputs = () if name in _FRESH else inputs
         weighted = any(self._constants.get(id(tensor), tensor.ndim > 1) for tensor in constants)
         # The packed weights of a quantized layer are no tensor.
         weighted = weighted or any(isinstance(value, torch.ScriptObject) for value in args)
-        result = function(*args, **kwargs)
+        self._depth += 1
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._depth -= 1
         made = [args[0]] if name == "setitem" else [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         # A cast to the type that it has returns the tensor itself.
         made = [tensor for tensor in made if self._versions.get(id(tensor), -1) != _version(tensor)]
@@ -185,7 +190,7 @@ class ForwardWatch(TorchFunctionMode):
         name = self._names[module]
         self._running.append(name)
         self.calls[name] += 1
-        named = [*zip(_names_of(module, args), args, strict=True), *kwargs.items()]
+        named = [*zip(names_of(module, args), args, strict=True), *kwargs.items()]
         given = [(Given(key, index), value) for index, (key, value) in enumerate(named)]
         vectors = [(place, value) for place, value in given if isinstance(value, Tensor) and value.ndim == 2]
         numbered = {self.number(value): place for place, value in vectors if value.is_floating_point()}
@@ -199,11 +204,18 @@ class ForwardWatch(TorchFunctionMode):
                 self.outputs.setdefault(self.number(value), []).append(Output(name, element, self._ended))
         self._ended += 1
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether a function that is noted is running."""
+        return self._depth > 0
+
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the model's forward pass inside of this context."""
         handles = []
         for module in self._names:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave))
         try:
@@ -214,24 +226,17 @@ class ForwardWatch(TorchFunctionMode):
                 handle.remove()
 
 
-class MainInput(NamedTuple):
-    """The input of a forward pass with the most dimensions, which tells the number of samples."""
+class OperationWatch(TorchDispatchMode):
+    """Notes of the operations that no function of torch was called for."""
 
-    argument: str  # its name; "" where only its place is known
-    place: int
+    def __init__(self, watch: ForwardWatch):
+        super().__init__()
+        self.watch = watch
 
-    def tensor(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return the tensor, from the arguments of a forward pass.
-
-        Raises:
-            UsageError: if the argument is not there or holds no tensor.
-        """
-        value = kwargs[self.argument] if self.argument in kwargs else args[self.place : self.place + 1]
-        tensors = _tensors_in(value)
-        if not tensors:
-            raise UsageError(f"the input '{self.argument or self.place}' must hold a tensor, to count the samples by.")
-        most = max([tensor.ndim for tensor in tensors])
-        return next(tensor for tensor in tensors if tensor.ndim == most)
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if self.watch.is_inside:
+            return operation(*args, **(kwargs or {}))
+        return self.watch.note(operation, operation._schema.name.partition("::")[2].strip("_"), args, kwargs or {})
 
 
 def watch_forward(
@@ -239,62 +244,19 @@ def watch_forward(
 ) -> tuple[ForwardWatch, MainInput]:
     """Run a model once in evaluation mode, leave it as it was, and return the notes and the input that tells the number
     of samples, in dimension `batch_dim`."""
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+    if isinstance(model, torch.jit.ScriptModule):
         raise UsageError(
             f"{type(model).__name__} is compiled by torch.jit, which shows neither its functions nor its modules: take "
             "the model before torch.jit.script or torch.jit.trace."
         )
-    main = _main_input(model, args, kwargs)
-    watch = ForwardWatch(model, main.tensor(args, kwargs).shape[batch_dim])
-    with undisturbed(model), watch.watching():
-        model(*args, **kwargs)
+    main = main_input(model, args, kwargs)
+    for operations in (False, True):
+        watch = ForwardWatch(model, main.tensor(args, kwargs).shape[batch_dim])
+        for tensor in tensors_in((tuple(args), dict(kwargs))):
+            watch.number(tensor)
+        watch.unseen = False
+        with undisturbed(model), watch.watching(), OperationWatch(watch) if operations else contextlib.nullcontext():
+            model(*args, **kwargs)
+        if not watch.unseen:
+            break
     return watch, main
-
-
-def _main_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> MainInput:
-    names = [*inspect.signature(model.forward).parameters]
-    given = [(MainInput(name, place), args[place]) for place, name in enumerate(_names_of(model, args))]
-    given += [(MainInput(key, names.index(key) if key in names else len(names)), kwargs[key]) for key in kwargs]
-    sizes = [max((tensor.ndim for tensor in _tensors_in(value)), default=0) for _, value in given]
-    if not any(sizes):
-        raise UsageError("the inputs hold no tensor: give what the model's forward pass takes.")
-    return given[sizes.index(max(sizes))][0]
-
-
-def _names_of(module: nn.Module, args: Sequence[Any]) -> list[str]:
-    """Return the names of the arguments that are given by place; "" for those of `*args`."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return [*names, *[""] * len(args)][: len(args)]
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode in this context, without gradients and uncompiled, and leave it as it was."""
-    # Compiled code would hide what it calls.
-    with torch.compiler.set_stance("force_eager"), _restored(model), torch.no_grad():
-        yield
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode; afterwards restore all that belongs to it, and the random state."""
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    registries = [
-        (registry, dict(registry))
-        for _, own in attributes
-        for registry in (own["_parameters"], own["_buffers"], own["_modules"])
-    ]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng():
-        try:
-            model.eval()
-            yield
-        finally:
-            for current, saved in [*((vars(module), own) for module, own in attributes), *registries]:
-                current.clear()
-                current.update(saved)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if buffer.device.type != "meta" and not torch.equal(buffer, value):
-                        buffer.copy_(value)

@@ -308,6 +308,27 @@ def test_a_network_without_additions_is_told():
         attach(Small(lambda m, x: m.first(x)), inputs=noise(3, 6, 8))
 
 
+@torch.jit.script
+def scripted_gelu(x):
+    return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+
+@torch.jit.script
+def scripted_addition(x, branch):
+    return x + 0.5 * branch
+
+
+def test_scripted_parts_are_seen():
+    def block(m, x):
+        x = m.scripted(x)
+        return scripted_addition(x, m.second(scripted_gelu(m.first(x))))
+
+    model = Small(block, scripted=torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Dropout()))).train()
+    found = find_branches(model, noise(3, 6, 8))
+    assert [branch.name for branch in found] == ["second"]
+    assert model.scripted.training
+
+
 def test_a_scripted_model_is_refused():
     with pytest.raises(UsageError, match=r"is compiled by torch\.jit, .* take the model before torch\.jit\.script"):
         find_branches(torch.jit.script(nn.Linear(8, 8)), noise(3, 6, 8))
