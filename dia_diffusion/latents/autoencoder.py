@@ -119,7 +119,13 @@ def _check_scale(name_or_path: str, config: Any) -> None:
 
 
 def find_component(model_class: Any, name_or_path: str, subfolder: str) -> dict[str, str]:
-    """Return the arguments that load a component from a folder or repository: with its subfolder, or none on top."""
+    """Return the arguments that load a component from a folder or repository: with its subfolder, or none on top.
+
+    Raises:
+        UsageError: for a file.
+    """
+    if Path(name_or_path).is_file():
+        raise UsageError(f"'{name_or_path}' is a file: name the folder that holds it.")
     try:
         model_class.load_config(name_or_path, subfolder=subfolder)
     except OSError:

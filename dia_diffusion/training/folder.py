@@ -101,8 +101,9 @@ def set_aside_later_steps(folder: Path, step: int) -> None:
 
 
 def read_best(best: Path) -> dict[str, Any] | None:
-    """Read the record in `best/`: `step`, `fid` and `settings_hash`. Return `None` if there is none."""
+    """Read the record in `best/`: `step`, `fid` and `settings_hash`. Return `None` if there is none that can be read."""
     try:
-        return json.loads((best / "metrics.json").read_text())
-    except FileNotFoundError:
+        record = json.loads((best / "metrics.json").read_text())
+    except (FileNotFoundError, ValueError):
         return None
+    return record if isinstance(record, dict) and "step" in record else None

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ METRICS_LOG = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the lines of a metrics.jsonl, without a last line that a killed run did not finish."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Read the lines of a metrics.jsonl, without those that a kill or a full disk left unfinished."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        with suppress(ValueError):
+            found.append(json.loads(line) if line.endswith("\n") else None)
+    return [line for line in found if isinstance(line, dict) and "step" in line]
 
 
 class RunLog:

@@ -192,7 +192,7 @@ class RunResults:
             if before is not None and before.get("settings_hash", settings) != settings:
                 set_aside(best)
                 before = None
-            if before is None or before["fid"] is None or scores["fid"] < before["fid"]:
+            if before is None or before.get("fid") is None or scores["fid"] < before["fid"]:
                 # Without its record a pipeline that is being replaced counts as none.
                 (best / "metrics.json").unlink(missing_ok=True)
                 _save(pipeline, best)

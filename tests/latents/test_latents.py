@@ -223,6 +223,7 @@ def test_what_is_no_vae_is_refused_in_words(tmp_path):
         (save(tmp_path / "std", random_vae(latents_mean=[0.0] * 2, latents_std=[1.0, 0.0])), "deviations above 0"),
         (save(tmp_path / "few", random_vae(latents_mean=[0.0], latents_std=[1.0])), "each of its 2 channels"),
         (str(nameless), "is a model of no class"),
+        (str(nameless / "config.json"), "config.json' is a file: name the folder that holds it"),
     ):
         with pytest.raises(UsageError, match=words):
             load_vae(place)

@@ -18,7 +18,9 @@ def test_curves_are_drawn_for_what_there_is(tmp_path):
     assert len(set(pictures.values())) == 3
 
 
-def test_an_unfinished_line_of_metrics_is_left_out(tmp_path):
+def test_unfinished_and_damaged_lines_of_metrics_are_left_out(tmp_path):
     lines = [json.dumps({"step": step}) + "\n" for step in range(3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 3, "lo')
+    lines[1:1] = ['{"step": 9, "lo\n', "[1]\n", "{}\n", "\udcff\n"]
+    content = "".join(lines) + '{"step": 3, "lo'
+    (tmp_path / "metrics.jsonl").write_bytes(content.encode(errors="surrogateescape"))
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2]

@@ -16,7 +16,7 @@ import torch
 from dia_diffusion import DIAUNetPipeline
 from dia_diffusion.errors import NotFiniteError, UsageError
 from dia_diffusion.files import replace_files, set_aside
-from dia_diffusion.training.folder import lock_output_dir
+from dia_diffusion.training.folder import lock_output_dir, read_best
 from dia_diffusion.training.state import TrainingState
 from forks import start
 from training_runs import assert_same_weights, fresh_state, run, weights
@@ -194,3 +194,9 @@ def test_a_folder_of_files_is_as_before_or_as_after_wherever_a_kill_comes(tmp_pa
             if index.exists() and index.read_text() == "after":
                 assert files == {"index", "config", "weights"}
             assert all(re.fullmatch("before|after", (folder / "unet" / n).read_text()) for n in files - {"index"})
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"step": 4}'])
+def test_a_record_of_the_best_pipeline_that_cannot_be_read_is_none(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    assert read_best(tmp_path) == ({"step": 4} if "step" in content else None)
