@@ -101,7 +101,7 @@ def set_aside_later_steps(folder: Path, step: int) -> None:
 
 
 def read_best(best: Path) -> dict[str, Any] | None:
-    """Read the record in `best/`: `step`, `fid` and `settings_hash`. Return `None` if there is none that can be read."""
+    """Read the record in `best/`: `step`, `fid` and `settings_hash`. Return `None` if none can be read."""
     try:
         record = json.loads((best / "metrics.json").read_text())
     except (FileNotFoundError, ValueError):
