@@ -59,7 +59,7 @@ def folders_beside(path: str) -> list[str]:
 
 def why_not_loaded(name_or_path: str, error: Exception) -> str:
     """Explain in a sentence why `from_pretrained` failed: not here, not on the Hub, or the error's own words."""
-    if Path(name_or_path).exists():
+    if Path(name_or_path).exists() or isinstance(error, UsageError):
         return f"{first_line(error)}."
     reason, hint = "there is no such folder", nearest(name_or_path, folders_beside(name_or_path))
     if _HUB_ID.fullmatch(name_or_path):
@@ -69,6 +69,8 @@ def why_not_loaded(name_or_path: str, error: Exception) -> str:
             offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "is there a connection?"
             said = f"the name may be wrong, the repository private (hf auth login) or the Hub out of reach: {offline}"
         reason += f", and the Hub gave none ({said})"
+    if "://" in name_or_path:
+        reason += ", and a model on the Hub is named NAMESPACE/NAME, without an address"
     return f"{reason}.{hint}"
 
 

@@ -64,6 +64,10 @@ def returned_latents(returned: Any, latents: Tensor) -> Tensor:
     if not isinstance(returned, dict | None):
         raise UsageError(f"callback_on_step_end must return a dict, but returned {type(returned).__name__}.")
     changed = (returned or {}).get("latents", latents)
+    if not isinstance(changed, Tensor):
+        raise UsageError(
+            f"callback_on_step_end must return latents as a tensor, but returned {type(changed).__name__}."
+        )
     if changed.shape != latents.shape:
         raise UsageError(f"callback_on_step_end returned latents of another shape, {tuple(changed.shape)}.")
     return changed.to(latents.dtype)
@@ -112,7 +116,7 @@ def make_labels(labels: Any, batch_size: int, null_class: int, names: Sequence[s
     """
     if isinstance(labels, Tensor) or hasattr(labels, "tolist"):
         labels = labels.tolist()
-    if isinstance(labels, str) or not isinstance(labels, Sequence | range):
+    if isinstance(labels, str | bytes) or not isinstance(labels, Sequence | range):
         return torch.full((batch_size,), class_number(labels, null_class, names))
     if any(isinstance(label, Sequence) and not isinstance(label, str) for label in labels):
         raise UsageError(f"class_labels must be one label for each image, but {labels!r} is a list of lists.")

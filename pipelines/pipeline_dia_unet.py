@@ -235,7 +235,8 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
                 f"images of {self.image_channels} channels are no pictures: pictures have 1 or 3. Take output_type "
                 "'np' or 'pt'."
             )
-        tensor_inputs = getattr(callback, "tensor_inputs", tensor_inputs)
+        tensor_inputs = getattr(callback, "tensor_inputs", tensor_inputs) or ()
+        tensor_inputs = [tensor_inputs] if isinstance(tensor_inputs, str) else tensor_inputs
         if set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise UsageError(f"callback_on_step_end can be given only 'latents', not {list(tensor_inputs)}.")
 
@@ -314,9 +315,10 @@ class DIAUNetPipeline(SelfContained, DiffusionPipeline):
             raise UsageError(f"latents must be a tensor, but are of {type(latents).__name__}: use torch.from_numpy.")
         elif latents.shape != shape:
             raise UsageError(f"latents must have the shape {shape}, but have {tuple(latents.shape)}.")
+        elif not latents.isfinite().all():
+            raise UsageError("latents hold values that are not finite numbers: give standard normal noise.")
         # A flow begins with the noise as it is.
-        scale = getattr(self.scheduler, "init_noise_sigma", 1.0)
-        return latents.to(device=self._execution_device, dtype=dtype) * scale
+        return latents.to(self._execution_device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _step_arguments(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters

@@ -162,6 +162,8 @@ def test_the_reason_of_an_error_is_a_line(tmp_path):
     assert why_not_loaded(str(tmp_path / "modle"), failed).startswith("there is no such folder. Did you mean")
     assert why_not_loaded("someone/something", failed) == "there is no such folder, and the Hub gave none (no file)."
     # What libraries say offline is no word for people.
+    assert why_not_loaded("a/b", UsageError("its weights lack x.")) == "its weights lack x."
+    assert "is named NAMESPACE/NAME, without an address" in why_not_loaded("https://huggingface.co/a/b", failed)
     offline = why_not_loaded("a/b", OSError("a/b does not appear to have a file named model_index.json."))
     assert "model_index" not in offline
     assert "the Hub out of reach: HF_HUB_OFFLINE is set" in offline
