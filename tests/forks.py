@@ -30,8 +30,6 @@ def start_together(count, function, *arguments, output=os.devnull, **environment
 
 def _call(function, arguments, output, environment):
     os.environ.update({name: str(value) for name, value in environment.items()})
-    # A group of its own, which can get a signal as terminals and schedulers send it.
-    os.setpgid(0, 0)
     with Path(output).open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -78,8 +78,14 @@ def test_two_processes_give_the_losses_of_one_with_flow(tmp_path):
     assert_same_losses(losses(tmp_path / "two"), one)
 
 
-def start_training(config, **environment):
-    return start(train_main, ["--config", str(config)], output=config.with_suffix(".log"), **environment)
+def start_training(config, train=train_main):
+    return start(train, ["--config", str(config)], output=config.with_suffix(".log"))
+
+
+def train_in_own_group(arguments):
+    """Trains in a group of processes, which can get a signal as terminals and schedulers send it."""
+    os.setpgid(0, 0)
+    return train_main(arguments)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
@@ -87,7 +93,7 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, signum):
     """The signal goes to the whole group of processes, data workers included, as terminals and schedulers send it."""
     options = {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "logging_steps": 1}
     config = configure(tmp_path / "run", **options, dataloader_num_workers=2)
-    process = start_training(config)
+    process = start_training(config, train_in_own_group)
     wait_for_lines(tmp_path / "run" / "metrics.jsonl")
     os.killpg(process.pid, signum)
     process.join(120)
