@@ -1,19 +1,14 @@
 """Attention trained by others' loops: transformers' Trainer, and accelerate with two processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from backbones import BACKBONES
 from safetensors.torch import load_file
-from train_in_processes import make_model, steps
+from train_in_processes import main, make_model, steps
 from transformers import Trainer, TrainingArguments
 
 from dia_diffusion import attach
-from environments import TESTS
+from forks import start_together
 
 CLASSIFIERS = ["ViTForImageClassification", "ResNetForImageClassification (basic)"]
 
@@ -69,12 +64,10 @@ def test_the_attention_alone_is_trained_and_resumed(make, tmp_path):
 
 def test_two_processes_compute_what_one_computes(tmp_path):
     """Each has half of the batch, and the gradients are averaged: the weights are those of the whole batch."""
-    script = Path(__file__).parent / "train_in_processes.py"
-    # On CPUs `accelerate launch` starts several processes with MPI alone.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, script, tmp_path], capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr
+    log = tmp_path / "log"
+    for process in start_together(2, main, tmp_path, output=log):
+        process.join(300)
+        assert process.exitcode == 0, log.read_text()
     expected = make_model()
     before = {name: value.clone() for name, value in expected.dia.state_dict().items()}
     steps(expected, slice(None))

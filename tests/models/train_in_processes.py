@@ -1,7 +1,4 @@
-"""A few training steps of an attached model: what `torchrun` runs for `test_trainer.py`."""
-
-import sys
-from pathlib import Path
+"""A few training steps of an attached model, in one process or in one of two: for `test_trainer.py`."""
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +35,7 @@ def steps(model, part, accelerator=None):
         optimizer.step()
 
 
-def main():
+def main(folder):
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     model = accelerator.prepare(make_model())
@@ -46,15 +43,9 @@ def main():
     number = accelerator.process_index
     steps(model, slice(number * half, (number + 1) * half), accelerator)
     weights = accelerator.unwrap_model(model).dia.state_dict()
-    save_file(
-        {name: value.contiguous() for name, value in weights.items()}, Path(sys.argv[1]) / f"{number}.safetensors"
-    )
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / f"{number}.safetensors")
     # The process group must outlive the distributed model, and end before Python does.
     accelerator.wait_for_everyone()
     del model
     accelerator.free_memory()
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main()
