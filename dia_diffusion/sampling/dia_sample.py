@@ -109,18 +109,15 @@ def _describe(options: SampleOptions, pipeline: DiffusionPipeline, class_label: 
     """Return the line that says which images are made, and how."""
     names, classes = getattr(pipeline, "class_names", None) or [], getattr(pipeline, "null_class", None)
     kind = ""
-    if classes and not isinstance(class_label, int):
-        chosen = [
-            NO_CLASS if label == classes else names[label] if names else str(label)
-            for label in class_label or range(len(names))
-        ]
+    if isinstance(class_label, int):
+        named = f" ({names[class_label]})" if class_label < len(names) else ""
+        kind = " of no class" if class_label == classes else f" of class {class_label}{named}"
+    elif classes:
+        labels = range(len(names)) if class_label is None else class_label
+        chosen = [(*names, NO_CLASS)[label] if len(names) == classes else str(label) for label in labels]
         shown = ", ".join(chosen[:20]) + (", ..." if chosen[20:] else "")
-        kind = f" of {len(class_label) if class_label else f'its {classes}'} classes in turn"
+        kind = f" of {'its ' + str(classes) if class_label is None else len(labels)} classes in turn"
         kind += f" ({shown})" if shown else ""
-    elif classes and class_label == classes:
-        kind = " of no class"
-    elif classes and class_label is not None:
-        kind = f" of class {class_label}" + (f" ({names[class_label]})" if 0 <= class_label < len(names) else "")
     # Schedulers of second order evaluate the model twice in each step but the last.
     evaluations = getattr(pipeline.scheduler, "order", 1) * (options.steps - 1) + 1
     twice = f" ({evaluations} evaluations of the model)" if evaluations > options.steps else ""

@@ -55,8 +55,9 @@ def sample_images(
         for start in range(0, num_images, batch_size):
             numbers = range(start, min(start + batch_size, num_images))
             pad_to = batch_size if compiled else 0
-            several = isinstance(class_label, Sequence)
-            labels = [class_label[number % len(class_label)] for number in numbers] if several else class_label
+            labels = class_label
+            if isinstance(class_label, Sequence):
+                labels = [class_label[number % len(class_label)] for number in numbers]
             yield sample_batch(pipeline, numbers, steps, seed, labels, guidance_scale, pad_to)
             progress.update(len(numbers))
 

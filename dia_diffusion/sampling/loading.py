@@ -171,8 +171,8 @@ def _compare(pipeline: DIAUNetPipeline, other: DiffusionPipeline) -> list[tuple[
     """Return the properties that a model and its guide must share: name, and value in each."""
     pairs = [(part.scheduler.config, part.unet.config) for part in (pipeline, other)]
     (noise, unet), (other_noise, other_unet) = pairs
-    kinds = [kind.name if kind is not None else "unknown" for kind in (noise_kind(noise), noise_kind(other_noise))]
-    compared: list[tuple[str, object, object]] = [("kind of noise", *kinds)]
+    own, of_guide = (kind.name if kind else "unknown" for kind in (noise_kind(noise), noise_kind(other_noise)))
+    compared: list[tuple[str, object, object]] = [("kind of noise", own, of_guide)]
     # Not all schedulers have all of them.
     known = [key for key in find_family(noise).of_the_model if key in noise and key in other_noise]
     compared += [(key, noise[key], other_noise[key]) for key in known]
