@@ -10,20 +10,20 @@ from torch import Tensor
 from .watch import Step
 
 # Layers and norms by the dimension that they leave their channels in.
-_LAST = set("linear addmm matmul rmatmul mm bmm baddbmm einsum embedding multi_head_attention_forward".split())
-_LAST |= set("layer_norm native_layer_norm rms_norm scaled_dot_product_attention lstm gru".split())
+_LAST = set("linear addmm matmul rmatmul mm bmm baddbmm einsum embedding linear_dynamic".split())
+_LAST |= {"multi_head_attention_forward"} | set(
+    "layer_norm native_layer_norm rms_norm scaled_dot_product_attention lstm gru".split()
+)
 _SECOND = {f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)}
 _SECOND |= {"batch_norm", "group_norm", "instance_norm", "convolution", "native_batch_norm", "native_group_norm"}
 # What a gate of channels may stand before as well as behind: each channel comes out of it scaled as it went in.
-_RESHAPES = set(
-    "reshape view unsafe_view view_as reshape_as flatten unflatten unsqueeze squeeze expand expand_as".split()
-)
+_RESHAPES = set("reshape view view_as reshape_as flatten unflatten unsqueeze squeeze expand expand_as".split())
+_RESHAPES.add("unsafe_view")
 _MOVES = set("permute transpose swapaxes swapdims movedim moveaxis t T mT".split())
 _CUTS = set("getitem slice narrow chunk split tensor_split split_with_sizes unbind select".split())
 _SCALES = set("mul rmul imul multiply div truediv neg dropout dropout1d dropout2d dropout3d feature_dropout".split())
-_SCALES |= set(
-    "to to_copy type type_as float half bfloat16 contiguous clone detach roll flip masked_fill alias".split()
-)
+_SCALES |= set("to type type_as float half bfloat16 contiguous clone detach roll flip masked_fill alias".split())
+_SCALES.add("to_copy")
 # A factor that is not negative, one for each channel, may stand before these as well.
 _SCALES |= set("relu leaky_relu pad pixel_shuffle pixel_unshuffle".split())
 _SCALES |= {f"{adaptive}avg_pool{n}d" for adaptive in ("", "adaptive_") for n in (1, 2, 3)}

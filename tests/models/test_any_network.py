@@ -7,10 +7,12 @@ import torch
 from backbones import outputs
 from networks import NETWORKS
 
-from dia_diffusion import attach, detach, find_branches
+from dia_diffusion import DIAUNet2DModel, attach, detach, find_branches
 from tiny_unets import open_gates
 from training_runs import ROOT
 
+# Frames are in its batch.
+CHECKPOINTED = ("UNetMotionModel",)
 COMPILED = ("Flux", "Swin", "pre-activation ResNet")
 
 
@@ -76,6 +78,14 @@ def test_each_network_keeps_the_promises(network, tmp_path):
         for key, gate in maps.items():
             torch.testing.assert_close(gate, single[key], atol=1e-4, rtol=1e-4)
 
+    if name in CHECKPOINTED:
+        expected_gradients = [parameter.grad.clone() for parameter in dia.parameters()]
+        model.zero_grad()
+        model.enable_gradient_checkpointing()
+        sum(output.float().square().mean() for output in outputs(model, inputs)).backward()
+        assert all(map(torch.equal, (parameter.grad for parameter in dia.parameters()), expected_gradients))
+        model.disable_gradient_checkpointing()
+
     # Saved, taken off, and attached to another model from the folder alone.
     gated = predict(model, inputs)
     dia.save_pretrained(tmp_path)
@@ -105,3 +115,10 @@ def test_the_table_of_the_documentation_has_each_network():
         assert int(branches) == network.branches
         assert context.split("`")[-2 if network.context else 0] == (network.context or "zero")
         assert not_gated.split(":")[0].strip(" |") == str(network.not_gated or "")
+    network = NETWORKS["UNet2DModel"]
+    unet = DIAUNet2DModel.from_unet(network.make())
+    found = [branch.name for branch in find_branches(unet, **network.inputs(2))]
+    assert [name for name in found if "resnets" in name] == [
+        f"{n}.conv2" for n in unet.attention_maps(**network.inputs(2))
+    ]
+    assert (len(found), sum("attentions" in name for name in found)) == (8 + 4, 4)
