@@ -34,6 +34,7 @@ UNREADABLE_ARCHIVE = (
     zlib.error,
     struct.error,
     NotImplementedError,
+    OverflowError,
 )
 _BLOCK = 2**20
 # How an `.npy` file begins, and the name of its array here.
@@ -82,11 +83,10 @@ def unreadable(path: Path, error: Exception) -> UsageError:
 
 
 def _is_single(path: Path) -> bool:
-    """Tell whether a file is an `.npy` file, by its content if not by its name."""
-    if path.suffix.lower() == ".npy":
-        return True
+    """Tell whether a file is an `.npy` file: by its content, and by its name where it is no zip file either."""
     with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+        begin = file.read(len(_MAGIC))
+    return begin == _MAGIC or (path.suffix.lower() == ".npy" and not begin.startswith(b"PK"))
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -120,7 +120,9 @@ class ArchiveImages:
             # Channels first, as in torch.
             self.array = self.array.transpose(0, 2, 3, 1)
             shape = self.array.shape
-        if self.array.dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)) or 0 in shape:
+        # Three dimensions, the last of them channels, are one picture.
+        known = shape[2] > 4 if len(shape) == 3 else len(shape) == 4 and shape[3] in (1, 3)
+        if self.array.dtype != np.uint8 or not known or 0 in shape:
             raise UsageError(
                 f"'{name}' of '{path}' must hold images, uint8 of shape (N, H, W, 1 or 3), but is "
                 f"{self.array.dtype} of shape {shape}. Store pixels as whole numbers from 0 to 255."

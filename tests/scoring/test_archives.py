@@ -99,6 +99,11 @@ def damaged(tmp_path):
         yield tmp_path / f"{name}.npz", "not a readable file of arrays"
     (tmp_path / "cut.npy").write_bytes(good[:40])
     yield tmp_path / "cut.npy", "not a readable file of arrays"
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 8, 8, 3), }".ljust(117) + b"\n"
+    (tmp_path / "negative.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + header)
+    yield tmp_path / "negative.npy", "not a readable file of arrays"
+    np.save(tmp_path / "one.npy", pictures(1)[0])
+    yield tmp_path / "one.npy", "must hold images, uint8 of shape (N, H, W, 1 or 3), but is uint8 of shape (8, 8, 3)"
     yield tmp_path / "nowhere.npz", "there is no such file"
     yield objects, "not a readable file of arrays: it holds Python objects"
     wrong = {"float": pictures() / 255, "wide": pictures().astype(int)}
