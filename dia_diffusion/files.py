@@ -36,12 +36,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: names the file.
     """
-    if path.exists() and (not path.is_file() or path.parent == Path("/dev")):
-        write(path)
-        return
-    path = path.resolve()
+    in_place = path.exists() and (not path.is_file() or path.parent == Path("/dev"))
+    path = path if in_place else path.resolve()
     temporary = _beside(path)
     try:
+        if in_place:
+            write(path)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         follow_umask(temporary)
@@ -172,6 +173,7 @@ def lock_folder(folder: Path, patience: float = 0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    folder = folder.resolve() if folder.is_symlink() else folder
     new = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     check_output_folder(folder)
     make_folder(folder)

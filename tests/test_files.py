@@ -64,6 +64,8 @@ def test_links_and_pipes_are_written_to_and_not_replaced(tmp_path):
     assert os.read(pipe, 20) == (tmp_path / "folder" / "target").read_bytes() == b"new \\udce9"
     assert (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "pipe"]
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        replace_text(Path("/dev/full"), "x")
     with pytest.raises(UsageError, match="/dev/stdout"):
         check_output_file(Path("-"))
 
@@ -119,7 +121,8 @@ def test_a_folder_belongs_to_one_command_at_a_time_and_goes_if_it_is_empty(tmp_p
             pass
         assert folder.is_dir()
     assert list(tmp_path.iterdir()) == []
-    with lock_folder(folder):
+    (tmp_path / "link").symlink_to(folder)
+    with lock_folder(tmp_path / "link"):
         (folder / "x").touch()
     # As a kill leaves them.
     (folder / f".x.{16 * 'a'}.tmp").touch()
