@@ -127,7 +127,7 @@ def find_label_column(dataset: Dataset, name: str | None = None) -> str:
 def name_classes(dataset: Dataset, column: str) -> Dataset:
     """Return a data set whose label column has the type `ClassLabel`: texts and whole numbers are names of classes.
 
-    Numbers below 0 and NaN, with which pandas marks empty cells, are no labels.
+    Numbers below 0, NaN, with which pandas marks empty cells, and empty text are no labels.
 
     Raises:
         UsageError: for numbers that are not whole.
@@ -135,7 +135,9 @@ def name_classes(dataset: Dataset, column: str) -> Dataset:
     if isinstance(dataset.features[column], datasets.ClassLabel):
         return dataset
     values = dataset.with_format(None)[column][:]
-    if not _is_text(dataset.features[column]):
+    if _is_text(dataset.features[column]):
+        values = [None if value is None or not str(value).strip() else value for value in values]
+    else:
         values = [None if value is None or not value >= 0 else value for value in values]
         broken = next((value for value in values if value is not None and not float(value).is_integer()), None)
         if broken is not None:

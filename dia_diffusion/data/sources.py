@@ -145,6 +145,6 @@ def has_labels(dataset: Dataset, name: str | None = None) -> bool:
     """Return whether a data set has a column of labels, and at least one label in it."""
     try:
         labels = dataset[find_label_column(dataset, name)]
-        return any(label is not None and (isinstance(label, str) or label >= 0) for label in labels)
+        return any(label is not None and (label.strip() if isinstance(label, str) else label >= 0) for label in labels)
     except UsageError:
         return False

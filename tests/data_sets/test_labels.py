@@ -92,6 +92,9 @@ def test_numbers_that_pandas_made_fractions_are_classes_and_other_fractions_are_
 
     data = prepare_pixels(fractions(2.0, None, 7.0, float("nan")), 4, with_labels=True, on_bad_image="skip")
     assert (data.class_names, data.labels.tolist()) == (["2", "7"], [0, 1])
+    # Text of an empty cell in a table of comma-separated values.
+    data = prepare_pixels(fractions("b", "", "a", " "), 4, with_labels=True, on_bad_image="skip")
+    assert (data.class_names, data.labels.tolist()) == (["a", "b"], [1, 0])
     for wrong in (0.5, float("inf")):
         with pytest.raises(UsageError, match=f"column 'label' holds no classes .* but {wrong}"):
             prepare_pixels(fractions(1.0, wrong), 4, with_labels=True)
