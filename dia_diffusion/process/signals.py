@@ -1,6 +1,7 @@
 """Signals: stop between steps when a scheduler or a user asks for it, and leave no process behind."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -65,6 +66,20 @@ def end_with_parent(signum: int = signal.SIGKILL) -> None:
     """Make the kernel send `signum` to this process when its parent ends, however that ends (Linux)."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signum))
+
+
+def watch_parent() -> None:
+    """End this process when the one that started it through `multiprocessing` ends, in whatever way it was started.
+
+    Between them may be a fork server, which lives as long as the processes that it forked.
+    """
+
+    def watch() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Forks:

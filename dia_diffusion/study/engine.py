@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import UsageError
 from ..process.output import progress_bar
-from ..process.signals import Interrupted, catch_interrupts
+from ..process.signals import Interrupted, catch_interrupts, watch_parent
 from ..process.startup import tune_process
 from ..training.log import METRICS_LOG, read_metrics
 from .description import StudyRun
@@ -267,11 +266,5 @@ def _seeing(gpu: str | None) -> Iterator[None]:
 
 def _live(task: Task, gpu: str | None) -> None:
     """Do a task in a process that ends with the one that started it."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    watch_parent()
     sys.exit(work(task, 1, "on this machine" if gpu is None else f"on GPU {gpu} of this machine"))
-
-
-def _end_with_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-    os._exit(1)

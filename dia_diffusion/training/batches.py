@@ -17,7 +17,7 @@ from ..latents.space import LatentDataset
 from ..models.memory_format import lay_out
 from ..objectives import Objective
 from ..options.model import DataOptions
-from ..process.signals import forks_end_with_parent, ignore_stops
+from ..process.signals import forks_end_with_parent, ignore_stops, watch_parent
 from ..randomness import step_seed
 
 
@@ -142,6 +142,7 @@ def running(loader: DataLoader) -> Iterator[Iterator[dict[str, Tensor]]]:
 def _prepare_worker(worker: int) -> None:
     # The main process gets these signals too, and needs the workers to finish its step.
     ignore_stops()
+    watch_parent()
 
 
 def _keep(batch: dict[str, Tensor]) -> dict[str, Tensor]:
