@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -31,10 +32,7 @@ if __name__ == "__main__":
 def test_a_process_ends_with_the_one_that_started_it_in_whatever_way(tmp_path, method):
     """A fork server between them lives as long as the processes that it forked."""
     (tmp_path / "parent.py").write_text(PARENT.replace("METHOD", method))
-    parent = subprocess.run(
-        [sys.executable, "parent.py"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    try:
-        psutil.Process(int(parent.stdout)).wait(timeout=20)
-    except psutil.NoSuchProcess:
-        pass
+    with subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(child).wait(timeout=20)
