@@ -20,6 +20,8 @@ from .errors import UsageError
 from .options.objective import OBJECTIVE_DEFAULTS, ObjectiveOptions, check_zero_snr
 
 _DDPM, _EDM, _FLOW = OBJECTIVE_DEFAULTS["ddpm"], OBJECTIVE_DEFAULTS["edm"], OBJECTIVE_DEFAULTS["flow"]
+# Schedulers of flows count the time in [0, 1] in thousandths.
+_FLOW_TIMESTEPS = 1000
 
 
 class NoisedBatch(NamedTuple):
@@ -223,7 +225,7 @@ class Flow(Objective):
 
     @cached_property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler()
+        return FlowMatchEulerDiscreteScheduler(_FLOW_TIMESTEPS)
 
     def quantile(self, shares: Tensor) -> Tensor:
         if self.weighting_scheme == "none":
@@ -232,7 +234,7 @@ class Flow(Objective):
 
     def noised_batch(self, images: Tensor, noise: Tensor, levels: Tensor) -> NoisedBatch:
         time = levels.view(-1, 1, 1, 1)
-        timesteps = levels * self.scheduler.config.num_train_timesteps
+        timesteps = levels * _FLOW_TIMESTEPS
         return NoisedBatch((1 - time) * images + time * noise, timesteps, noise - images)
 
 

@@ -153,12 +153,12 @@ def test_other_objectives_train_resume_and_load(tmp_path, options, scheduler, se
         ({"objective": "edm", "p_std": float("nan")}, "p_std must be a number"),
         ({"objective": "edm", "p_mean": 50}, "p_mean must be at most 5"),
         ({"objective": "flows"}, "objective must be one of ddpm, edm, flow"),
-        ({"objective": "edm", "unet_arguments": "{time_embedding_type: fourier}"}, "use a UNet with positional"),
+        ({"objective": "edm", "unet_arguments": "{time_embedding_type: fourier}"}, "use a UNet with 'positional'"),
         # The first timestep is 0, whose logarithm made every loss with it in the batch NaN.
         ({"unet_arguments": "{time_embedding_type: fourier}"}, "takes the logarithm of the timestep, which can be 0"),
         (
             {"objective": "flow", "unet_arguments": "{time_embedding_type: learned, num_train_timesteps: 1000}"},
-            "use a UNet with positional",
+            "use a UNet with 'positional'",
         ),
     ],
     ids=str,
