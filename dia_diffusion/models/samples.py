@@ -165,7 +165,10 @@ def _outputs(
 
 def _place(before: Tensor, after: Tensor, number: int, channel_dim: int, given: tuple[str, int, int]) -> Place | None:
     """Return the layout in which the first sample changes least."""
-    change = (after - before).abs().float() if before.shape == after.shape else torch.zeros(1)
+    if before.shape != after.shape:
+        # Rows that were routed by their values.
+        return Place(None, math.inf)
+    change = (after - before).abs().float()
     if not change.isfinite().all() or not change.any():
         return None
     places = []
