@@ -186,3 +186,11 @@ def test_the_command_serves_its_page_where_a_proxy_is_set(tmp_path):
         errors = app.communicate(timeout=60)[1]
     assert "can be tried at http://127.0.0.1:" in line, errors
     assert "Traceback" not in errors
+
+
+def test_a_seed_that_browsers_cannot_hold_is_refused():
+    from dia_diffusion.app.page import _read
+
+    assert _read(None, 2**53 - 1, 3, "its own", 1, 4).seed == 2**53 - 1
+    with pytest.raises(gradio.Error, match="seed must be at most 9007199254740991, but is"):
+        _read(None, 10**30, 3, "its own", 1, 4)
