@@ -294,6 +294,14 @@ def test_samples_that_are_not_in_the_first_dimension_have_gates_of_their_own(nam
         plain(x=None)
 
 
+@pytest.mark.parametrize(
+    "x", [noise(1, 6, 8), torch.ones(2, 6, 8), torch.zeros(2, 6, 8, device="meta")], ids=["one", "equal", "meta"]
+)
+def test_samples_that_do_not_differ_do_not_show_whose_the_rows_are(x):
+    (line,) = find_branches(Small(windows).to(x.device), x).not_gated
+    assert f"'first' puts out {3 * len(x)} rows for {len(x)} samples: give inputs of at least two samples" in line
+
+
 def test_compiled_code_is_watched_as_it_was_written():
     model = Small(lambda m, x: x + m.first(x))
     model.compile(backend="aot_eager")
