@@ -73,7 +73,7 @@ class FoundBranches(Sequence[Branch]):
 
 
 def find_branches(model: nn.Module, *args: Any, **kwargs: Any) -> FoundBranches:
-    """Run a model once and return its residual branches.
+    """Run a model and return its residual branches.
 
     The model runs in evaluation mode and without gradients. Its modes, buffers and attributes and the random state are
     restored. A model on the `meta` device runs there, so that a large one costs nothing. All intermediate tensors of
