@@ -47,7 +47,7 @@ def attach(
             The result of [`find_branches`], or a part of it; or the names of the modules that put out the branches, in
             order of execution.
         inputs (`dict`, `tuple` or `Tensor`, *optional*):
-            Inputs for the model's `forward`, best of two samples or more. The branches are those that [`find_branches`] sees.
+            Inputs for the model's `forward`, best of two samples or more: see [`find_branches`].
         context (`str`, *optional*): The module whose output `(B, E)` is the context, with `inputs` or found branches.
         pretrained (`str` or `PathLike`, *optional*):
             A folder or Hub id in which an attention for such a model was saved, instead of the arguments above.
