@@ -25,8 +25,8 @@ from training_runs import fresh_state, run
 
 
 def pytest_xdist_auto_num_workers():
-    """Many tests wait for processes that they started: three workers keep two cores busy."""
-    return min(4, round(1.5 * len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 2)
+    """Many tests wait for processes that they started: four workers keep two cores busy."""
+    return min(4, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
 
 
 def pytest_collection_modifyitems(items):
