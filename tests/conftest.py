@@ -31,7 +31,8 @@ def pytest_xdist_auto_num_workers():
 
 def pytest_collection_modifyitems(items):
     """The longest come first, or they would come last, on one worker while the others wait."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
+    order = {"study": 0, "training": 1}
+    items.sort(key=lambda item: order.get(item.path.parent.name, 2))
 
 
 @pytest.fixture(autouse=True)
