@@ -4,6 +4,7 @@ A command line is parsed and checked before torch or diffusers are imported, whi
 inside of the functions that need them.
 """
 
+import errno
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +104,7 @@ def _run(prepare: Callable[[Given], Any], work: Callable[[Any], None], given: Gi
         work(options)
     except (UsageError, OSError, SafetensorError) as error:
         # What Python says of a working directory that was removed.
-        gone = isinstance(error, FileNotFoundError) and error.filename is None
+        gone = isinstance(error, OSError) and error.errno == errno.ENOENT and error.filename is None
         print(f"error: {'the working directory is gone: change to another' if gone else error}", file=sys.stderr)
         return 2
     except Interrupted as interruption:

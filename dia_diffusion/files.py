@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -173,7 +174,7 @@ def lock_folder(folder: Path, patience: float = 0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    folder = folder.resolve() if folder.is_symlink() else folder
+    folder = folder.resolve()
     new = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     check_output_folder(folder)
     make_folder(folder)
@@ -185,7 +186,8 @@ def lock_folder(folder: Path, patience: float = 0) -> Iterator[None]:
             f"another command is at work in '{folder}'. Wait for its end, stop it, or choose another folder."
         ) from None
     except OSError as error:
-        raise UsageError(f"the folder '{folder}' cannot be locked: {error}.") from error
+        # Some network file systems have no locks. Without one, whoever starts two commands has to look after them.
+        print(f"the folder '{folder}' cannot be locked ({error}): start no second command there.", file=sys.stderr)
     try:
         remove_temporaries(folder)
         yield

@@ -24,20 +24,30 @@ def check_weights(pipeline: DiffusionPipeline, variant: str | None = None, given
         folder = Path(getattr(network, "config", {}).get("_name_or_path") or "")
         if name in given or not isinstance(network, ModelMixin) or not folder.is_dir():
             continue
-        files = list(folder.glob("*.safetensors"))
-        keys = {key for path in files for key in _read_names(path)}
+        # A file of another name, such as a LoRA, is not part of the network.
+        files = [path for path in folder.glob("diffusion_pytorch_model*") if path.suffix in (".safetensors", ".bin")]
+        safe = [path for path in files if path.suffix == ".safetensors"]
+        keys = {key for path in safe for key in _read_names(path)}
         if keys == set(network.state_dict()):
             continue
         # Pickled, several variants in one folder, or names of an older version, which diffusers translates.
-        kind = type(network)
-        _, found = kind.from_pretrained(folder, variant=variant, use_safetensors=bool(files), output_loading_info=True)
+        kind, own = type(network), variant if variant in map(variant_of, files) else None
+        _, found = kind.from_pretrained(
+            folder, variant=own, use_safetensors=own in map(variant_of, safe), output_loading_info=True
+        )
         if lacking := sorted(found["missing_keys"]):
             raise UsageError(f"the weights of its {name} lack {lacking[0]} ({len(lacking)} missing in all).")
-        if unused := sorted(found["unexpected_keys"]):
+        # Weights of the loss that a VAE was trained with are no part of it.
+        if unused := sorted(key for key in found["unexpected_keys"] if not key.startswith("loss.")):
             raise UsageError(
                 f"the weights of its {name} hold {unused[0]}, for which {kind.__name__} has no layer ({len(unused)} in "
                 "all): they are those of another model than its configuration."
             )
+
+
+def variant_of(path: Path) -> str | None:
+    """Return the variant in the name of a file of weights, also of one of several; `None` is the one without a name."""
+    return path.stem.split("-0")[0].partition(".")[2] or None
 
 
 def _read_names(path: Path) -> set[str]:

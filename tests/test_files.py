@@ -1,5 +1,7 @@
 """Files are whole or not there, whatever happens while they are written."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -130,6 +132,19 @@ def test_a_folder_belongs_to_one_command_at_a_time_and_goes_if_it_is_empty(tmp_p
     with lock_folder(folder):
         pass
     assert [path.name for path in folder.iterdir()] == ["x"]
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_word(tmp_path, monkeypatch, capsys):
+    """Some network file systems have no locks."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock_folder(tmp_path / "results"):
+        (tmp_path / "results" / "x").touch()
+    assert "cannot be locked" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])

@@ -35,6 +35,9 @@ def analyze(options: AnalyzeOptions) -> dict[str, Any]:
     Raises:
         UsageError: for a model without attention maps, or options that cannot work.
     """
+    if not make_state().is_main_process:
+        # One process does all.
+        return {}
     with lock_folder(options.output_dir):
         return _analyze(options)
 

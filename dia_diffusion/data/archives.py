@@ -69,6 +69,9 @@ def load_archives(
         )
     about = _describe_rows(rows, unused < 0, files, beside)
     rows = rows.select_columns("image").select(np.flatnonzero(unused >= 0))
+    if rows._indices is not None:
+        # Callers read the table itself, in which rows that were not selected would still stand.
+        rows = rows.flatten_indices()
     for name, (values, feature) in about.items():
         rows = rows.add_column(name, values, feature=feature)
     return rows

@@ -85,8 +85,10 @@ def to_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[Any]],
     for name, values in columns.items():
         try:
             kind = pa.array(values).type
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            columns[name] = [None if value is None else str(value) for value in values]
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+            columns[name] = [
+                None if value is None else str(value).encode(errors="replace").decode() for value in values
+            ]
             kind = pa.string()
         features[name] = datasets.features.features.generate_from_arrow_type(kind)
     return columns, features

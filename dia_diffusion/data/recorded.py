@@ -73,7 +73,10 @@ def check_outside(output: Path | None, dataset: str) -> None:
     folder = Path(dataset)
     if output is None or dataset in EMBEDDED_DATA or not folder.is_dir():
         return
-    if output.resolve().is_relative_to(folder.resolve()):
+    folder, output = folder.resolve(), output.resolve()
+    between = [place for place in (output, *output.parents) if place.is_relative_to(folder) and place != folder]
+    # Pictures in the output of a run are no images of the data.
+    if output.is_relative_to(folder) and not any((place / CONFIG).is_file() for place in between):
         raise UsageError(
             f"'{output}' lies in '{dataset}', the folder of the images, and pictures there would become images of the "
             "data set: choose another folder."

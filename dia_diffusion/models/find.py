@@ -82,7 +82,7 @@ def find_branches(model: nn.Module, *args: Any, **kwargs: Any) -> FoundBranches:
     Args:
         model (`nn.Module`): Any model whose forward pass calls functions and modules of torch from Python.
         args, kwargs:
-            Inputs for its `forward`, best of at least two samples that differ: then two more passes show which rows
+            Inputs for its `forward`, best of at least two samples that differ: then three more passes show which rows
             belong to which sample. The batch is the first dimension of the largest input (by its number of
             dimensions), or the second one where that alone keeps the samples apart.
 
@@ -110,7 +110,7 @@ def _search(
     """Search with the samples in the first dimension of the inputs, and if they mix, in the second one."""
     search = _Search(model, args, kwargs, 0)
     found = find(search)
-    if search.leak > LEAK:
+    if search.leak > LEAK and search.main.tensor(args, kwargs).ndim > 1:
         second = find(_Search(model, args, kwargs, 1))
         return second if len(second) > len(found) else found
     return found

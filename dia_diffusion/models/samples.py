@@ -2,13 +2,15 @@
 in the first dimension.
 
 A gate belongs to one sample and is pooled over all that belongs to it. Whose a row is, is no guess: the model runs
-twice, once with all samples but the first one changed, and the rows that stay are those of the first.
+again with all samples but the first one changed, and with all but the last one; the rows that stay are those of the
+first and of the last. One of the two would not do: in a causal model the first token never changes with later ones.
 """
 
 import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +59,7 @@ class Place(NamedTuple):
     """Where the samples of a branch were found."""
 
     samples: Samples | None  # None if they are the first dimension
-    leak: float  # the largest change of the first sample, relative to that of the others
+    leak: float  # the largest change of the first or last sample, relative to that of the others
 
 
 def separate(branch: Tensor, samples: Samples, number: int, channel_dim: int) -> Tensor:
@@ -97,7 +99,7 @@ def find_places(
     dim: int,
     branches: Sequence[tuple[str, int | None, int]],
 ) -> list[Place | None] | None:
-    """Find the samples of branches by running the model twice, with the first sample alone the same.
+    """Find the samples of branches by running the model again, with the first and with the last sample alone the same.
 
     Args:
         model (`nn.Module`), args, kwargs: The model and its inputs.
@@ -112,20 +114,23 @@ def find_places(
     tensors = [value for value in tree_leaves((tuple(args), dict(kwargs))) if isinstance(value, Tensor)]
     if number < 2 or any(type(value) is not Tensor or value.is_meta for value in (*tensors, *model.buffers())):
         return None
-    changed: Any = tree_map(lambda value: _changed(value, dim, number), (tuple(args), dict(kwargs)))
-    if all(map(torch.equal, tensors, (value for value in tree_leaves(changed) if isinstance(value, Tensor)))):
+    inputs: list[Any] = [
+        tree_map(partial(_changed, dim=dim, number=number, kept=kept), (tuple(args), dict(kwargs)))
+        for kept in (0, number - 1)
+    ]
+    if all(map(torch.equal, tensors, (value for value in tree_leaves(inputs[0]) if isinstance(value, Tensor)))):
         return None
     # Layers that start at zero would hide what is before them.
     with torch.random.fork_rng():
         zero = {name: torch.randn_like(p) / 10 for name, p in _plain_parameters(model) if not p.any()}
     try:
         before = _outputs(model, zero, tuple(args), dict(kwargs), branches)
-        after = _outputs(model, zero, changed[0], changed[1], branches)
+        after = [_outputs(model, zero, args_, kwargs_, branches) for args_, kwargs_ in inputs]
     except Exception:  # whatever a model raises for inputs that are not those that it was given
         return None
     return [
-        _place(was, now, number, channel_dim, (*main, dim))
-        for was, now, (_, _, channel_dim) in zip(before, after, branches, strict=True)
+        _place(was, pair, number, channel_dim, (*main, dim))
+        for was, *pair, (_, _, channel_dim) in zip(before, *after, branches, strict=True)
     ]
 
 
@@ -135,15 +140,15 @@ def _plain_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
 
 
-def _changed(value: Any, dim: int, number: int) -> Any:
-    """Return an input with its first sample in place of all others."""
+def _changed(value: Any, dim: int, number: int, kept: int) -> Any:
+    """Return an input with one of its samples in place of all others."""
     if not isinstance(value, Tensor):
         return value
     # In sequences that begin with time, a mask or a timestep may still begin with the batch.
     where = next((d for d in (dim, 0) if value.ndim > d and value.shape[d] == number), None)
     if where is None:
         return value
-    return torch.cat([value.narrow(where, 0, 1)] * number, where)
+    return torch.cat([value.narrow(where, kept, 1)] * number, where)
 
 
 def _outputs(
@@ -163,13 +168,15 @@ def _outputs(
     return [values[name, element] for name, element, _ in branches]
 
 
-def _place(before: Tensor, after: Tensor, number: int, channel_dim: int, given: tuple[str, int, int]) -> Place | None:
-    """Return the layout in which the first sample changes least."""
-    if before.shape != after.shape:
+def _place(
+    before: Tensor, after: Sequence[Tensor], number: int, channel_dim: int, given: tuple[str, int, int]
+) -> Place | None:
+    """Return the layout in which the first sample changes least where it was kept, and the last one where it was."""
+    if any(before.shape != now.shape for now in after):
         # Rows that were routed by their values.
         return Place(None, math.inf)
-    change = (after - before).abs().float()
-    if not change.isfinite().all() or not change.any():
+    first, last = [(now - before).abs().float() for now in after]
+    if not first.isfinite().all() or not last.isfinite().all() or not first.any():
         return None
     places = []
     for dim in range(before.ndim):
@@ -177,10 +184,10 @@ def _place(before: Tensor, after: Tensor, number: int, channel_dim: int, given: 
             continue
         for contiguous in (True, False)[: 1 + (before.shape[dim] > number)]:
             samples = Samples(dim, contiguous, *given)
-            parts = separate(change, samples, number, channel_dim)
-            leak = parts[0].max() / parts[1:].max()
+            parts, parts_of_last = (separate(change, samples, number, channel_dim) for change in (first, last))
+            leaks = parts[0].max() / parts[1:].max(), parts_of_last[-1].max() / parts_of_last[:-1].max()
             plain = dim == 0 and before.shape[0] == number
-            places.append(Place(None if plain else samples, float(leak.nan_to_num(math.inf))))
+            places.append(Place(None if plain else samples, max(float(leak.nan_to_num(math.inf)) for leak in leaks)))
     possible = [place for place in places if place.leak <= LEAK]
     return min(places, key=lambda place: place.leak, default=Place(None, math.inf)) if len(possible) < 2 else None
 

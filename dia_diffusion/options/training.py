@@ -157,7 +157,7 @@ def configure(given: Mapping[str, Any]) -> TrainingConfig:
     options = chosen | {name: value for name, value in given.items() if name in OPTION_NAMES}
     if given.get("num_epochs") is not None:
         if given.get("max_train_steps") is None:
-            options["max_train_steps"] = None  # The objective of the file or the recipe.
+            options["max_train_steps"] = None  # Of the file or the recipe: num_epochs counts.
         else:
             remarks.append(
                 f"max_train_steps {given['max_train_steps']} counts, and not num_epochs {given['num_epochs']}."

@@ -35,6 +35,9 @@ def sample(options: SampleOptions) -> list[Image.Image]:
         UsageError: for a pipeline that cannot be loaded, or cannot do what was asked for, or a folder that is taken.
     """
     folder = None if options.output_dir is None else options.output_dir.resolve()
+    if folder is not None and not make_state().is_main_process:
+        # One process makes all images.
+        return []
     with nullcontext() if folder is None else lock_folder(folder):
         return _sample(options, folder)
 

@@ -13,7 +13,7 @@ from ..files import weights_digest
 from ..models.memory_format import lay_out
 from ..pipelines.noise import noise_kind
 from ..pipelines.pipeline_dia_unet import DIAUNetPipeline
-from ..pipelines.weights import check_weights
+from ..pipelines.weights import check_weights, variant_of
 from ..process.signals import Interrupted
 from .generation import check_inputs
 from .schedulers import find_family, make_scheduler
@@ -113,8 +113,7 @@ def _find_pipeline_near(folder: Path) -> str:
 def _find_variants(folder: Path) -> set[str | None]:
     """Return the variants of the UNet's weights in a folder; `None` among them are the weights without a variant."""
     found = (folder / "unet").glob("diffusion_pytorch_model*")
-    names = [path.stem.split("-0")[0] for path in found if path.suffix in (".safetensors", ".bin")]
-    return {name.partition(".")[2] or None for name in names}
+    return {variant_of(path) for path in found if path.suffix in (".safetensors", ".bin")}
 
 
 def _with_any_sampler(pipeline: DiffusionPipeline) -> DiffusionPipeline:

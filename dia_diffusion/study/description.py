@@ -149,6 +149,7 @@ class Study:
             try:
                 if self.trainer_file is None:
                     config, own = self.config(variant, self.seeds[0], Path()), self.variants[variant] or {}
+                    own = {name: value for name, value in own.items() if value is not None}
                     check_effect(TRAINING_RULES, config.flat(), own)
                 elif check := load_trainer(self.trainer_file).check:
                     check(options | {"seed": self.seeds[0], "output_dir": "run"})

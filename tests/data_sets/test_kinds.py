@@ -130,13 +130,20 @@ def test_tables_name_the_classes_in_folders_and_archives(tmp_path, capsys, place
 def test_a_dataset_json_of_another_kind_is_passed_over(tmp_path):
     files = {f"{value}.png": encoded(value) for value in range(2)}
     for content in ('{"labels": null}', '{"labels": [{"a": 1, "b": 2}]}', '["a"]', "{"):
-        write_archive(tmp_path / "edm.zip", files | {"dataset.json": content})
+        # Also between the images.
+        write_archive(tmp_path / "edm.zip", {"0.png": files["0.png"], "dataset.json": content.encode(), **files})
         assert greys(load(tmp_path)) == [0, 1]
 
 
 @pytest.mark.parametrize("ending", ["tar", "zip"])
 def test_json_beside_an_image_of_an_archive_tells_its_class(tmp_path, ending):
-    said = [b'{"label": 10, "kind": "cat", "box": [1, 2]}', b"2", b'{"label": 2, "kind": "dog"}', b'{"label": "10"}']
+    # Also values that no column of a table holds.
+    said = [
+        b'{"label": 10, "kind": "cat", "box": [1, 2], "id": 99999999999999999999}',
+        b"2",
+        b'{"label": 2, "kind": "dog", "text": "\\ud83d"}',
+        b'{"label": "10"}',
+    ]
     files = {f"{v}.{kind}": c for v, text in enumerate(said) for kind, c in (("png", encoded(v)), ("json", text))}
     write_archive(tmp_path / f"a.{ending}", files)
     pixels = load(tmp_path, class_conditional=True)

@@ -257,6 +257,19 @@ FOLDED = {
 }
 
 
+@pytest.mark.parametrize("time", [0, 1])
+def test_the_tokens_of_a_causal_model_are_no_samples(time):
+    """The first token changes with no other, as a sample does not."""
+    model, x = Small(lambda m, x: x + m.first(x.cumsum(time))).eval(), noise(3, 6, 8).transpose(0, 1 - time)
+    dia = attach(model, inputs=x, hidden_size=4)
+    with dia.record() as maps:
+        model(x)
+    assert [gate.shape for gate in maps.values()] == [(3, 8)]
+    open_gates(model)
+    for sample in range(3):
+        torch.testing.assert_close(model(x.narrow(1 - time, sample, 1)), model(x).narrow(1 - time, sample, 1))
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("name", FOLDED)
 def test_samples_that_are_not_in_the_first_dimension_have_gates_of_their_own(name, dim, tmp_path):

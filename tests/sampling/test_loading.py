@@ -59,6 +59,14 @@ def test_a_folder_with_one_variant_of_the_weights_loads_without_its_name(tmp_pat
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in make_pipeline().unet.state_dict().items())
 
 
+def test_files_beside_the_weights_and_parts_without_the_variant_do_no_harm(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "model", safe_serialization=False)
+    save_file({"lora": torch.zeros(1)}, tmp_path / "model" / "unet" / "pytorch_lora_weights.safetensors")
+    expected = make_pipeline().unet.state_dict()
+    loaded = load_pipeline(str(tmp_path / "model")).unet.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+
+
 @pytest.mark.parametrize("sizes", [{}, {"max_shard_size": "20KB"}], ids=["one", "shards"])
 def test_pickled_weights_of_a_variant_are_found(tmp_path, sizes):
     pipeline = make_pipeline().to(torch.float16)
