@@ -41,6 +41,8 @@ def cluster():
     """Two machines of one core each, as far as Ray can tell."""
     from ray import cluster_utils
 
+    # Beside other tests, workers of low priority, which is Ray's default, would hardly run.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     yield cluster
