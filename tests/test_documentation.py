@@ -75,7 +75,7 @@ def read_dia(arguments):
 
 
 def assert_there(arguments):
-    """What lies in the repository: a command writes nothing there."""
+    """Check that files named in the repository exist: under these folders a command writes nothing."""
     for word in arguments:
         assert not word.startswith(("docs/", "studies/", "tests/")) or (ROOT / word).exists(), word
 

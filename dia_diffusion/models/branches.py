@@ -47,7 +47,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
 
 class Samples(NamedTuple):
-    """Where a branch holds its samples, if these are not its first dimension."""
+    """The layout of the samples in a branch that does not have them in its first dimension."""
 
     dim: int  # its dimension that holds them, alone or folded with windows, frames or tokens
     contiguous: bool  # whether the rows of a sample follow each other; else the samples take turns

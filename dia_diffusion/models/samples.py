@@ -56,7 +56,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 class Place(NamedTuple):
-    """Where the samples of a branch were found."""
+    """The layout in which the samples of a branch were found."""
 
     samples: Samples | None  # None if they are the first dimension
     leak: float  # the largest change of the first or last sample, relative to that of the others

@@ -206,7 +206,7 @@ class ForwardWatch(TorchFunctionMode):
 
     @property
     def is_inside(self) -> bool:
-        """Whether a function that is noted is running."""
+        """True while a function that is noted is running."""
         return self._depth > 0
 
     @contextlib.contextmanager
